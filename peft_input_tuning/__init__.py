@@ -1,0 +1,27 @@
+"""Input-tuning (An et al., 2022, arXiv 2203.03131) for Hugging Face PEFT.
+
+Importing this package registers the method INPUT_TUNING with PEFT. From then on `InputTuningConfig(...)` goes wherever
+a `PeftConfig` goes.
+"""
+
+from .config import InputTuningConfig
+from .layer import InputTuningLayer
+from .model import InputTuningModel
+from .optimizer import create_input_tuning_optimizer, input_tuning_parameter_groups
+from .prompt_tuning import from_prompt_tuning
+from .registration import register
+from .version import __version__
+
+
+
+register("input_tuning", InputTuningConfig, InputTuningModel)
+
+__all__ = [
+    "InputTuningConfig",
+    "InputTuningLayer",
+    "InputTuningModel",
+    "__version__",
+    "create_input_tuning_optimizer",
+    "from_prompt_tuning",
+    "input_tuning_parameter_groups",
+]

@@ -1,0 +1,76 @@
+"""A strict look at an adapter file before its values are used.
+
+PEFT loads what fits and warns about the rest. Here a file that misses a tensor, has one too many, holds NaN or was made
+for another size is refused, and an adapter that was created only to receive it is taken away again.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .layer import InputTuningLayer
+
+PEFT_PREFIX = "base_model.model."
+
+
+def check_adapter_state_dict(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) -> None:
+    """Raises where the tensors of a file do not fit the adapter, and takes the half-made adapter back.
+
+    Args:
+        model: the `PeftModel`, or a model with adapters of transformers.
+        adapter_name: the adapter that is being loaded.
+        state_dict: tensors under the names they have in the model.
+
+    Raises:
+        ValueError: names the tensor, the shapes, and what to do.
+    """
+    path, layer = next((n, m) for n, m in model.named_modules() if isinstance(m, InputTuningLayer))
+    try:
+        _check(model, path, layer, adapter_name, state_dict)
+    except ValueError:
+        if adapter_name in layer.awaiting_weights:
+            _take_back(model, layer, adapter_name)
+        raise
+
+
+def _check(model: nn.Module, path: str, layer: InputTuningLayer, name: str, state_dict: dict[str, Tensor]) -> None:
+    found = {key.removeprefix(PEFT_PREFIX): tensor for key, tensor in state_dict.items()}
+    path = path.removeprefix(PEFT_PREFIX)
+    for key, parameter in layer.named_adapter_parameters(name):
+        container, _, leaf = key.partition(".")
+        full = f"{path}.{container}.{name}.{leaf}"
+        tensor = found.pop(full, None)
+        if tensor is None:
+            raise ValueError(
+                f"The file of adapter {name!r} has no `{key}`. It is incomplete, or its adapter_config.json belongs to "
+                "another adapter. Save the adapter again and load that."
+            )
+        if tensor.shape != parameter.shape:
+            raise ValueError(
+                f"`{key}` of adapter {name!r} has the shape {tuple(tensor.shape)} in the file, but this model needs "
+                f"{tuple(parameter.shape)} (embedding size {layer.embedding_dim}). Load the adapter on the base model "
+                "that it was trained on, with its own adapter_config.json."
+            )
+        if not tensor.is_meta and not torch.isfinite(tensor).all():
+            raise ValueError(
+                f"`{key}` of adapter {name!r} holds NaN or infinite values in the file. Load an earlier checkpoint."
+            )
+    unknown = [key for key in found if key not in _state_names(model)]
+    if unknown:
+        raise ValueError(
+            f"The file of adapter {name!r} holds `{unknown[0]}`, which this adapter does not have. Its "
+            "adapter_config.json belongs to another adapter, or it was not made by input-tuning."
+        )
+
+
+def _state_names(model: nn.Module) -> set[str]:
+    return {key.removeprefix(PEFT_PREFIX) for key in model.state_dict()}
+
+
+def _take_back(model: nn.Module, layer: InputTuningLayer, name: str) -> None:
+    if len(layer.adapter_names) > 1:
+        layer.delete_adapter(name)
+        model.peft_config.pop(name, None)
+    elif hasattr(model, "base_model") and hasattr(model.base_model, "unload"):
+        model.base_model.unload()

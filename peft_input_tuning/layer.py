@@ -1,0 +1,249 @@
+"""`InputTuningLayer`: the word embedding of the base model with the adapters around it.
+
+    input_ids ──► base_layer ──► T_a(e) = e + W2 · act(W1 · e) ──► embeddings          a: the adapter of the row
+
+It also keeps each adapter's soft prompt; putting the prompt into the batch is the backbone's part (`backbone.py`),
+since only there the virtual tokens can be taken out again. Containers are flat and prefixed, `input_tuning_fc1[a]`,
+because PEFT takes an adapter's name out of a file's keys only where it is the second to last part of the key.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+from .config import InputTuningConfig
+from .initialization import initial_prompt
+from .modules import SoftPrompt, adapt
+from .row_adapters import BASE, current_row_adapters
+
+MERGE_ERROR = (
+    "An input-tuning adapter cannot be merged into the base model: its virtual tokens are not weights of the base. "
+    "Keep the adapter, or write a plain checkpoint with peft_input_tuning.export_model (to come), which needs neither "
+    "PEFT nor this package."
+)
+
+
+class InputTuningLayer(nn.Module, BaseTunerLayer):
+    """The wrapped word embedding.
+
+    Args:
+        base_layer: the embedding, `(batch, length)` ids → `(batch, length, embedding_dim)`.
+    """
+
+    adapter_layer_names = ("input_tuning_prompt", "input_tuning_fc1", "input_tuning_fc2")
+    other_param_names = ("input_tuning_activation", "input_tuning_dropout")
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.input_tuning_prompt = nn.ModuleDict()
+        self.input_tuning_fc1 = nn.ModuleDict()
+        self.input_tuning_fc2 = nn.ModuleDict()
+        self.input_tuning_activation = nn.ModuleDict()
+        self.input_tuning_dropout = nn.ModuleDict()
+        self.awaiting_weights: set[str] = set()  # adapters whose file has still to be read
+        self.merged_adapters: list[str] = []
+
+    @property
+    def embedding_dim(self) -> int:
+        return self.get_base_layer().embedding_dim
+
+    @property
+    def num_embeddings(self) -> int:
+        return self.get_base_layer().num_embeddings
+
+    @property
+    def adapter_names(self) -> list[str]:
+        """All adapters of this layer."""
+        return self._all_available_adapter_names()
+
+    def has_adapter(self, name: str) -> bool:
+        return name in self.input_tuning_prompt or name in self.input_tuning_fc1
+
+    @property
+    def enabled_adapter(self) -> str | None:
+        """The adapter that serves a whole batch; None while adapters are disabled or none of ours is active."""
+        if self.disable_adapters:
+            return None
+        ours = [name for name in self.active_adapters if self.has_adapter(name)]
+        return ours[0] if ours else None
+
+    def prompt_length(self, name: str) -> int:
+        """Number of virtual tokens of an adapter; 0 for `"__base__"`."""
+        return self.input_tuning_prompt[name].weight.shape[0] if name in self.input_tuning_prompt else 0
+
+    # ---- making and removing adapters ---------------------------------------------------------------------------
+
+    def update_layer(self, adapter_name: str, config: InputTuningConfig) -> None:
+        """Adds an adapter with its first weights.
+
+        An adapter that will be read from a file gets NaN instead: what the file does not hold is then noticed at the
+        first use, not silently random.
+        """
+        width = self.embedding_dim
+        hidden = 2 * width if config.adapter_hidden_dim is None else config.adapter_hidden_dim
+        from_file = config.weights_in_checkpoint or config.inference_mode
+        prompt = None
+        if config.num_virtual_tokens and not from_file:
+            prompt = initial_prompt(config, self.base_layer)  # may fail, so before anything is changed
+        for container in (*self.adapter_layer_names, *self.other_param_names):
+            if adapter_name in getattr(self, container):
+                del getattr(self, container)[adapter_name]
+        if config.num_virtual_tokens:
+            self.input_tuning_prompt[adapter_name] = SoftPrompt(config.num_virtual_tokens, width)
+        if hidden:
+            self.input_tuning_fc1[adapter_name] = nn.Linear(width, hidden, bias=config.adapter_bias)
+            self.input_tuning_fc2[adapter_name] = nn.Linear(hidden, width, bias=config.adapter_bias)
+            self.input_tuning_activation[adapter_name] = ACT2FN[config.adapter_activation]
+            self.input_tuning_dropout[adapter_name] = nn.Dropout(config.adapter_dropout)
+        if from_file:
+            self.awaiting_weights.add(adapter_name)
+        self._reset_adapter(adapter_name, prompt, config.init_weights)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    @torch.no_grad()
+    def _reset_adapter(self, name: str, prompt: Tensor | None, zero_start: bool) -> None:
+        parameters = [p for _, p in self.named_adapter_parameters(name)]
+        if any(p.is_meta for p in parameters):
+            return  # low_cpu_mem_usage: the file's tensors take the place of these
+        if name in self.awaiting_weights:
+            for parameter in parameters:
+                parameter.fill_(float("nan"))
+            return
+        if prompt is not None:
+            self.input_tuning_prompt[name].weight.copy_(prompt)
+        if name in self.input_tuning_fc2 and zero_start:
+            for parameter in self.input_tuning_fc2[name].parameters():
+                parameter.zero_()
+
+    def named_adapter_parameters(self, name: str) -> list[tuple[str, nn.Parameter]]:
+        """The parameters of one adapter, as `("input_tuning_fc1.weight", parameter)`."""
+        return [
+            (f"{container}.{key}", parameter)
+            for container in self.adapter_layer_names
+            if name in getattr(self, container)
+            for key, parameter in getattr(self, container)[name].named_parameters()
+        ]
+
+    def check_weights_have_come(self, name: str) -> None:
+        """Raises where an adapter that was to be read from a file still has values that the file did not bring."""
+        if name not in self.awaiting_weights or torch.compiler.is_compiling():
+            return
+        for key, parameter in self.named_adapter_parameters(name):
+            if parameter.is_meta or not torch.isfinite(parameter).all():
+                raise ValueError(
+                    f"Adapter {name!r} has no usable weights: `{key}` was not in the file that was loaded, or the "
+                    "file holds NaN or infinite values. Load the adapter again from a complete file. To train a new "
+                    "adapter with a saved configuration, set its `weights_in_checkpoint` and `inference_mode` to False."
+                )
+        self.awaiting_weights.discard(name)
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        ours = [name for name in names if self.has_adapter(name)]
+        if len(ours) > 1:
+            raise ValueError(
+                f"Only one input-tuning adapter can be active for a whole batch, got {ours}. Activate one of them, or "
+                "give each row its adapter with `adapter_names=[...]`."
+            )
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        self.awaiting_weights.discard(adapter_name)
+        super().delete_adapter(adapter_name)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        if device is None:
+            device = self._execution_device()
+        super()._move_adapter_to_device_of_base_layer(adapter_name, device)
+
+    def _execution_device(self) -> torch.device | None:
+        """Where an offloaded embedding runs; its weight itself is on "meta" then (accelerate's `_hf_hook`)."""
+        device = getattr(getattr(self.base_layer, "_hf_hook", None), "execution_device", None)
+        return None if device is None else torch.device(device)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        raise ValueError(MERGE_ERROR)
+
+    def unmerge(self) -> None:
+        raise ValueError("There is no merged input-tuning adapter to unmerge. " + MERGE_ERROR)
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """Called by PEFT. Gives back exactly what was wrapped, another method's layer included."""
+        if merge:
+            self.merge(safe_merge, adapter_names)
+        return self.base_layer
+
+    # ---- forward ------------------------------------------------------------------------------------------------
+
+    def forward(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """`(batch, length)` ids → `(batch, length, embedding_dim)` adapted embeddings."""
+        embeddings = self.base_layer(input_ids, *args, **kwargs)
+        rows = None if self.disable_adapters else current_row_adapters()
+        if rows is not None:
+            return self._adapt_rows(embeddings, rows.names_of(embeddings.shape[0]))
+        name = self.enabled_adapter
+        return embeddings if name is None else self.adapt(embeddings, name)
+
+    def adapt(self, embeddings: Tensor, name: str) -> Tensor:
+        """One adapter's T(e), `(..., embedding_dim)` → `(..., embedding_dim)` (paper, figure 4)."""
+        self.check_weights_have_come(name)
+        if name not in self.input_tuning_fc1:
+            return embeddings
+        return adapt(
+            embeddings,
+            self.input_tuning_fc1[name],
+            self.input_tuning_activation[name],
+            self.input_tuning_dropout[name],
+            self.input_tuning_fc2[name],
+        )
+
+    def _adapt_rows(self, embeddings: Tensor, names: list[str]) -> Tensor:
+        """Each row with its own adapter; an adapter's work is done for its rows only."""
+        adapted = embeddings.clone()
+        for name in dict.fromkeys(names):
+            if name == BASE:
+                continue
+            rows = torch.tensor([i for i, other in enumerate(names) if other == name], device=embeddings.device)
+            adapted[rows] = self.adapt(embeddings[rows], name)
+        return adapted
+
+    def prompt_rows(self, batch: int, slots: int) -> Tensor:
+        """The prompt of each row, at the right end of its slots: `(batch, slots, embedding_dim)`."""
+        rows = current_row_adapters()
+        if rows is None:
+            name = self.enabled_adapter
+            self.check_weights_have_come(name)
+            return self.input_tuning_prompt[name]().unsqueeze(0).expand(batch, -1, -1)
+        names = rows.names_of(batch)
+        distinct = list(dict.fromkeys(names))
+        table = torch.stack([self._padded_prompt(name, slots) for name in distinct])
+        return table[torch.tensor([distinct.index(name) for name in names], device=table.device)]
+
+    def _padded_prompt(self, name: str, slots: int) -> Tensor:
+        if not self.prompt_length(name):
+            reference = next(iter(self.input_tuning_prompt.values())).weight
+            return reference.new_zeros(slots, reference.shape[1])
+        self.check_weights_have_come(name)
+        prompt = self.input_tuning_prompt[name]()
+        return nn.functional.pad(prompt, (0, 0, slots - prompt.shape[0], 0))
+
+    # ---- being the embedding for the rest of the world ------------------------------------------------------------
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """`tie_weights()` of T5 and BART assigns to `.weight`: that is the base layer's."""
+        if name == "weight":
+            self.get_base_layer().register_parameter(name, param)
+        else:
+            super().register_parameter(name, param)
+
+    def __repr__(self) -> str:
+        return "input_tuning." + super().__repr__()

@@ -1,0 +1,212 @@
+"""`InputTuningModel`: input-tuning as a tuner of PEFT.
+
+It wraps the word embedding of the model's backbone (`layer.py`) and puts hooks on the backbone (`backbone.py`). All
+the rest, saving, switching, disabling, is PEFT's. What is added here: checks before anything is changed, mixed batches
+(`adapter_names=[...]`), static caches in `generate`, and a strict reading of adapter files.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from peft.config import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+from .backbone import find_backbone, install_hooks, remove_hooks
+from .checkpoint import check_adapter_state_dict
+from .config import InputTuningConfig
+from .layer import MERGE_ERROR, InputTuningLayer
+from .row_adapters import BASE, RowAdapters, prompt_in_place, use_row_adapters
+from .static_cache import input_with_prompt, uses_static_cache
+
+MAX_HIDDEN_RATIO = 64  # an input-adapter wider than this many embeddings is a mistake, not a choice
+
+
+class InputTuningModel(BaseTuner):
+    """The tuner that `get_peft_model` makes of a model and an `InputTuningConfig`.
+
+    Args:
+        model: a model of transformers (or any module with `get_input_embeddings` around one).
+        peft_config: the configuration, or a dict of one for each adapter.
+        adapter_name: the adapter's name.
+    """
+
+    prefix = "input_tuning_"
+    tuner_layer_cls = InputTuningLayer
+
+    # ---- injection ----------------------------------------------------------------------------------------------
+
+    def _check_new_adapter_config(self, config: PeftConfig) -> None:
+        """First step of PEFT's `inject_adapter`: whatever is wrong is said here, before the model is touched."""
+        super()._check_new_adapter_config(config)
+        if not isinstance(config, InputTuningConfig):
+            raise ValueError(f"`peft_config` must be an InputTuningConfig, got {type(config).__name__}.")
+        backbone_path, embedding_path = find_backbone(self.model)
+        backbone = self.model.get_submodule(backbone_path)
+        embedding = backbone.get_submodule(embedding_path)
+        self.embedding_path = ".".join(filter(None, (backbone_path, embedding_path)))
+        self._backbone_paths = backbone_path, embedding_path
+        _check_modules_to_save(config, self.embedding_path)
+        _check_sizes(config, embedding.embedding_dim, getattr(backbone.config, "max_position_embeddings", None))
+
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
+        return peft_config  # no target_modules to look up
+
+    def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
+        """After `resize_token_embeddings`, T5 and BART use one module in three places. The encoder gets its own (with
+        the same weight), or wrapping its embedding would wrap the decoder's too or miss the encoder's."""
+        embedding = model.get_submodule(self.embedding_path)
+        places = [path for path, module in model.named_modules(remove_duplicate=False) if module is embedding]
+        if len(places) == 1 or isinstance(embedding, InputTuningLayer):
+            return
+        own = copy.copy(embedding)
+        own._parameters = dict(embedding._parameters)
+        own._buffers = dict(embedding._buffers)
+        parent, _, name = self.embedding_path.rpartition(".")
+        setattr(model.get_submodule(parent), name, own)
+        self._shared_embedding = next(path for path in places if path != self.embedding_path)
+
+    def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> bool:
+        return key == self.embedding_path
+
+    def _create_and_replace(
+        self, peft_config, adapter_name, target, target_name, parent, current_key, parameter_name=None
+    ) -> None:
+        if isinstance(target, InputTuningLayer):
+            target.update_layer(adapter_name, peft_config)
+            return
+        layer = InputTuningLayer(target)
+        layer._active_adapter = adapter_name
+        layer.update_layer(adapter_name, peft_config)
+        self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        setattr(parent, child_name, new_module)
+
+    def _post_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
+        """Runs once for each tuner; transformers' `add_adapter` makes a tuner for each adapter."""
+        install_hooks(model, *self._backbone_paths)
+
+    @property
+    def layer(self) -> InputTuningLayer:
+        """The wrapped embedding."""
+        return self.model.get_submodule(self.embedding_path)
+
+    # ---- switching, unloading, merging --------------------------------------------------------------------------
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        unknown = [name for name in names if name not in self.peft_config]
+        if unknown:
+            raise ValueError(f"Unknown adapter {unknown[0]!r}. Known: {sorted(self.peft_config)}.")
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+
+    def _check_merge_allowed(self) -> None:
+        raise ValueError(MERGE_ERROR)
+
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+        model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
+        remove_hooks(model)
+        shared = getattr(self, "_shared_embedding", None)
+        if shared is not None:
+            parent, _, name = self.embedding_path.rpartition(".")
+            setattr(model.get_submodule(parent), name, model.get_submodule(shared))
+        return model
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Module:
+        """The embedding is wrapped now, so only a resize that changes nothing is possible."""
+        if new_num_tokens in (None, self.layer.num_embeddings) and not kwargs.get("pad_to_multiple_of"):
+            return self.layer
+        raise ValueError(
+            f"`new_num_tokens` is {new_num_tokens}, but the embedding ({self.layer.num_embeddings} tokens) cannot be "
+            "resized once input-tuning wraps it. Resize the base model first, then call get_peft_model."
+        )
+
+    # ---- files --------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Hook of PEFT (>= 0.21) between reading a file and using it: refuses files that do not fit."""
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        check_adapter_state_dict(model, adapter_name, remapped)
+        return remapped
+
+    # ---- calls --------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Called by PEFT around `forward` and `generate`: `adapter_names=[...]` gives each row its adapter."""
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        rows = self._row_adapters(names)
+        with ExitStack() as stack:
+            stack.enter_context(use_row_adapters(rows))
+            # Compiled code would not see the rows of this call.
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+            for module in self.model.modules():
+                if isinstance(module, AuxiliaryTrainingWrapper):  # modules_to_save, a classification head
+                    hook = partial(_pass_adapter_names, names=list(rows.names))
+                    stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            yield
+
+    def _row_adapters(self, names: list[str]) -> RowAdapters:
+        if torch.compiler.is_compiling():
+            raise ValueError("`adapter_names` cannot be used inside torch.compile. Call the model outside of it.")
+        if self.training:
+            raise ValueError("`adapter_names` is for inference, and the model is in training mode. Call `eval()` first.")
+        if not names:
+            raise ValueError("`adapter_names` is empty. Pass one name a row.")
+        known = [BASE, *sorted(self.peft_config)]
+        unknown = [name for name in names if name not in known]
+        if unknown:
+            raise ValueError(f"`adapter_names` has the unknown name {unknown[0]!r}. Known: {known}.")
+        layer = self.layer
+        return RowAdapters(tuple(names), tuple(layer.prompt_length(name) for name in names))
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """`generate` of the model. Static caches get room for the virtual tokens: the prompt is put in front here."""
+        if uses_static_cache(self.model, kwargs):
+            prepared = input_with_prompt(self.model, self.layer, args, kwargs)
+            if prepared is not None:
+                with prompt_in_place():
+                    return self.model.generate(**prepared)
+        return self.model.generate(*args, **kwargs)
+
+
+def _pass_adapter_names(module: nn.Module, args: tuple, kwargs: dict[str, Any], *, names: list[str]):
+    rows = args[0].shape[0] if args else len(names)
+    repeated = [name for name in names for _ in range(max(1, rows // len(names)))]
+    return args, {**kwargs, "adapter_names": repeated}
+
+
+def _check_modules_to_save(config: InputTuningConfig, embedding_path: str) -> None:
+    for name in config.modules_to_save or []:
+        if embedding_path.endswith(name):
+            raise ValueError(
+                f"`modules_to_save` names {name!r}, which is the word embedding that the input-adapter wraps. Remove "
+                "it: the adapter changes the embeddings of all tokens already."
+            )
+
+
+def _check_sizes(config: InputTuningConfig, embedding_dim: int, max_positions: int | None) -> None:
+    if max_positions and config.num_virtual_tokens >= max_positions:
+        raise ValueError(
+            f"`num_virtual_tokens` is {config.num_virtual_tokens}, but the model has {max_positions} positions in "
+            "all. Use a shorter prompt; 5 to 200 virtual tokens are usual."
+        )
+    if (config.adapter_hidden_dim or 0) > MAX_HIDDEN_RATIO * embedding_dim:
+        raise ValueError(
+            f"`adapter_hidden_dim` is {config.adapter_hidden_dim}, more than {MAX_HIDDEN_RATIO} times the embedding "
+            f"size {embedding_dim}. The paper uses 2 times; leave it at None for that."
+        )

@@ -1,0 +1,59 @@
+"""The two things that input-tuning trains, as plain modules. Knows torch only.
+
+    SoftPrompt      num_virtual_tokens rows in front of the input                       (paper, section 3.1)
+    InputAdapter    T(x) = x + W2 · act(W1 · x), a residual MLP over word embeddings    (paper, figure 4)
+
+`InputAdapter` is a function rather than a module: PEFT keeps one flat, prefixed container for each kind of weight
+(`input_tuning_fc1[adapter]`, `input_tuning_fc2[adapter]`, ...), since an adapter's name is taken out of a file's keys
+only where it is the second to last part of the key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+
+class SoftPrompt(nn.Module):
+    """The virtual tokens of one adapter.
+
+    A module around a single parameter, not an `nn.Parameter` in a `ParameterDict`: those lose `requires_grad=False`
+    when PEFT casts the adapter's dtype.
+
+    Args:
+        num_virtual_tokens: number of rows, >= 1.
+        embedding_dim: size of the word embeddings.
+    """
+
+    def __init__(self, num_virtual_tokens: int, embedding_dim: int, device=None, dtype=None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_virtual_tokens, embedding_dim, device=device, dtype=dtype))
+
+    def forward(self) -> Tensor:
+        """Returns the prompt, `(num_virtual_tokens, embedding_dim)`."""
+        return self.weight
+
+    def extra_repr(self) -> str:
+        return f"num_virtual_tokens={self.weight.shape[0]}, embedding_dim={self.weight.shape[1]}"
+
+
+def adapt(embeddings: Tensor, fc1: nn.Module, activation: Callable, dropout: nn.Module, fc2: nn.Module) -> Tensor:
+    """The input-adapter, T(x) = x + W2 · act(W1 · x) (paper, figure 4).
+
+    The MLP runs in the dtype of its weights (PEFT keeps them in float32 over a bfloat16 base); the skip connection
+    and the result stay in the dtype of the embeddings, so that a zero W2 changes no bit.
+
+    Args:
+        embeddings: `(..., embedding_dim)`.
+        fc1: W1, embedding_dim → hidden_dim.
+        activation: element-wise.
+        dropout: over the activations; the paper draws none.
+        fc2: W2, hidden_dim → embedding_dim.
+
+    Returns:
+        `(..., embedding_dim)`, the dtype of `embeddings`.
+    """
+    hidden = activation(fc1(embeddings.to(fc1.weight.dtype)))
+    return embeddings + fc2(dropout(hidden)).to(embeddings.dtype)

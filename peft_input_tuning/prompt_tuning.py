@@ -1,0 +1,53 @@
+"""From PEFT's prompt-tuning to input-tuning: a trained soft prompt becomes the start of an input-tuning adapter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model
+from peft.tuners.prompt_tuning import PromptTuningConfig, PromptTuningInit
+
+from .config import InputTuningConfig
+from .layer import InputTuningLayer
+
+
+def from_prompt_tuning(prompt_tuned: PeftModel, adapter_name: str | None = None, **changes: Any) -> PeftModel:
+    """A new `PeftModel` on the same base whose prompt is the trained one; with W2 = 0 it gives the same logits.
+
+    Args:
+        prompt_tuned: a `PeftModel` with a PROMPT_TUNING adapter. It shares its base model with the result and should
+            not be used any more.
+        adapter_name: the adapter to take; None is the active one.
+        **changes: fields of `InputTuningConfig`, for example `adapter_hidden_dim=64`.
+
+    Raises:
+        ValueError: another kind of adapter, a prompt for the decoder too, or a changed `num_virtual_tokens`.
+    """
+    name = adapter_name or prompt_tuned.active_adapter
+    config = prompt_tuned.peft_config.get(name)
+    if not isinstance(config, PromptTuningConfig):
+        raise ValueError(
+            f"Adapter {name!r} must be a PROMPT_TUNING adapter, got {type(config).__name__}. "
+            f"Adapters of this model: {sorted(prompt_tuned.peft_config)}."
+        )
+    prompt = prompt_tuned.prompt_encoder[name].embedding.weight.detach().clone()
+    if len(prompt) != config.num_virtual_tokens:
+        raise ValueError(
+            f"Adapter {name!r} has {len(prompt)} virtual tokens for encoder and decoder together. Input-tuning has a "
+            "prompt for the encoder only. Train with num_transformer_submodules=1 to convert the prompt."
+        )
+    if changes.get("num_virtual_tokens", len(prompt)) != len(prompt):
+        raise ValueError(
+            f"`num_virtual_tokens` must stay {len(prompt)}, the length of the trained prompt, got "
+            f"{changes['num_virtual_tokens']}."
+        )
+    changes = {"prompt_tuning_init": PromptTuningInit.RANDOM, "tokenizer_kwargs": None, **changes}
+    model = get_peft_model(
+        prompt_tuned.get_base_model(), InputTuningConfig.from_prompt_tuning(config, **changes), adapter_name=name
+    )
+    layer = next(module for module in model.modules() if isinstance(module, InputTuningLayer))
+    weight = layer.input_tuning_prompt[name].weight
+    with torch.no_grad():
+        weight.copy_(prompt.to(weight))
+    return model

@@ -1,0 +1,81 @@
+"""Which adapter each row of the current call uses (`adapter_names=[...]`), and whether its prompt is already in place.
+
+Both are properties of one call, not of the model: two threads may call one model with different rows. So they live in
+context variables, which every thread has for itself. Compiled code does not read them: `InputTuningModel` runs calls
+with `adapter_names` eagerly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+import torch
+
+BASE = "__base__"  # PEFT's name for "no adapter" in a mixed batch
+
+
+@dataclass(frozen=True)
+class RowAdapters:
+    """The adapter and the prompt length of each row as the caller counts rows (before beams repeat them)."""
+
+    names: tuple[str, ...]
+    prompt_lengths: tuple[int, ...]
+
+    def _repeats(self, batch: int) -> int:
+        if batch % len(self.names):
+            raise ValueError(
+                f"`adapter_names` has {len(self.names)} names for a batch of {batch} rows. Pass one name a row."
+            )
+        return batch // len(self.names)
+
+    def names_of(self, batch: int) -> list[str]:
+        """The names, repeated for beams and return sequences."""
+        repeats = self._repeats(batch)
+        return [name for name in self.names for _ in range(repeats)]
+
+    def lengths_of(self, batch: int, device: torch.device) -> torch.Tensor | None:
+        """Prompt lengths `(batch, 1)`; None where all are the same."""
+        repeats = self._repeats(batch)
+        if len(set(self.prompt_lengths)) == 1:
+            return None
+        lengths = torch.tensor(self.prompt_lengths, device=device).unsqueeze(1)
+        return lengths.repeat_interleave(repeats, dim=0)
+
+    @property
+    def slots(self) -> int:
+        return max(self.prompt_lengths)
+
+
+_row_adapters: ContextVar[RowAdapters | None] = ContextVar("row_adapters", default=None)
+_prompt_in_place: ContextVar[bool] = ContextVar("prompt_in_place", default=False)
+
+
+def current_row_adapters() -> RowAdapters | None:
+    """The rows of the call that is under way; None where one adapter serves the whole batch."""
+    return None if torch.compiler.is_compiling() else _row_adapters.get()
+
+
+def is_prompt_in_place() -> bool:
+    """Whether the caller's embeddings hold the virtual tokens already."""
+    return False if torch.compiler.is_compiling() else _prompt_in_place.get()
+
+
+@contextmanager
+def use_row_adapters(rows: RowAdapters) -> Iterator[None]:
+    token = _row_adapters.set(rows)
+    try:
+        yield
+    finally:
+        _row_adapters.reset(token)
+
+
+@contextmanager
+def prompt_in_place() -> Iterator[None]:
+    token = _prompt_in_place.set(True)
+    try:
+        yield
+    finally:
+        _prompt_in_place.reset(token)

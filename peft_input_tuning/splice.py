@@ -1,0 +1,151 @@
+"""Where the virtual tokens stand in a batch: putting them in, taking them out. Pure functions of tensors.
+
+A row of a batch is `[left pads | tokens | right pads]`. With its prompt it becomes
+
+    [ slack | left pads | prompt | tokens | right pads ]        slack = "left"
+    [ left pads | prompt | tokens | right pads | slack ]        slack = "right"
+
+The prompt stands next to the tokens, never before the pads: otherwise a left-padded row would differ from the same row
+alone (sliding windows, rotary and relative positions see the distance). Slack is what is left over where the rows of a
+batch have prompts of different lengths; it is masked. It goes to the left, so that tokens generated later follow the
+row's last token; models that number positions by the place in the row (BART) want it on the right.
+
+One index, gathered once, serves embeddings, masks, token types and positions alike, and nothing in it depends on the
+data in a way that would make a GPU wait.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def count_left_pads(mask: Tensor) -> Tensor:
+    """Number of masked places before the first token of each row: `(batch, length)` → `(batch, 1)`.
+
+    A row without any token counts as all left pads.
+    """
+    is_token = mask != 0
+    first = is_token.int().argmax(dim=-1, keepdim=True)
+    return torch.where(is_token.any(dim=-1, keepdim=True), first, mask.shape[-1])
+
+
+def repeat_rows(rows: Tensor, batch: int) -> Tensor:
+    """Repeats each row for the beams and return sequences of `generate`: `(b, ...)` → `(batch, ...)`, b | batch."""
+    if rows.shape[0] == batch:
+        return rows
+    return rows.repeat_interleave(batch // rows.shape[0], dim=0)
+
+
+def _gather(x: Tensor, index: Tensor, dim: int = 1) -> Tensor:
+    """Picks places along `dim`, row by row: `index` is `(batch, places)`, dim 0 of `x` is the batch."""
+    dim = dim % x.ndim
+    shape = [1] * x.ndim
+    shape[0], shape[dim] = index.shape
+    target = list(x.shape)
+    target[dim] = index.shape[1]
+    return x.gather(dim, index.view(shape).expand(target))
+
+
+@dataclass(frozen=True)
+class PromptLayout:
+    """How the prompts stand in the rows of one batch.
+
+    Args:
+        slots: places added to each row, the length of the longest prompt.
+        lengths: `(batch, 1)`, each row's prompt length; None where all have `slots`.
+        pads: `(batch, 1)`, each row's left pads; None where there are none (no mask).
+        slack: "left" or "right", see the module's picture.
+    """
+
+    slots: int
+    lengths: Tensor | None = None
+    pads: Tensor | None = None
+    slack: str = "left"
+
+    def index(self, length: int) -> Tensor | None:
+        """Places to take from `[slots right-aligned prompt places | length places of x]`, `(batch, slots + length)`.
+
+        None where that is already the wanted order.
+        """
+        reference = self.pads if self.pads is not None else self.lengths
+        if reference is None:
+            return None
+        slots = self.slots
+        pads = self.pads if self.pads is not None else torch.zeros_like(reference)
+        lengths = self.lengths if self.lengths is not None else torch.full_like(reference, slots)
+        at = torch.arange(slots + length, device=reference.device)
+        unused = slots - lengths
+        if self.slack == "left":
+            start = pads + unused  # of the prompt
+            x_after, x_before, leftover = at, at + lengths, at
+            is_leftover = at < unused
+        else:
+            start = pads
+            x_after, x_before, leftover = at + unused, at + slots, at - length - lengths
+            is_leftover = at >= length + lengths
+        in_prompt = at - start + unused
+        index = torch.where(at < start, x_before, torch.where(at < start + lengths, in_prompt, x_after))
+        return torch.where(is_leftover, leftover, index)
+
+    def join(self, prompt: Tensor, x: Tensor) -> Tensor:
+        """Puts `prompt` `(batch, slots, ...)` into `x` `(batch, length, ...)` → `(batch, slots + length, ...)`."""
+        joined = torch.cat([prompt.to(x.dtype), x], dim=1)
+        index = self.index(x.shape[1])
+        return joined if index is None else _gather(joined, index)
+
+    def join_mask(self, mask: Tensor | None, batch: int, length: int) -> Tensor | None:
+        """The mask with virtual tokens visible and slack hidden, `(batch, slots + length)`; None stays None if it can."""
+        if mask is None:
+            if self.lengths is None:
+                return None
+            mask = torch.ones(batch, length, dtype=torch.long, device=self.lengths.device)
+        visible = torch.ones(mask.shape[0], self.slots, dtype=mask.dtype, device=mask.device)
+        if self.lengths is not None:
+            visible = (torch.arange(self.slots, device=mask.device) >= self.slots - self.lengths).to(mask.dtype)
+        return self.join(visible, mask)
+
+    def join_positions(self, positions: Tensor) -> Tensor:
+        """Positions `(batch or 1, length)` → `(.., slots + length)`: the prompt takes the first token's position and
+        those after it; tokens move on by the row's prompt length; pads stay where they were."""
+        slots, length = self.slots, positions.shape[1]
+        reference = self.pads if self.pads is not None else self.lengths
+        if reference is not None:
+            positions = positions.expand(reference.shape[0], -1)
+        pads = 0 if self.pads is None else self.pads
+        lengths = slots if self.lengths is None else self.lengths
+        first = positions[:, :1] if self.pads is None else positions.gather(1, self.pads.clamp(max=length - 1))
+        prompt = first + (torch.arange(slots, device=positions.device) - (slots - lengths)).clamp(min=0)
+        moved = positions + torch.where(torch.arange(length, device=positions.device) >= pads, lengths, 0)
+        return self.join(prompt, moved)
+
+    def shift_positions(self, positions: Tensor) -> Tensor:
+        """Positions of tokens that follow a prompt which is already in the cache."""
+        return positions + (self.slots if self.lengths is None else self.lengths)
+
+    def remove(self, x: Tensor, dim: int = 1) -> Tensor:
+        """Takes the prompt out again: places along `dim` go from slots + length to length.
+
+        Tokens come back at their own places. With slack on the left, what stands at left pads is not what the pads
+        got (nothing reads it), which makes this a slice instead of a gather.
+        """
+        length = x.shape[dim] - self.slots
+        if self.slack == "left" or self.lengths is None:
+            return x.narrow(dim, self.slots, length)
+        at = torch.arange(length, device=x.device)
+        pads = 0 if self.pads is None else self.pads
+        return _gather(x, at + torch.where(at >= pads, self.lengths, 0), dim)
+
+    def to(self, device: torch.device) -> PromptLayout:
+        """The same layout on another device."""
+        lengths = None if self.lengths is None else self.lengths.to(device)
+        pads = None if self.pads is None else self.pads.to(device)
+        return PromptLayout(self.slots, lengths, pads, self.slack)
+
+    def repeated(self, batch: int) -> PromptLayout:
+        """The same layout for a batch whose rows were repeated."""
+        lengths = None if self.lengths is None else repeat_rows(self.lengths, batch)
+        pads = None if self.pads is None else repeat_rows(self.pads, batch)
+        return PromptLayout(self.slots, lengths, pads, self.slack)

@@ -1,0 +1,109 @@
+"""Static caches: their masks arrive already expanded and their length is fixed before the backbone is reached, so the
+prompt is put in front of the input here, at `generate`, and the hooks stand aside."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig
+
+from .layer import InputTuningLayer
+from .row_adapters import current_row_adapters
+from .splice import PromptLayout, count_left_pads
+
+DEFAULT_MAX_LENGTH = 20  # of transformers' generate, counted in new tokens beside embeddings
+
+
+def _setting(model: nn.Module, kwargs: dict[str, Any], name: str) -> Any:
+    """A setting of this call: its own argument, its generation_config, the model's."""
+    if kwargs.get(name) is not None:
+        return kwargs[name]
+    for config in (kwargs.get("generation_config"), model.generation_config):
+        if isinstance(config, GenerationConfig) and getattr(config, name, None) is not None:
+            return getattr(config, name)
+    return None
+
+
+def uses_static_cache(model: nn.Module, kwargs: dict[str, Any]) -> bool:
+    """Whether `generate(**kwargs)` of a decoder-only model will use a cache of fixed size."""
+    if getattr(model.config, "is_encoder_decoder", False):
+        return False
+    if getattr(kwargs.get("past_key_values"), "is_compileable", False):
+        return True
+    implementation = _setting(model, kwargs, "cache_implementation") or ""
+    return "static" in implementation or implementation in ("hybrid", "sliding_window")
+
+
+def input_with_prompt(
+    model: nn.Module, layer: InputTuningLayer, args: tuple, kwargs: dict[str, Any]
+) -> dict[str, Any] | None:
+    """The arguments of a `generate` call with the virtual tokens in front of the input.
+
+    Returns:
+        Arguments with `inputs_embeds` `(batch, slots + length, dim)`, its mask, and the ids, so that full sequences
+        come back; None where there is no prompt to put in.
+    """
+    rows, name = current_row_adapters(), layer.enabled_adapter
+    slots = 0
+    if not layer.disable_adapters:
+        slots = rows.slots if rows is not None else layer.prompt_length(name) if name else 0
+    if not slots:
+        return None
+    cache = kwargs.get("past_key_values")
+    if cache is not None and int(cache.get_seq_length()):
+        raise ValueError(
+            f"`past_key_values` is a {type(cache).__name__} of fixed size that is not empty: going on from it is not "
+            "supported with virtual tokens. Pass an empty one (`.reset()`), or use a dynamic cache."
+        )
+    kwargs = dict(kwargs)
+    if args:
+        kwargs["inputs"] = args[0]
+    if len(args) > 1:
+        kwargs["generation_config"] = args[1]
+    if len(args) > 2:
+        raise ValueError("Pass the arguments of `generate` after `generation_config` by name.")
+    ids = kwargs.pop("inputs", None)
+    ids = kwargs.pop("input_ids", None) if ids is None else ids
+    x = kwargs.get("inputs_embeds")
+    kwargs.pop("position_ids", None)  # generate derives them from the mask, for the prompt too
+    if ids is None and x is None:
+        raise ValueError("`generate` needs `input_ids` or `inputs_embeds`, got neither.")
+    x = layer(ids.to(layer.weight.device)) if x is None else x
+    batch, length = x.shape[:2]
+    mask = kwargs.get("attention_mask")
+    mask = _mask_of(model, ids, kwargs) if mask is None else mask
+    layout = PromptLayout(
+        slots,
+        lengths=None if rows is None else rows.lengths_of(batch, x.device),
+        pads=None if mask is None else count_left_pads(mask.to(x.device)),
+    )
+    mask = torch.ones(batch, length, dtype=torch.long) if mask is None else mask
+    kwargs["inputs_embeds"] = layout.join(layer.prompt_rows(batch, slots), x)
+    kwargs["attention_mask"] = layout.join_mask(mask.to(x.device), batch, length)
+    if ids is not None:
+        kwargs["input_ids"] = ids
+    _count_new_tokens(model, kwargs, 0 if ids is None else ids.shape[1])
+    return kwargs
+
+
+def _mask_of(model: nn.Module, ids: Tensor | None, kwargs: dict[str, Any]) -> Tensor | None:
+    """The mask that `generate` would infer from padding in the ids; beside embeddings it does not look."""
+    pad, eos = _setting(model, kwargs, "pad_token_id"), _setting(model, kwargs, "eos_token_id")
+    if ids is None or pad is None or pad in (eos if isinstance(eos, list) else [eos]) or not (ids == pad).any():
+        return None
+    return (ids != pad).long()
+
+
+def _count_new_tokens(model: nn.Module, kwargs: dict[str, Any], length: int) -> None:
+    """Lengths that count the input become numbers of new tokens: the input is longer now."""
+    for total, new, default in (("max_length", "max_new_tokens", length + DEFAULT_MAX_LENGTH), ("min_length", "min_new_tokens", None)):
+        limit = _setting(model, kwargs, new)
+        if limit is None:
+            whole = _setting(model, kwargs, total)
+            whole = default if whole is None else whole
+            limit = None if whole is None else max(whole - length, 0)
+        kwargs.pop(total, None)
+        if limit is not None:
+            kwargs[new] = limit

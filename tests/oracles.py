@@ -1,0 +1,71 @@
+"""What input-tuning should give, worked out without the package: the formula of the paper on an untouched base model,
+one row at a time, without masks, caches or hooks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+
+def adapter_weights(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
+    """The tensors of one adapter by their last names ("prompt.weight", "fc1.weight", ...), read from the state dict."""
+    found = {}
+    for key, value in model.state_dict().items():
+        parts = key.split(".")
+        if len(parts) > 2 and parts[-2] == name and parts[-3].startswith("input_tuning_"):
+            found[f"{parts[-3].removeprefix('input_tuning_')}.{parts[-1]}"] = value.detach()
+    return found
+
+
+def transform(weights: dict[str, Tensor], e: Tensor, activation: str = "relu") -> Tensor:
+    """T(e) = e + W2 · act(W1 · e), written out."""
+    if "fc1.weight" not in weights:
+        return e
+    hidden = e @ weights["fc1.weight"].T
+    if "fc1.bias" in weights:
+        hidden = hidden + weights["fc1.bias"]
+    out = ACT2FN[activation](hidden) @ weights["fc2.weight"].T
+    if "fc2.bias" in weights:
+        out = out + weights["fc2.bias"]
+    return e + out
+
+
+def encoder_of(base: nn.Module) -> nn.Module:
+    return base.get_encoder() if base.config.is_encoder_decoder else base
+
+
+def embed(base: nn.Module, weights: dict[str, Tensor], row: Tensor, activation: str = "relu") -> Tensor:
+    """`(length,)` ids → `(1, P + length, dim)`: the prompt, then the adapted embeddings."""
+    e = transform(weights, encoder_of(base).get_input_embeddings()(row), activation)
+    prompt = weights.get("prompt.weight")
+    return (e if prompt is None else torch.cat([prompt.to(e.dtype), e])).unsqueeze(0)
+
+
+def prompt_length(weights: dict[str, Tensor]) -> int:
+    return len(weights["prompt.weight"]) if "prompt.weight" in weights else 0
+
+
+@torch.no_grad()
+def row_output(base: nn.Module, weights: dict[str, Tensor], row: Tensor, activation: str = "relu", **kwargs) -> Tensor:
+    """Logits, or the last hidden state of a model without a head, for one row of ids: `(length, ...)`."""
+    x = embed(base, weights, row, activation)
+    out = base(inputs_embeds=x, **kwargs)
+    main = out.logits if "logits" in out else out.last_hidden_state
+    if base.config.is_encoder_decoder or main.ndim == 2:
+        return main[0]
+    return main[0, prompt_length(weights) :]
+
+
+@torch.no_grad()
+def greedy(base: nn.Module, weights: dict[str, Tensor], row: Tensor, new_tokens: int, activation: str = "relu") -> Tensor:
+    """Greedy decoding of one row by full forward passes without a cache: the new tokens, `(new_tokens,)`."""
+    new: list[int] = []
+    for _ in range(new_tokens):
+        if base.config.is_encoder_decoder:
+            start = [base.config.decoder_start_token_id]
+            logits = row_output(base, weights, row, activation, decoder_input_ids=torch.tensor([start + new]))
+        else:
+            logits = row_output(base, weights, torch.cat([row, torch.tensor(new, dtype=row.dtype)]), activation)
+        new.append(int(logits[-1].argmax()))
+    return torch.tensor(new)
