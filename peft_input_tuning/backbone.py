@@ -31,7 +31,7 @@ from .layer import InputTuningLayer
 from .row_adapters import current_row_adapters, is_prompt_in_place
 from .splice import PromptLayout, count_left_pads
 
-LAYOUT_ON_CACHE = "_input_tuning_layout"
+MARK_ON_CACHE = "_input_tuning_prompt"
 FLASH_KWARGS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
@@ -62,12 +62,24 @@ class Backbone:
     adds_token_types: bool = False
 
 
+@dataclass(frozen=True)
+class CachedPrompt:
+    """The mark on a cache that holds a prompt.
+
+    Args:
+        layout: how the prompts stand in its rows; 0 slots where the caller's own input held them.
+        first_position: `(batch or 1, 1)`, the first token's position, where the caller passed positions.
+    """
+
+    layout: PromptLayout
+    first_position: Tensor | None = None
+
+
 class SplicedCall(dict):
     """The kwargs of one call of the backbone, and what its post-hook has to undo."""
 
-    layout: PromptLayout | None = None  # of a call that put a prompt in
+    cached: CachedPrompt | None = None  # of a call that put a prompt in
     as_tuple: bool = False  # the caller asked for return_dict=False
-    marks_cache: bool = False
 
 
 # ---- finding the modules -------------------------------------------------------------------------------------------
@@ -187,13 +199,13 @@ def put_prompt_in(backbone: nn.Module, args: tuple, kwargs: dict[str, Any], *, s
     call = SplicedCall(zip(site.parameters, args, strict=False))
     call.update(kwargs)
     cache = call.get("past_key_values")
-    layout = getattr(cache, LAYOUT_ON_CACHE, None)
-    if layout is not None and (layout.slots == 0 or cache.get_seq_length() > 0):
-        if layout.slots:
-            continue_after_prompt(call, cache, layout, layer, site)
+    cached = cached_prompt(cache)
+    if cached is not None:
+        if cached.layout.slots:
+            continue_after_prompt(call, cache, cached, layer, site)
         return (), call
     if is_prompt_in_place():
-        call.layout, call.marks_cache = PromptLayout(0), True
+        call.cached = CachedPrompt(PromptLayout(0))
         return (), call
     slots = prompt_slots(layer)
     if not slots or (cache is not None and not _is_empty(cache)):
@@ -203,8 +215,19 @@ def put_prompt_in(backbone: nn.Module, args: tuple, kwargs: dict[str, Any], *, s
     start_with_prompt(backbone, call, slots, layer, site)
     call.as_tuple = _wants_tuple(backbone, call)
     call["return_dict"] = True
-    call.marks_cache = True
     return (), call
+
+
+def cached_prompt(cache: Any) -> CachedPrompt | None:
+    """The mark on a cache; None where the cache is empty or was filled without a prompt.
+
+    The length of a cache that was filled from the caller's own input (0 slots) is not asked for: static caches keep it
+    on the device.
+    """
+    cached = getattr(cache, MARK_ON_CACHE, None)
+    if cached is None or (cached.layout.slots and not cache.get_seq_length()):
+        return None
+    return cached
 
 
 def prompt_slots(layer: InputTuningLayer) -> int:
@@ -230,12 +253,7 @@ def refuse_what_cannot_be_spliced(call: SplicedCall, cache: Any) -> None:
             f"`past_key_values` is a {type(cache).__name__} of fixed size, which has no room for the virtual tokens. "
             "Call `generate` of the PeftModel (with a task type), which makes room, or use a dynamic cache."
         )
-    if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
-        shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-        raise ValueError(
-            f"`attention_mask` must have the shape (batch, length), got {shape}: virtual tokens cannot be added to "
-            "a mask that is already expanded. Pass the two-dimensional mask."
-        )
+    refuse_expanded_mask(mask)
     packed = [name for name in FLASH_KWARGS if call.get(name) is not None]
     if packed:
         raise ValueError(
@@ -244,6 +262,15 @@ def refuse_what_cannot_be_spliced(call: SplicedCall, cache: Any) -> None:
         )
     if positions is not None:
         refuse_positions(positions, mask)
+
+
+def refuse_expanded_mask(mask: Any) -> None:
+    if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
+        shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(
+            f"`attention_mask` must have the shape (batch, length), got {shape}: virtual tokens cannot be added to "
+            "a mask that is already expanded. Pass the two-dimensional mask."
+        )
 
 
 def refuse_positions(positions: Tensor, mask: Tensor | None) -> None:
@@ -270,7 +297,7 @@ def start_with_prompt(
         return  # the backbone's own error says it best
     given = ids if x is None else x
     batch, length, device = given.shape[0], given.shape[1], given.device
-    mask, positions, types = call.get("attention_mask"), call.get("position_ids"), call.get("token_type_ids")
+    mask, given_positions, types = (call.get(name) for name in ("attention_mask", "position_ids", "token_type_ids"))
     mask = None if mask is None else mask.to(device)
     rows = current_row_adapters()
     layout = PromptLayout(
@@ -281,6 +308,7 @@ def start_with_prompt(
     )
     if layout.lengths is not None:
         refuse_mixed_lengths(backbone, site)
+    positions = given_positions
     if positions is None:
         positions = default_positions(backbone, ids, x, layout, site)
     if positions is not None:
@@ -297,7 +325,7 @@ def start_with_prompt(
         types = types.expand(batch, -1).to(device)
         call["token_type_ids"] = layout.join(types.new_zeros(batch, slots), types)
     call["inputs_embeds"] = layout.to(x.device).join(layer.prompt_rows(batch, slots), x)
-    call.layout = layout
+    call.cached = CachedPrompt(layout, first_position=None if given_positions is None else given_positions[:, :1])
 
 
 def refuse_mixed_lengths(backbone: nn.Module, site: Backbone) -> None:
@@ -353,25 +381,21 @@ def add_token_types(call: SplicedCall, layer: InputTuningLayer, site: Backbone) 
 
 
 def continue_after_prompt(
-    call: SplicedCall, cache: Any, layout: PromptLayout, layer: InputTuningLayer, site: Backbone
+    call: SplicedCall, cache: Any, cached: CachedPrompt, layer: InputTuningLayer, site: Backbone
 ) -> None:
     """Rewrites a call whose cache holds the prompt: only the mask and the positions have to know of it."""
     new = call.get("input_ids") if call.get("inputs_embeds") is None else call["inputs_embeds"]
     if new is None:
         return
     batch, length = new.shape[:2]
-    past = cache.get_seq_length() - layout.slots
     mask, positions = call.get("attention_mask"), call.get("position_ids")
-    layout = layout.repeated(batch)
-    if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] != past + length:
-        raise ValueError(
-            f"`attention_mask` has {mask.shape[1]} places, but the cache holds {past} tokens (and {layout.slots} "
-            f"virtual ones) and {length} more are passed. To continue on a returned cache, pass only the new tokens as "
-            "`input_ids`, and an `attention_mask` of ones over the cached and the new tokens together."
-        )
-    if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
-        shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-        raise ValueError(f"`attention_mask` must have the shape (batch, length), got {shape}.")
+    layout = cached.layout.repeated(batch)
+    past = cache.get_seq_length() - layout.slots
+    refuse_expanded_mask(mask)
+    if mask is not None:
+        refuse_full_ids(cache, mask.shape[1], length)
+    elif positions is not None:
+        refuse_gap(positions, past, length, cached)
     if positions is not None:
         call["position_ids"] = layout.shift_positions(positions)
     elif layout.lengths is not None and "position_ids" in site.parameters and not site.positions_from_mask:
@@ -382,6 +406,38 @@ def continue_after_prompt(
     add_token_types(call, layer, site)
 
 
+CONTINUE = (
+    "To continue on a returned cache, pass only the new tokens as `input_ids`, and an `attention_mask` over the cached "
+    "and the new tokens together: given all ids, `generate` would cut them by the length of the cache, which counts "
+    "the virtual tokens too. An assistant model is called that way, so its adapter must have num_virtual_tokens=0."
+)
+
+
+def refuse_full_ids(cache: Any, mask_length: int | None, length: int) -> None:
+    """`mask_length` places of mask for `length` new tokens on a cache of ours; shared with `InputTuningModel.generate`."""
+    slots = getattr(cache, MARK_ON_CACHE).layout.slots
+    past = cache.get_seq_length() - slots
+    if mask_length != past + length:
+        got = "is missing" if mask_length is None else f"has {mask_length} places"
+        raise ValueError(
+            f"`attention_mask` {got}, but the cache holds {past} tokens (and {slots} virtual ones) and {length} more "
+            f"are passed. {CONTINUE}"
+        )
+
+
+def refuse_gap(positions: Tensor, past: int, length: int, cached: CachedPrompt) -> None:
+    """Without a mask the positions tell whether the new tokens follow the cached ones."""
+    if torch.compiler.is_compiling():
+        return
+    first = 0 if cached.first_position is None else cached.first_position
+    message = f"`position_ids` do not go on where the cache ends, at {past} tokens. {CONTINUE}"
+    follows = (positions[:, :1] == first + past).all()
+    if length == 1 and positions.is_cuda:
+        torch._assert_async(follows, message)  # a step of decoding, where waiting for the answer would cost time
+    elif not follows:
+        raise ValueError(message)
+
+
 def _wants_tuple(module: nn.Module, call: dict[str, Any]) -> bool:
     return_dict = call.get("return_dict")
     return not (module.config.return_dict if return_dict is None else return_dict)
@@ -389,12 +445,12 @@ def _wants_tuple(module: nn.Module, call: dict[str, Any]) -> bool:
 
 def take_prompt_out(backbone: nn.Module, args: tuple, call: dict[str, Any], output: Any, *, site: Backbone):
     """Post-hook of the backbone."""
-    if not isinstance(call, SplicedCall) or call.layout is None:
+    if not isinstance(call, SplicedCall) or call.cached is None:
         return None
-    layout = call.layout
+    layout = call.cached.layout
     cache = getattr(output, "past_key_values", None)
-    if cache is not None and call.marks_cache:
-        setattr(cache, LAYOUT_ON_CACHE, layout)
+    if cache is not None:
+        setattr(cache, MARK_ON_CACHE, call.cached)
     if not layout.slots:
         return None
     if not site.feeds_decoder:

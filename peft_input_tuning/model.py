@@ -19,7 +19,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from .backbone import find_backbone, install_hooks, remove_hooks
+from .backbone import cached_prompt, find_backbone, install_hooks, refuse_full_ids, remove_hooks
 from .checkpoint import check_adapter_state_dict
 from .config import InputTuningConfig
 from .layer import MERGE_ERROR, InputTuningLayer
@@ -176,6 +176,12 @@ class InputTuningModel(BaseTuner):
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """`generate` of the model. Static caches get room for the virtual tokens: the prompt is put in front here."""
+        cache = kwargs.get("past_key_values")
+        cached = cached_prompt(cache)
+        ids = next((v for v in (*args[:1], kwargs.get("inputs"), kwargs.get("input_ids")) if v is not None), None)
+        if cached is not None and cached.layout.slots and ids is not None:
+            mask = kwargs.get("attention_mask")
+            refuse_full_ids(cache, None if mask is None else mask.shape[1], ids.shape[1])
         if uses_static_cache(self.model, kwargs):
             prepared = input_with_prompt(self.model, self.layer, args, kwargs)
             if prepared is not None:

@@ -32,7 +32,7 @@ def randomize(model: nn.Module, name: str = "default", scale: float = 0.3, seed:
 
 def adapted(family: Family, head: str = "lm", seed: int = 1, **changes: Any) -> tuple[PeftModel, nn.Module, dict]:
     """A model with an adapter, its untouched base, and the adapter's weights for the oracles."""
-    base = build(family, head)
+    base = build(family, head).requires_grad_(False)  # kernels may differ where gradients are wanted
     model = get_peft_model(build(family, head), config(family, **changes)).eval()
     randomize(model, seed=seed)
     return model, base, adapter_weights(model)

@@ -1,0 +1,98 @@
+"""Where the virtual tokens go, against a loop over rows and places."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from peft_input_tuning.splice import PromptLayout, count_left_pads, repeat_rows
+
+
+def naive_row(prompt: list, pads: list, rest: list, slots: int, slack: str, empty) -> list:
+    leftover = [empty] * (slots - len(prompt))
+    row = pads + prompt + rest
+    return leftover + row if slack == "left" else row + leftover
+
+
+def batches(count: int):
+    chooser = random.Random(0)
+    for _ in range(count):
+        slots, length, batch = chooser.randint(1, 6), chooser.randint(1, 8), chooser.randint(1, 4)
+        lengths = [chooser.randint(0, slots) for _ in range(batch)]
+        lengths[chooser.randrange(batch)] = slots
+        yield slots, length, lengths, [chooser.randint(0, length - 1) for _ in range(batch)]
+
+
+@pytest.mark.parametrize("slack", ["left", "right"])
+def test_join_equals_a_loop_over_rows(slack):
+    for slots, length, lengths, pads in batches(60):
+        batch = len(lengths)
+        layout = PromptLayout(slots, torch.tensor(lengths)[:, None], torch.tensor(pads)[:, None], slack)
+        x = torch.arange(batch * length).view(batch, length) + 1
+        prompt = torch.zeros(batch, slots, dtype=torch.long)
+        for row, k in enumerate(lengths):
+            prompt[row, slots - k :] = -torch.arange(1, k + 1)
+        expected = [
+            naive_row([-i - 1 for i in range(k)], x[r, :p].tolist(), x[r, p:].tolist(), slots, slack, 0)
+            for r, (k, p) in enumerate(zip(lengths, pads, strict=True))
+        ]
+        assert layout.join(prompt, x).tolist() == expected
+        three = layout.join(prompt[..., None].expand(-1, -1, 3), x[..., None].expand(-1, -1, 3))
+        assert torch.equal(three[..., 2], torch.tensor(expected))
+
+
+@pytest.mark.parametrize("slack", ["left", "right"])
+def test_mask_and_positions_equal_a_loop_over_rows(slack):
+    for slots, length, lengths, pads in batches(60):
+        batch = len(lengths)
+        mask = torch.ones(batch, length, dtype=torch.long)
+        positions = torch.zeros(batch, length, dtype=torch.long)
+        for row, p in enumerate(pads):
+            mask[row, :p] = 0
+            positions[row, p:] = torch.arange(length - p) + 5
+        assert count_left_pads(mask).flatten().tolist() == pads
+        layout = PromptLayout(slots, torch.tensor(lengths)[:, None], count_left_pads(mask), slack)
+        joined_mask = layout.join_mask(mask, batch, length)
+        joined = layout.join_positions(positions)
+        for row, (k, p) in enumerate(zip(lengths, pads, strict=True)):
+            want_mask = naive_row([1] * k, [0] * p, [1] * (length - p), slots, slack, 0)
+            assert joined_mask[row].tolist() == want_mask
+            want = naive_row([5 + i for i in range(k)], [0] * p, [5 + k + i for i in range(length - p)], slots, slack, None)
+            assert [w for w in want if w is not None] == [
+                value
+                for value, w in zip(joined[row].tolist(), want, strict=True)
+                if w is not None
+            ]
+
+
+@pytest.mark.parametrize("slack", ["left", "right"])
+def test_remove_gives_tokens_back_at_their_places(slack):
+    for slots, length, lengths, pads in batches(60):
+        batch = len(lengths)
+        layout = PromptLayout(slots, torch.tensor(lengths)[:, None], torch.tensor(pads)[:, None], slack)
+        x = torch.randn(batch, length, 2)
+        back = layout.remove(layout.join(torch.randn(batch, slots, 2), x))
+        for row, p in enumerate(pads):
+            assert torch.equal(back[row, p:], x[row, p:])
+
+
+def test_without_mask_and_with_one_length_nothing_is_gathered():
+    layout = PromptLayout(3)
+    assert layout.index(5) is None
+    assert layout.join_mask(None, 2, 5) is None
+    x, prompt = torch.randn(2, 5, 4), torch.randn(2, 3, 4)
+    assert torch.equal(layout.join(prompt, x), torch.cat([prompt, x], 1))
+    assert torch.equal(layout.join_positions(torch.arange(5)[None]), torch.arange(8)[None])
+    assert torch.equal(layout.shift_positions(torch.tensor([[7]])), torch.tensor([[10]]))
+
+
+def test_a_row_without_tokens_counts_as_left_pads():
+    assert count_left_pads(torch.tensor([[0, 0, 0], [0, 1, 0], [1, 1, 1]])).flatten().tolist() == [3, 1, 0]
+
+
+def test_rows_are_repeated_as_generate_repeats_them():
+    rows = torch.tensor([[1], [2]])
+    assert repeat_rows(rows, 4).flatten().tolist() == [1, 1, 2, 2]
+    assert repeat_rows(rows, 2) is rows
