@@ -111,6 +111,11 @@ class InputTuningConfig(PeftConfig):
         if self.prompt_tuning_init not in known:
             raise ValueError(f"`prompt_tuning_init` must be one of {known}, got {self.prompt_tuning_init!r}.")
         self.prompt_tuning_init = PromptTuningInit(self.prompt_tuning_init)
+        if self.tokenizer_kwargs is not None and not isinstance(self.tokenizer_kwargs, dict):
+            raise ValueError(
+                f"`tokenizer_kwargs` must be a dict, got {self.tokenizer_kwargs!r}. "
+                "Write the arguments of AutoTokenizer.from_pretrained as {name: value}."
+            )
         if "trust_remote_code" in (self.tokenizer_kwargs or {}):
             raise ValueError(
                 "`tokenizer_kwargs` holds trust_remote_code, which is refused: a configuration that was downloaded "
@@ -132,7 +137,7 @@ class InputTuningConfig(PeftConfig):
 
         if self.adapter_hidden_dim is not None:
             _check_count("adapter_hidden_dim", self.adapter_hidden_dim, "prompt-tuning without an input-adapter")
-        if self.adapter_activation not in ACT2FN:
+        if not isinstance(self.adapter_activation, str) or self.adapter_activation not in ACT2FN:
             raise ValueError(
                 f"`adapter_activation` must be an activation that transformers knows, got "
                 f"{self.adapter_activation!r}. Known: {', '.join(sorted(ACT2FN))}."
