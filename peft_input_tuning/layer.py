@@ -35,8 +35,8 @@ class InputTuningLayer(nn.Module, BaseTunerLayer):
         base_layer: the embedding, `(batch, length)` ids → `(batch, length, embedding_dim)`.
     """
 
-    adapter_layer_names = ("input_tuning_prompt", "input_tuning_fc1", "input_tuning_fc2")
-    other_param_names = ("input_tuning_activation", "input_tuning_dropout")
+    adapter_layer_names = ("input_tuning_prompt", "input_tuning_fc1", "input_tuning_activation", "input_tuning_fc2")
+    other_param_names = ("input_tuning_dropout",)
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
