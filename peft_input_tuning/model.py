@@ -152,8 +152,7 @@ class InputTuningModel(BaseTuner):
         rows = self._row_adapters(names)
         with ExitStack() as stack:
             stack.enter_context(use_row_adapters(rows))
-            # Compiled code would not see the rows of this call.
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
+            stack.enter_context(_run_eagerly())
             for module in self.model.modules():
                 if isinstance(module, AuxiliaryTrainingWrapper):  # modules_to_save, a classification head
                     hook = partial(_pass_adapter_names, names=list(rows.names))
@@ -161,8 +160,6 @@ class InputTuningModel(BaseTuner):
             yield
 
     def _row_adapters(self, names: list[str]) -> RowAdapters:
-        if torch.compiler.is_compiling():
-            raise ValueError("`adapter_names` cannot be used inside torch.compile. Call the model outside of it.")
         if self.training:
             raise ValueError("`adapter_names` is for inference, and the model is in training mode. Call `eval()` first.")
         if not names:
@@ -188,6 +185,17 @@ class InputTuningModel(BaseTuner):
                 with prompt_in_place():
                     return self.model.generate(**prepared)
         return self.model.generate(*args, **kwargs)
+
+
+def _run_eagerly() -> torch.compiler.set_stance:
+    """Compiled code does not see the rows of a call, so calls with `adapter_names` run without it."""
+    refusal = "`adapter_names` cannot be used inside torch.compile. Call the model outside of it."
+    if torch.compiler.is_compiling():
+        raise ValueError(refusal)
+    try:
+        return torch.compiler.set_stance("force_eager")
+    except RuntimeError as error:  # torch: a stance cannot be set inside a compiled region
+        raise ValueError(refusal) from error
 
 
 def _pass_adapter_names(module: nn.Module, args: tuple, kwargs: dict[str, Any], *, names: list[str]):

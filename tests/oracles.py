@@ -14,7 +14,7 @@ def adapter_weights(model: nn.Module, name: str = "default") -> dict[str, Tensor
     for key, value in model.state_dict().items():
         parts = key.split(".")
         if len(parts) > 2 and parts[-2] == name and parts[-3].startswith("input_tuning_"):
-            found[f"{parts[-3].removeprefix('input_tuning_')}.{parts[-1]}"] = value.detach()
+            found[f"{parts[-3].removeprefix('input_tuning_')}.{parts[-1]}"] = value.detach().clone()
     return found
 
 

@@ -1,0 +1,107 @@
+"""torch.compile takes the model in one graph, and gives what eager gives."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from adapters import adapted, add
+from families import FAMILIES, PAD, ids, padded
+from oracles import greedy
+
+FULLGRAPH = [FAMILIES[name] for name in ("llama", "t5", "bert")]
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.feature("torch.compile")
+@pytest.mark.parametrize("family", FULLGRAPH, ids=str)
+def test_forward_in_one_graph(family):
+    model, _, _ = adapted(family)
+    batch, mask = padded([ids(7), ids(4, seed=1)], "right")
+    inputs = {"input_ids": batch, "attention_mask": mask, "use_cache": False}
+    if family.kind == "seq2seq":
+        inputs["decoder_input_ids"] = ids(2, 5, seed=9)
+    if family.kind == "encoder":
+        del inputs["use_cache"]
+    with torch.no_grad():
+        want = model(**inputs).logits
+        compiled = torch.compile(model.get_base_model(), fullgraph=True, backend="aot_eager")
+        assert_close(compiled(**inputs).logits, want, atol=2e-4, rtol=1e-3)
+        other = {**inputs, "input_ids": ids(2, 7, seed=3)}
+        assert_close(compiled(**other).logits, model(**other).logits, atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.feature("torch.compile")
+def test_training_step_in_one_graph():
+    family = FAMILIES["llama"]
+    model, _, _ = adapted(family)
+    row = ids(2, 7)
+    model.train()
+    loss = model(input_ids=row, labels=row).loss
+    loss.backward()
+    want = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    compiled = torch.compile(model.get_base_model(), fullgraph=True, backend="aot_eager")
+    compiled(input_ids=row, labels=row, use_cache=False).loss.backward()
+    assert len(want) == 3
+    for name, p in model.named_parameters():
+        if name in want:
+            assert_close(p.grad, want[name], atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.feature("static cache")
+@pytest.mark.feature("torch.compile")
+def test_generate_with_a_compiled_static_cache():
+    """transformers compiles the decoding steps by itself on a GPU only; here the forward is compiled by hand."""
+    from transformers import CompileConfig
+
+    family = FAMILIES["llama"]
+    model, base, weights = adapted(family)
+    batch, mask = padded([ids(7, seed=7), ids(4, seed=4)], "left")
+    config = CompileConfig(backend="aot_eager", mode=None, fullgraph=True)
+    config._compile_all_devices = True
+    calls = []
+    torch._dynamo.config.cache_size_limit = 64
+    inner = model.get_base_model()
+    compiled_call = inner.get_compiled_call
+    inner.get_compiled_call = lambda config: calls.append(1) or compiled_call(config)
+    out = model.generate(
+        input_ids=batch,
+        attention_mask=mask,
+        cache_implementation="static",
+        compile_config=config,
+        max_new_tokens=5,
+        min_new_tokens=5,
+        do_sample=False,
+        pad_token_id=PAD,
+    )
+    assert calls
+    for i, n in enumerate((7, 4)):
+        assert torch.equal(out[i, 7:], greedy(base, weights, ids(n, seed=n), 5))
+
+
+@pytest.mark.feature("mixed batch")
+def test_mixed_batch_of_a_compiled_model_runs_eagerly():
+    """The rows of a call cannot be guarded on, so compiled code must not be reused for other rows."""
+    family = FAMILIES["llama"]
+    model, _, _ = adapted(family)
+    add(model, "b", seed=2, num_virtual_tokens=6)
+    model.eval()
+    batch = ids(2, 7)
+    with torch.no_grad():
+        want = [model(input_ids=batch, adapter_names=names).logits for names in (["b", "default"], ["default", "b"])]
+        alone = model(input_ids=batch).logits
+        model.base_model.model.compile(backend="aot_eager")
+        assert_close(model(input_ids=batch).logits, alone, atol=2e-4, rtol=1e-3)
+        for names, logits in zip((["b", "default"], ["default", "b"]), want, strict=True):
+            assert_close(model(input_ids=batch, adapter_names=names).logits, logits, atol=2e-4, rtol=1e-3)
+        assert_close(model(input_ids=batch).logits, alone, atol=2e-4, rtol=1e-3)
+    with pytest.raises(Exception, match="adapter_names"):
+        torch.compile(lambda: model(input_ids=batch, adapter_names=["b", "default"]), backend="eager")()
