@@ -48,6 +48,7 @@ class Backbone:
         position_owner: path of the module that derives positions from ids (RoBERTa), or None.
         first_position: the position of a row's first token (RoBERTa starts after the padding's).
         max_positions: rows of its table of absolute positions, or None.
+        has_window: whether attention sees only the nearest places (Mistral, Gemma).
         adds_token_types: whether token types go through the word embedding (GPT-2).
     """
 
@@ -59,6 +60,7 @@ class Backbone:
     position_owner: str | None = None
     first_position: int = 0
     max_positions: int | None = None
+    has_window: bool = False
     adds_token_types: bool = False
 
 
@@ -165,6 +167,7 @@ def describe_backbone(model: nn.Module, backbone_path: str, embedding_path: str)
         position_owner=owner_path if from_ids else None,
         first_position=first_position,
         max_positions=_max_positions(table, first_position),
+        has_window=bool(getattr(backbone.config, "sliding_window", None)),
         adds_token_types="token_type_ids" in parameters and not hasattr(owner, "token_type_embeddings"),
     )
 
@@ -394,6 +397,8 @@ def continue_after_prompt(
     refuse_expanded_mask(mask)
     if mask is not None:
         refuse_full_ids(cache, mask.shape[1], length)
+        if site.has_window and length > 1:
+            refuse_pads_behind_prompt(mask, layout)
     elif positions is not None:
         refuse_gap(positions, past, length, cached)
     if positions is not None:
@@ -422,6 +427,16 @@ def refuse_full_ids(cache: Any, mask_length: int | None, length: int) -> None:
         raise ValueError(
             f"`attention_mask` {got}, but the cache holds {past} tokens (and {slots} virtual ones) and {length} more "
             f"are passed. {CONTINUE}"
+        )
+
+
+def refuse_pads_behind_prompt(mask: Tensor, layout: PromptLayout) -> None:
+    """A first chunk of nothing but pads got its prompt before all of the row's pads were there. Masks and positions
+    make up for that, a window that counts places does not."""
+    if layout.pads is not None and (count_left_pads(mask) > layout.pads).any():
+        raise ValueError(
+            "`prefill_chunk_size` is smaller than the left padding of a row, and this model's attention has a sliding "
+            "window, which would lose the prompt. Use larger chunks, or batch rows of similar length."
         )
 
 

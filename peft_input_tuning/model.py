@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -23,7 +24,7 @@ from .backbone import cached_prompt, find_backbone, install_hooks, refuse_full_i
 from .checkpoint import check_adapter_state_dict
 from .config import InputTuningConfig
 from .layer import MERGE_ERROR, InputTuningLayer
-from .row_adapters import BASE, RowAdapters, prompt_in_place, use_row_adapters
+from .row_adapters import BASE, RowAdapters, current_row_adapters, prompt_in_place, use_row_adapters
 from .static_cache import input_with_prompt, uses_static_cache
 
 MAX_HIDDEN_RATIO = 64  # an input-adapter wider than this many embeddings is a mistake, not a choice
@@ -172,19 +173,24 @@ class InputTuningModel(BaseTuner):
         return RowAdapters(tuple(names), tuple(layer.prompt_length(name) for name in names))
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """`generate` of the model. Static caches get room for the virtual tokens: the prompt is put in front here."""
+        """`generate` of the model, where rows of a mixed batch are repeated for beams, and static caches get room for
+        the virtual tokens: the prompt is put in front here."""
         cache = kwargs.get("past_key_values")
         cached = cached_prompt(cache)
         ids = next((v for v in (*args[:1], kwargs.get("inputs"), kwargs.get("input_ids")) if v is not None), None)
         if cached is not None and cached.layout.slots and ids is not None:
             mask = kwargs.get("attention_mask")
             refuse_full_ids(cache, None if mask is None else mask.shape[1], ids.shape[1])
-        if uses_static_cache(self.model, kwargs):
-            prepared = input_with_prompt(self.model, self.layer, args, kwargs)
-            if prepared is not None:
-                with prompt_in_place():
-                    return self.model.generate(**prepared)
-        return self.model.generate(*args, **kwargs)
+        rows = current_row_adapters()
+        with ExitStack() as stack:
+            if rows is not None:
+                stack.enter_context(use_row_adapters(replace(rows, in_generate=True)))
+            if uses_static_cache(self.model, kwargs):
+                prepared = input_with_prompt(self.model, self.layer, args, kwargs)
+                if prepared is not None:
+                    stack.enter_context(prompt_in_place())
+                    args, kwargs = (), prepared
+            return self.model.generate(*args, **kwargs)
 
 
 def _run_eagerly() -> torch.compiler.set_stance:

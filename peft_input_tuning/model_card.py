@@ -49,7 +49,11 @@ def update_model_card(directory: str, config: InputTuningConfig) -> None:
     path = Path(directory) / "README.md"
     card = ModelCard.load(path) if path.exists() else ModelCard(f"---\n{_new_card_data(config)}\n---\n\n# Adapter\n")
     card.data["library_name"] = "peft"
-    card.data["tags"] = sorted({*(card.data.get("tags") or []), *TAGS})
+    # PEFT takes the base model from the model's configuration, where it is empty for a model that was never on a hub.
+    base = card.data.get("base_model") or config.base_model_name_or_path or None
+    card.data["base_model"] = base
+    tags = {*(card.data.get("tags") or []), *TAGS} - {"base_model:adapter:"}
+    card.data["tags"] = sorted(tags | {f"base_model:adapter:{base}"} if base else tags)
     if HEADING not in card.text:
         card.text = f"{card.text.rstrip()}\n\n{loading_section(config)}"
     card.save(path)

@@ -19,17 +19,26 @@ BASE = "__base__"  # PEFT's name for "no adapter" in a mixed batch
 
 @dataclass(frozen=True)
 class RowAdapters:
-    """The adapter and the prompt length of each row as the caller counts rows (before beams repeat them)."""
+    """The adapter and the prompt length of each row as the caller counts rows.
+
+    Args:
+        names: the adapters.
+        prompt_lengths: their numbers of virtual tokens.
+        in_generate: whether rows may come repeated, for beams and return sequences.
+    """
 
     names: tuple[str, ...]
     prompt_lengths: tuple[int, ...]
+    in_generate: bool = False
 
     def _repeats(self, batch: int) -> int:
-        if batch % len(self.names):
+        repeats, rest = divmod(batch, len(self.names))
+        if rest or (repeats != 1 and not self.in_generate):
             raise ValueError(
-                f"`adapter_names` has {len(self.names)} names for a batch of {batch} rows. Pass one name a row."
+                f"`adapter_names` has {len(self.names)} names for a batch of {batch} rows. Pass one name a row. (Rows "
+                "that `generate` repeats for beams share a name; that needs a PeftModel with a task type.)"
             )
-        return batch // len(self.names)
+        return repeats
 
     def names_of(self, batch: int) -> list[str]:
         """The names, repeated for beams and return sequences."""

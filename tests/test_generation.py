@@ -201,6 +201,21 @@ def test_prefill_in_chunks(family, chunk):
     assert torch.equal(new_tokens(family, out, inputs), expected(base, weights, lengths))
 
 
+@pytest.mark.feature("chunked prefill")
+@each_decoder
+def test_a_first_chunk_of_nothing_but_pads(family):
+    """The prompt then stands before the rest of the pads: right, but where attention counts places."""
+    model, base, weights = adapted(family)
+    lengths = [12, 3, 2]
+    inputs = batch_for(family, lengths)
+    if base.config.get_text_config().to_dict().get("sliding_window"):
+        with pytest.raises(ValueError, match="`prefill_chunk_size` is smaller than the left padding"):
+            generate(model, **inputs, prefill_chunk_size=4)
+    else:
+        out = generate(model, **inputs, prefill_chunk_size=4)
+        assert torch.equal(new_tokens(family, out, inputs), expected(base, weights, lengths))
+
+
 @pytest.mark.feature("generate")
 @each_generator
 def test_scores_and_hidden_states_are_returned(family):

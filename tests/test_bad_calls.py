@@ -1,0 +1,215 @@
+"""What a call cannot do is said by name, before anything runs; nothing is silently wrong."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from peft import get_peft_model
+
+from adapters import adapted, add, config
+from families import DECODERS, FAMILIES, build, ids, padded
+
+llama, gpt2, opt, bart, t5, bert, roberta = (
+    FAMILIES[name] for name in ("llama", "gpt2", "opt", "bart", "t5", "bert", "roberta")
+)
+LEARNED = [family for family in FAMILIES.values() if family.learned_positions]
+
+each_decoder = pytest.mark.parametrize("family", DECODERS, ids=str)
+
+
+def still_works(model) -> bool:
+    return bool(torch.isfinite(model(input_ids=ids(1, 5)).logits).all())
+
+
+@pytest.mark.parametrize("family", LEARNED, ids=str)
+def test_prompt_and_input_longer_than_the_positions(family):
+    model, base, _ = adapted(family)
+    longest = 64 - (1 if family is roberta else 0)
+    more = {"decoder_input_ids": ids(1, 3)} if family is bart else {}
+    base(input_ids=ids(1, longest), **more)
+    assert torch.isfinite(model(input_ids=ids(1, longest - 4), **more).logits).all()
+    with pytest.raises(ValueError, match=rf"{longest - 3} tokens and the prompt 4 virtual tokens.*{longest} positions"):
+        model(input_ids=ids(1, longest - 3), **more)
+
+
+@pytest.mark.parametrize("family", [gpt2, opt], ids=str)
+def test_pads_do_not_count_as_positions(family):
+    """A left-padded row shares its first position with its pads; the base takes such a batch, and so does the model."""
+    model, _, _ = adapted(family)
+    batch, mask = padded([ids(59), ids(63, seed=1)], "left")
+    mask[1, :4] = 0
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    assert model(input_ids=batch, attention_mask=mask, position_ids=positions).logits.shape[1] == 63
+
+
+@pytest.mark.parametrize("family", [gpt2, opt], ids=str)
+def test_generating_past_the_last_position(family):
+    model, _, _ = adapted(family)
+    with pytest.raises(ValueError, match="Shorten the input"):
+        model.generate(input_ids=ids(1, 58), max_new_tokens=10, do_sample=False, pad_token_id=0)
+
+
+@each_decoder
+def test_expanded_masks(family):
+    model, _, _ = adapted(family)
+    mask = torch.ones(1, 1, 5, 5)
+    with pytest.raises(ValueError, match=r"`attention_mask` must have the shape \(batch, length\), got \(1, 1, 5, 5\)"):
+        model(input_ids=ids(1, 5), attention_mask=mask)
+    with pytest.raises(ValueError, match=r"`attention_mask` must have the shape \(batch, length\), got dict"):
+        model(input_ids=ids(1, 5), attention_mask={"full_attention": mask})
+    cache = model(input_ids=ids(1, 5), use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="Pass the two-dimensional mask"):
+        model(input_ids=ids(1, 1), attention_mask=torch.ones(1, 1, 1, 6), past_key_values=cache)
+    assert still_works(model)
+
+
+@each_decoder
+def test_static_cache_where_no_one_makes_room(family):
+    model, base, _ = adapted(family)
+    cache = transformers.StaticCache(config=base.config, max_cache_len=32)
+    with pytest.raises(ValueError, match="`past_key_values` is a StaticCache of fixed size"):
+        model(input_ids=ids(1, 5), past_key_values=cache)
+    with pytest.raises(ValueError, match=r"Call `generate` of the PeftModel|two-dimensional mask"):
+        model.get_base_model().generate(input_ids=ids(1, 5), cache_implementation="static", max_new_tokens=3)
+
+
+@each_decoder
+def test_static_cache_that_is_not_empty(family):
+    model, base, _ = adapted(family)
+    cache = transformers.StaticCache(config=base.config, max_cache_len=64)
+    options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0, "disable_compile": True}
+    model.generate(input_ids=ids(1, 5), past_key_values=cache, **options)
+    with pytest.raises(ValueError, match="is not empty"):
+        model.generate(input_ids=ids(1, 9), past_key_values=cache, **options)
+
+
+@pytest.mark.parametrize("family", [f for f in DECODERS if f.name != "bloom"], ids=str)
+@pytest.mark.parametrize(
+    "positions", [[0, 1, 2, 0, 1], [0, 1, 2, 3, 0], [0, 0, 0, 1, 2]], ids=["two", "a single last", "single first ones"]
+)
+def test_packed_rows(family, positions):
+    model, _, _ = adapted(family)
+    with pytest.raises(ValueError, match="`position_ids` restart inside a row"):
+        model(input_ids=ids(1, 5), position_ids=torch.tensor([positions]))
+    with pytest.raises(ValueError, match="restart"):
+        model(input_ids=ids(1, 5), position_ids=torch.tensor([positions]), attention_mask=torch.ones(1, 5))
+    assert still_works(model)
+
+
+def test_packed_rows_by_flash_attention_arguments():
+    model, _, _ = adapted(llama)
+    lengths = torch.tensor([0, 3, 5], dtype=torch.int32)
+    with pytest.raises(ValueError, match="`cu_seq_lens_q` says that several sequences are packed"):
+        model(input_ids=ids(1, 5), cu_seq_lens_q=lengths, cu_seq_lens_k=lengths, max_length_q=3, max_length_k=3)
+
+
+def test_positions_of_a_wrong_shape():
+    model, _, _ = adapted(llama)
+    with pytest.raises(ValueError, match=r"`position_ids` must have the shape \(batch, length\), got \(3, 1, 5\)"):
+        model(input_ids=ids(1, 5), position_ids=torch.arange(5).expand(3, 1, 5))
+
+
+@each_decoder
+def test_neither_ids_nor_embeddings_is_the_model_s_own_error(family):
+    model, _, _ = adapted(family)
+    with pytest.raises(ValueError, match="input"):
+        model.get_base_model()()
+
+
+@pytest.mark.parametrize("family", [t5, bart], ids=str)
+def test_a_mask_that_does_not_fit_the_encoder_output(family):
+    model, _, _ = adapted(family)
+    encoded = model.get_base_model().get_encoder()(ids(1, 7))
+    start = ids(1, 3)
+    with pytest.raises(ValueError, match="`attention_mask` has 5 places for 11 places of the encoder's output"):
+        model.get_base_model()(encoder_outputs=encoded, attention_mask=torch.ones(1, 5), decoder_input_ids=start)
+
+
+# ---- adapter_names ---------------------------------------------------------------------------------------------------
+
+
+def test_unknown_name_in_a_mixed_batch():
+    model, _, _ = adapted(llama)
+    for call in (model, lambda **kwargs: model.generate(max_new_tokens=2, **kwargs)):
+        with pytest.raises(ValueError, match=r"unknown name 'nobody'. Known: \['__base__', 'default'\]"):
+            call(input_ids=ids(2, 5), adapter_names=["default", "nobody"])
+
+
+@pytest.mark.parametrize("names", [["default"] * 3, ["default"] * 4], ids=len)
+def test_number_of_names_and_rows(names):
+    model, _, _ = adapted(llama)
+    with pytest.raises(ValueError, match=rf"`adapter_names` has {len(names)} names for a batch of 2 rows"):
+        model(input_ids=ids(2, 5), adapter_names=names)
+    with pytest.raises(ValueError, match="`adapter_names` is empty"):
+        model(input_ids=ids(2, 5), adapter_names=[])
+
+
+def test_fewer_names_than_rows_outside_of_generate():
+    """In generate rows are repeated for beams; in a plain forward pass nothing repeats them."""
+    model, _, _ = adapted(llama)
+    with pytest.raises(ValueError, match="`adapter_names` has 2 names for a batch of 4 rows"):
+        model(input_ids=ids(4, 5), adapter_names=["default", "__base__"])
+
+
+def test_mixed_batches_are_for_inference():
+    model, _, _ = adapted(llama)
+    model.train()
+    with pytest.raises(ValueError, match=r"the model is in training mode. Call `eval\(\)`"):
+        model(input_ids=ids(2, 5), adapter_names=["default", "default"])
+
+
+def test_prompts_of_different_lengths_where_positions_go_by_place():
+    """BART's decoder alone: causal, cached, and without position_ids."""
+    from families import _BART
+
+    torch.manual_seed(0)
+    base = transformers.BartForCausalLM(transformers.BartConfig(**_BART)).eval()
+    model = get_peft_model(base, config(llama)).eval()
+    add(model, "b", seed=2, num_virtual_tokens=6)
+    model.eval()
+    assert torch.isfinite(model(input_ids=ids(2, 5), adapter_names=["default", "default"]).logits).all()
+    with pytest.raises(ValueError, match="numbers positions by their place in the row"):
+        model(input_ids=ids(2, 5), adapter_names=["default", "b"])
+
+
+# ---- making an adapter -----------------------------------------------------------------------------------------------
+
+
+def test_model_without_a_token_embedding():
+    model = transformers.ViTModel(transformers.ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8))
+    before = {name: type(module) for name, module in model.named_modules()}
+    with pytest.raises(ValueError, match="ViTModel has no token embedding"):
+        get_peft_model(model, config())
+    assert {name: type(module) for name, module in model.named_modules()} == before
+
+
+def test_module_that_is_no_model_of_transformers():
+    with pytest.raises(ValueError, match="Sequential has no token embedding"):
+        get_peft_model(torch.nn.Sequential(torch.nn.Linear(2, 2)), config())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_virtual_tokens": 128}, "`num_virtual_tokens` is 128, but the model has 128 positions"),
+        ({"adapter_hidden_dim": 32 * 64 + 1}, "`adapter_hidden_dim` is 2049, more than 64 times the embedding size 32"),
+    ],
+    ids=["prompt", "adapter"],
+)
+def test_sizes_that_cannot_be_meant(changes, message):
+    model = build(llama)
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(model, config(llama, **changes))
+    assert type(model.model.embed_tokens) is torch.nn.Embedding
+    assert not model.model._forward_pre_hooks
+
+
+def test_two_adapters_for_the_whole_batch():
+    model, _, _ = adapted(llama)
+    add(model, "b", seed=2)
+    with pytest.raises(ValueError, match=r"Only one input-tuning adapter can be active.*\['default', 'b'\]"):
+        model.base_model.set_adapter(["default", "b"])
+    assert model.base_model.layer.active_adapters == ["default"]
+    with pytest.raises(ValueError, match="Unknown adapter 'c'"):
+        model.base_model.set_adapter("c")
