@@ -11,7 +11,9 @@ import sys
 
 import pytest
 import torch
-from peft import PeftConfig, PeftModel, PeftType, get_peft_config, get_peft_model
+from adapters import adapted, config
+from families import FAMILIES, build, ids
+from peft import PeftModel, PeftType, get_peft_config, get_peft_model
 from peft.mapping import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
     PEFT_TYPE_TO_MIXED_MODEL_MAPPING,
@@ -20,8 +22,6 @@ from peft.mapping import (
 )
 
 import peft_input_tuning
-from adapters import adapted, config
-from families import FAMILIES, build, ids
 from peft_input_tuning.registration import add_peft_type
 
 LLAMA = FAMILIES["llama"]
@@ -69,7 +69,7 @@ def test_the_enum_holds_the_member_once():
     assert [member for member in PeftType if member == "INPUT_TUNING"] == [PeftType.INPUT_TUNING]
     assert list(PeftType.__members__).count("INPUT_TUNING") == 1
     assert len(PeftType) == len(list(PeftType)) == len(PeftType.__members__)
-    assert list(reversed(PeftType))[0] is list(PeftType)[-1]
+    assert next(reversed(PeftType)) is list(PeftType)[-1]
 
 
 def test_the_value_is_in_the_enum_as_far_as_python_answers_that():
