@@ -34,7 +34,13 @@ def initial_prompt(config: InputTuningConfig, embedding: nn.Module) -> Tensor:
     else:
         ids = torch.randint(0, embedding.num_embeddings, (count,))
     with torch.no_grad(), gather_params_ctx(embedding.parameters()):
-        return embedding(ids.to(embedding.weight.device)).float()
+        return embedding(ids.to(execution_device(embedding))).float()
+
+
+def execution_device(embedding: nn.Module) -> torch.device:
+    """Where an embedding runs. The weight of an offloaded one is on "meta" between calls (accelerate's `_hf_hook`)."""
+    device = getattr(getattr(embedding, "_hf_hook", None), "execution_device", None)
+    return embedding.weight.device if device is None else torch.device(device)
 
 
 def _text_ids(config: InputTuningConfig) -> Tensor:

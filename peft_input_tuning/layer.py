@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from .config import InputTuningConfig
-from .initialization import initial_prompt
+from .initialization import execution_device, initial_prompt
 from .modules import SoftPrompt, adapt
 from .row_adapters import BASE, current_row_adapters
 
@@ -101,7 +101,7 @@ class InputTuningLayer(nn.Module, BaseTunerLayer):
             self.input_tuning_fc2[adapter_name] = nn.Linear(hidden, width, bias=config.adapter_bias)
             self.input_tuning_activation[adapter_name] = ACT2FN[config.adapter_activation]
             self.input_tuning_dropout[adapter_name] = nn.Dropout(config.adapter_dropout)
-        if from_file:
+        if from_file or (prompt is not None and prompt.is_meta):  # a base on "meta" has no embeddings to start from
             self.awaiting_weights.add(adapter_name)
         self._reset_adapter(adapter_name, prompt, config.init_weights)
         self._move_adapter_to_device_of_base_layer(adapter_name)
@@ -136,6 +136,8 @@ class InputTuningLayer(nn.Module, BaseTunerLayer):
         if name not in self.awaiting_weights or torch.compiler.is_compiling():
             return
         for key, parameter in self.named_adapter_parameters(name):
+            if parameter.is_meta and self._is_offloaded(key, name):
+                continue
             if parameter.is_meta or not torch.isfinite(parameter).all():
                 raise ValueError(
                     f"Adapter {name!r} has no usable weights: `{key}` was not in the file that was loaded, or the "
@@ -143,6 +145,10 @@ class InputTuningLayer(nn.Module, BaseTunerLayer):
                     "adapter with a saved configuration, set its `weights_in_checkpoint` and `inference_mode` to False."
                 )
         self.awaiting_weights.discard(name)
+
+    def _is_offloaded(self, key: str, name: str) -> bool:
+        """Whether accelerate keeps a parameter elsewhere, to fetch it when its module runs."""
+        return any(hasattr(module, "_hf_hook") for module in getattr(self, key.partition(".")[0])[name].modules())
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
@@ -159,14 +165,7 @@ class InputTuningLayer(nn.Module, BaseTunerLayer):
         super().delete_adapter(adapter_name)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        if device is None:
-            device = self._execution_device()
-        super()._move_adapter_to_device_of_base_layer(adapter_name, device)
-
-    def _execution_device(self) -> torch.device | None:
-        """Where an offloaded embedding runs; its weight itself is on "meta" then (accelerate's `_hf_hook`)."""
-        device = getattr(getattr(self.base_layer, "_hf_hook", None), "execution_device", None)
-        return None if device is None else torch.device(device)
+        super()._move_adapter_to_device_of_base_layer(adapter_name, device or execution_device(self.base_layer))
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise ValueError(MERGE_ERROR)
