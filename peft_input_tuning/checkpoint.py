@@ -1,12 +1,13 @@
 """A strict look at an adapter file before its values are used.
 
-PEFT loads what fits and warns about the rest. Here a file that misses a tensor, has one too many, holds NaN or was made
-for another size is refused, and an adapter that was created only to receive it is taken away again.
+PEFT loads what fits and warns about the rest. Here a file that misses a tensor, has one too many, holds NaN or was
+made for another size is refused, and an adapter that was created only to receive it is taken away again.
 """
 
 from __future__ import annotations
 
 import torch
+from peft.functional import delete_adapter
 from torch import Tensor, nn
 
 from .layer import InputTuningLayer
@@ -43,8 +44,8 @@ def _check(model: nn.Module, path: str, layer: InputTuningLayer, name: str, stat
         tensor = found.pop(full, None)
         if tensor is None:
             raise ValueError(
-                f"The file of adapter {name!r} has no `{key}`. It is incomplete, or its adapter_config.json belongs to "
-                "another adapter. Save the adapter again and load that."
+                f"The file of adapter {name!r} has no `{key}`. It is incomplete, or its adapter_config.json belongs "
+                "to another adapter. Save the adapter again and load that."
             )
         if tensor.shape != parameter.shape:
             raise ValueError(
@@ -56,21 +57,47 @@ def _check(model: nn.Module, path: str, layer: InputTuningLayer, name: str, stat
             raise ValueError(
                 f"`{key}` of adapter {name!r} holds NaN or infinite values in the file. Load an earlier checkpoint."
             )
-    unknown = [key for key in found if key not in _state_names(model)]
-    if unknown:
-        raise ValueError(
-            f"The file of adapter {name!r} holds `{unknown[0]}`, which this adapter does not have. Its "
-            "adapter_config.json belongs to another adapter, or it was not made by input-tuning."
-        )
+    _check_what_else_is_there(model, name, found)
 
 
-def _state_names(model: nn.Module) -> set[str]:
-    return {key.removeprefix(PEFT_PREFIX) for key in model.state_dict()}
+def _check_what_else_is_there(model: nn.Module, name: str, found: dict[str, Tensor]) -> None:
+    """Beside the adapter a file may hold its `modules_to_save`, and the embeddings of a base that was resized. All
+    else PEFT would write over the base model or another adapter."""
+    known = {key.removeprefix(PEFT_PREFIX): value for key, value in model.state_dict().items()}
+    embeddings = _embedding_paths(model)
+    for key, tensor in found.items():
+        if key not in known or not (name in key.split(".") or key.rpartition(".")[0] in embeddings):
+            raise ValueError(
+                f"The file of adapter {name!r} holds `{key}`, which this adapter does not have. Its "
+                "adapter_config.json belongs to another adapter, or it was not made by input-tuning."
+            )
+        if tensor.shape != known[key].shape:
+            raise ValueError(
+                f"`{key}` has the shape {tuple(tensor.shape)} in the file of adapter {name!r}, but this model needs "
+                f"{tuple(known[key].shape)}. Load the adapter on the base model that it was trained on, its embedding "
+                "resized as it was then."
+            )
+        if not tensor.is_meta and not torch.isfinite(tensor).all():
+            raise ValueError(
+                f"`{key}` of adapter {name!r} holds NaN or infinite values in the file. Load an earlier checkpoint."
+            )
+
+
+def _embedding_paths(model: nn.Module) -> set[str]:
+    wanted = [module.base_layer for module in model.modules() if isinstance(module, InputTuningLayer)]
+    for getter in ("get_input_embeddings", "get_output_embeddings"):
+        module = getattr(model, getter, lambda: None)()
+        wanted.append(getattr(module, "base_layer", module))
+    return {
+        path.removeprefix(PEFT_PREFIX)
+        for path, module in model.named_modules(remove_duplicate=False)
+        if any(module is other for other in wanted)
+    }
 
 
 def _take_back(model: nn.Module, layer: InputTuningLayer, name: str) -> None:
     if len(layer.adapter_names) > 1:
-        layer.delete_adapter(name)
+        delete_adapter(model, name, prefix="input_tuning_", layer_cls=InputTuningLayer)
         model.peft_config.pop(name, None)
     elif hasattr(model, "base_model") and hasattr(model.base_model, "unload"):
         model.base_model.unload()

@@ -92,6 +92,14 @@ SPOILED = {
         change_tensors(lambda t: t.update({"base_model.model.model.norm.lora_A.weight": torch.zeros(2, 32)})),
         ["model.norm.lora_A", "does not have"],
     ),
+    "a tensor of the base": (
+        change_tensors(lambda t: t.update({"base_model.model.model.norm.weight": torch.zeros(32)})),
+        ["model.norm.weight", "does not have"],
+    ),
+    "embedding of another vocabulary": (
+        change_tensors(lambda t: t.update({f"{AT.rpartition('.')[0]}.base_layer.weight": torch.zeros(100, 32)})),
+        ["embed_tokens.base_layer.weight", "(100, 32)", "(97, 32)", "resized"],
+    ),
     "NaN": (poison(float("nan")), ["input_tuning_fc2.weight", "NaN", "earlier checkpoint"]),
     "infinity": (poison(float("inf")), ["input_tuning_fc2.weight", "infinite", "earlier checkpoint"]),
     "configuration: longer prompt": (change_config(num_virtual_tokens=6), ["(4, 32)", "(6, 32)", "config"]),
@@ -286,13 +294,22 @@ REFUSED_AT_LOAD = (
     "configuration: paper",
 )
 REPORTED = ("a bias too many", "another method's tensor", "configuration: no adapter", "configuration: no prompt")
+# transformers itself takes tensors of the base model from any adapter file, of any method.
+THEIRS = ("a tensor of the base", "embedding of another")
+    "a bias too many",
+    "a tensor of the base",
+    "another method's tensor",
+    "embedding of another",
+    "configuration: no adapter",
+    "configuration: no prompt",
+)
 
 
 def of(names: tuple[str, ...]) -> dict:
     return {name: spoil for name, (spoil, _) in SPOILED.items() if name.startswith(names)}
 
 
-AT_FIRST_USE = {name: spoil for name, (spoil, _) in SPOILED.items() if name not in of(REFUSED_AT_LOAD) | of(REPORTED)}
+AT_FIRST_USE = {name: spoil for name, (spoil, _) in SPOILED.items() if name not in of(REFUSED_AT_LOAD + REPORTED + THEIRS)}
 
 
 @pytest.mark.parametrize("spoil", of(REFUSED_AT_LOAD).values(), ids=of(REFUSED_AT_LOAD))
@@ -373,6 +390,37 @@ def test_from_pretrained_of_transformers_with_an_adapter_folder(file, tmp_path_f
     model = LlamaForCausalLM.from_pretrained(file)
     with pytest.raises(ValueError, match="has no usable weights"):
         answer(model)
+
+
+HEAD_FILES = {
+    "adapter is incomplete": (drop("fc1.weight"), ["no `input_tuning_fc1.weight`"]),
+    "head of other labels": (
+        change_tensors(lambda t: t.update({"base_model.model.score.weight": torch.zeros(5, 32)})),
+        ["score", "(5, 32)", "(3, 32)"],
+    ),
+    "head with NaN": (
+        change_tensors(lambda t: t["base_model.model.score.weight"].fill_(float("nan"))),
+        ["score", "NaN"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("spoil", "said"), HEAD_FILES.values(), ids=HEAD_FILES)
+def test_a_refused_adapter_leaves_no_head_behind(tmp_path, spoil, said):
+    """A trained head is one more copy beside the adapter; both go."""
+    model, _, _ = adapted(LLAMA, "seq_cls", task_type="SEQ_CLS")
+    model.save_pretrained(tmp_path)
+    before, want = list(model.state_dict()), answer(model)
+    spoil(tmp_path)
+    with pytest.raises(ValueError, match="adapter 'second'") as error:
+        model.load_adapter(tmp_path, "second")
+    says(error, said)
+    assert list(model.state_dict()) == before
+    assert torch.equal(answer(model), want)
+    base = build(LLAMA, "seq_cls")
+    with pytest.raises(ValueError, match="adapter 'default'"):
+        PeftModel.from_pretrained(base, tmp_path)
+    assert list(base.state_dict()) == list(build(LLAMA, "seq_cls").state_dict())
 
 
 @pytest.mark.parametrize("head", ["seq_cls", "token_cls"])
