@@ -110,8 +110,7 @@ def find_backbone(model: nn.Module) -> tuple[str, str]:
     """
     encoder = model.get_encoder() if hasattr(model, "get_encoder") else None
     if encoder is not None and encoder is not model and consumes_embeddings(encoder):
-        embedding = encoder.get_input_embeddings()
-        return path_of(model, encoder), path_of(encoder, embedding)
+        return path_of(model, encoder), path_of(encoder, _word_embedding(encoder))
     embedding = _word_embedding(model)
     path = path_of(model, embedding)
     parent = path
@@ -207,7 +206,7 @@ def put_prompt_in(backbone: nn.Module, args: tuple, kwargs: dict[str, Any], *, s
         if cached.layout.slots:
             continue_after_prompt(call, cache, cached, layer, site)
         return (), call
-    if is_prompt_in_place():
+    if is_prompt_in_place(layer):
         call.cached = CachedPrompt(PromptLayout(0))
         return (), call
     slots = prompt_slots(layer)
@@ -237,7 +236,7 @@ def prompt_slots(layer: InputTuningLayer) -> int:
     """Length of the longest prompt in this call; 0 where nothing is to be put in."""
     if layer.disable_adapters:
         return 0
-    rows = current_row_adapters()
+    rows = current_row_adapters(layer)
     if rows is not None:
         return rows.slots
     name = layer.enabled_adapter
@@ -302,7 +301,7 @@ def start_with_prompt(
     batch, length, device = given.shape[0], given.shape[1], given.device
     mask, given_positions, types = (call.get(name) for name in ("attention_mask", "position_ids", "token_type_ids"))
     mask = None if mask is None else mask.to(device)
-    rows = current_row_adapters()
+    rows = current_row_adapters(layer)
     layout = PromptLayout(
         slots,
         lengths=None if rows is None else rows.lengths_of(batch, device),
@@ -489,7 +488,7 @@ def show_prompt_to_decoder(decoder: nn.Module, args: tuple, kwargs: dict[str, An
     """Pre-hook of the decoder: the encoder's output holds virtual places, which the caller's mask does not know."""
     call = dict(zip(site.parameters, args, strict=False)) | kwargs
     hidden, mask = call.get("encoder_hidden_states"), call.get("encoder_attention_mask")
-    rows = current_row_adapters()
+    rows = current_row_adapters(layer)
     if hidden is None or (mask is None and rows is None) or (mask is not None and mask.ndim != 2):
         return None
     batch, length = hidden.shape[:2]
@@ -508,7 +507,7 @@ def encoder_layout(
     slots = hidden.shape[1] - length
     if not slots:
         return None
-    rows = current_row_adapters()
+    rows = current_row_adapters(layer)
     known = [rows.slots] if rows is not None else [layer.prompt_length(name) for name in layer.adapter_names]
     if slots not in known:
         raise ValueError(

@@ -186,7 +186,7 @@ class InputTuningLayer(nn.Module, BaseTunerLayer):
     def forward(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """`(batch, length)` ids → `(batch, length, embedding_dim)` adapted embeddings."""
         embeddings = self.base_layer(input_ids, *args, **kwargs)
-        rows = None if self.disable_adapters else current_row_adapters()
+        rows = None if self.disable_adapters else current_row_adapters(self)
         if rows is not None:
             return self._adapt_rows(embeddings, rows.names_of(embeddings.shape[0]))
         name = self.enabled_adapter
@@ -217,7 +217,7 @@ class InputTuningLayer(nn.Module, BaseTunerLayer):
 
     def prompt_rows(self, batch: int, slots: int) -> Tensor:
         """The prompt of each row, at the right end of its slots: `(batch, slots, embedding_dim)`."""
-        rows = current_row_adapters()
+        rows = current_row_adapters(self)
         if rows is None:
             name = self.enabled_adapter
             self.check_weights_have_come(name)

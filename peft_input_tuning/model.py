@@ -152,7 +152,7 @@ class InputTuningModel(BaseTuner):
             return
         rows = self._row_adapters(names)
         with ExitStack() as stack:
-            stack.enter_context(use_row_adapters(rows))
+            stack.enter_context(use_row_adapters(self.layer, rows))
             stack.enter_context(_run_eagerly())
             for module in self.model.modules():
                 if isinstance(module, AuxiliaryTrainingWrapper):  # modules_to_save, a classification head
@@ -181,14 +181,15 @@ class InputTuningModel(BaseTuner):
         if cached is not None and cached.layout.slots and ids is not None:
             mask = kwargs.get("attention_mask")
             refuse_full_ids(cache, None if mask is None else mask.shape[1], ids.shape[1])
-        rows = current_row_adapters()
+        layer = self.layer
+        rows = current_row_adapters(layer)
         with ExitStack() as stack:
             if rows is not None:
-                stack.enter_context(use_row_adapters(replace(rows, in_generate=True)))
+                stack.enter_context(use_row_adapters(layer, replace(rows, in_generate=True)))
             if uses_static_cache(self.model, kwargs):
-                prepared = input_with_prompt(self.model, self.layer, args, kwargs)
+                prepared = input_with_prompt(self.model, layer, args, kwargs)
                 if prepared is not None:
-                    stack.enter_context(prompt_in_place())
+                    stack.enter_context(prompt_in_place(layer))
                     args, kwargs = (), prepared
             return self.model.generate(*args, **kwargs)
 

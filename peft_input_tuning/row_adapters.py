@@ -58,23 +58,27 @@ class RowAdapters:
         return max(self.prompt_lengths)
 
 
-_row_adapters: ContextVar[RowAdapters | None] = ContextVar("row_adapters", default=None)
-_prompt_in_place: ContextVar[bool] = ContextVar("prompt_in_place", default=False)
+# With the layer that a call is about: an assistant model, called inside the same call, has a layer of its own.
+_row_adapters: ContextVar[tuple[object, RowAdapters] | None] = ContextVar("row_adapters", default=None)
+_prompt_in_place: ContextVar[object] = ContextVar("prompt_in_place", default=None)
 
 
-def current_row_adapters() -> RowAdapters | None:
-    """The rows of the call that is under way; None where one adapter serves the whole batch."""
-    return None if torch.compiler.is_compiling() else _row_adapters.get()
+def current_row_adapters(layer: object) -> RowAdapters | None:
+    """The rows of the call of `layer`'s model that is under way; None where one adapter serves the whole batch."""
+    if torch.compiler.is_compiling():
+        return None
+    owner, rows = _row_adapters.get() or (None, None)
+    return rows if owner is layer else None
 
 
-def is_prompt_in_place() -> bool:
+def is_prompt_in_place(layer: object) -> bool:
     """Whether the caller's embeddings hold the virtual tokens already."""
-    return False if torch.compiler.is_compiling() else _prompt_in_place.get()
+    return not torch.compiler.is_compiling() and _prompt_in_place.get() is layer
 
 
 @contextmanager
-def use_row_adapters(rows: RowAdapters) -> Iterator[None]:
-    token = _row_adapters.set(rows)
+def use_row_adapters(layer: object, rows: RowAdapters) -> Iterator[None]:
+    token = _row_adapters.set((layer, rows))
     try:
         yield
     finally:
@@ -82,8 +86,8 @@ def use_row_adapters(rows: RowAdapters) -> Iterator[None]:
 
 
 @contextmanager
-def prompt_in_place() -> Iterator[None]:
-    token = _prompt_in_place.set(True)
+def prompt_in_place(layer: object) -> Iterator[None]:
+    token = _prompt_in_place.set(layer)
     try:
         yield
     finally:

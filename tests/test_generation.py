@@ -180,6 +180,21 @@ def test_assistant_model(family, adapter_on_assistant):
     assert torch.equal(out[0, 7:], greedy(base, weights, row, 12))
 
 
+@pytest.mark.feature("assisted")
+@each_decoder
+def test_names_of_rows_are_not_meant_for_the_assistant(family):
+    """The assistant runs inside the call, with adapters of its own under the same or other names."""
+    model, base, _ = adapted(family)
+    second = add(model, "b", seed=2, num_virtual_tokens=6)
+    assistant = adapted(family, num_virtual_tokens=0)[0].get_base_model()
+    row = ids(7, seed=7)
+    model.eval()
+    out = generate(
+        model, input_ids=row[None], max_new_tokens=12, min_new_tokens=12, assistant_model=assistant, adapter_names=["b"]
+    )
+    assert torch.equal(out[0, 7:], greedy(base, second, row, 12))
+
+
 @pytest.mark.parametrize("family", [f for f in DECODERS if f.name != "bloom"], ids=str)
 def test_an_assistant_with_a_prompt_of_its_own_is_refused(family):
     """`generate` gives an assistant all ids on its own cache, and cuts them by a length that counts virtual tokens."""
