@@ -1,0 +1,150 @@
+"""The project's own files agree with each other."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from importlib.metadata import metadata, requires, version
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+import peft_input_tuning
+
+ROOT = Path(__file__).parent.parent
+NAME = "peft-input-tuning"
+
+
+def text(path: str) -> str:
+    return (ROOT / path).read_text(encoding="utf-8")
+
+
+def pins(path: str) -> list[Requirement]:
+    lines = (line.partition("#")[0].strip() for line in text(path).splitlines())
+    return [Requirement(line) for line in lines if line]
+
+
+def version_of(pin: Requirement) -> str:
+    (specifier,) = pin.specifier
+    assert specifier.operator == "==", f"{pin} is not a pin"
+    return specifier.version
+
+
+def declared(extra: str = "") -> list[Requirement]:
+    """What the metadata asks for: of the package itself, or of one extra."""
+    all_of_them = [Requirement(line) for line in requires(NAME) or []]
+    if not extra:
+        return [r for r in all_of_them if r.marker is None]
+    return [r for r in all_of_them if r.marker is not None and r.marker.evaluate({"extra": extra})]
+
+
+def repository_files() -> list[Path]:
+    done = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip("not a clone of the repository")
+    return [path for line in done.stdout.splitlines() if (path := ROOT / line).is_file()]
+
+
+# ---- metadata -------------------------------------------------------------------------------------------------------
+
+
+def test_the_version_is_the_same_everywhere():
+    assert peft_input_tuning.__version__ == version(NAME)
+    (latest, *_) = re.findall(r"^## \[(\d[^]]*)\]", text("CHANGELOG.md"), re.MULTILINE)
+    assert latest == peft_input_tuning.__version__
+
+
+def test_the_extras():
+    said = metadata(NAME)
+    assert set(said.get_all("Provides-Extra")) == {"metrics", "demo", "test", "dev"}
+    assert said["Requires-Python"] == ">=3.10"
+    assert {r.name for r in declared()} == {"torch", "transformers", "peft", "accelerate"}
+
+
+def test_the_licence():
+    assert metadata(NAME)["License-Expression"] == "Apache-2.0"
+    licence = text("LICENSE")
+    assert "Apache License" in licence
+    assert "The peft_input_tuning authors" in licence
+
+
+@pytest.mark.parametrize("extra", ["", "metrics", "demo", "test", "dev"])
+def test_each_dependency_is_pinned_within_its_bounds(extra):
+    pinned: dict[str, list[str]] = {}
+    for pin in pins("constraints.txt"):
+        pinned.setdefault(canonicalize_name(pin.name), []).append(version_of(pin))
+    needed = [r for r in declared(extra) if r.name != NAME]
+    assert needed
+    for requirement in needed:
+        assert canonicalize_name(requirement.name) in pinned, f"{requirement.name} is not in constraints.txt"
+        for pin in pinned[canonicalize_name(requirement.name)]:
+            assert requirement.specifier.contains(pin), f"{requirement} and {requirement.name}=={pin}"
+
+
+def test_the_lowest_pins_are_the_lower_bounds_of_the_metadata():
+    bounds = {r.name: next(s.version for s in r.specifier if s.operator == ">=") for r in declared()}
+    bounds.pop("torch")  # constraints-lowest.txt says why
+    lowest = {pin.name: version_of(pin) for pin in pins("constraints-lowest.txt")}
+    assert set(lowest) == set(bounds)
+    for name, bound in bounds.items():
+        assert Requirement(f"{name}=={bound}").specifier.contains(lowest[name]), name
+
+
+def test_the_types_are_shipped_and_the_tests_are_not():
+    assert (Path(peft_input_tuning.__file__).parent / "py.typed").exists()
+    assert 'include = ["peft_input_tuning*"]' in text("pyproject.toml")
+
+
+# ---- commands -------------------------------------------------------------------------------------------------------
+
+TARGETS = set(re.findall(r"^([a-z-]+):", text("Makefile"), re.MULTILINE))
+
+
+@pytest.mark.parametrize("path", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "setup.cfg", ".ci/run"])
+def test_the_targets_that_a_text_names_exist(path):
+    named = set(re.findall(r"^make ([a-z-]+)|`(?:\w+=\S+ )?make ([a-z-]+)[ `]", text(path), re.MULTILINE))
+    named = {target for pair in named for target in pair if target}
+    assert named
+    assert named <= TARGETS
+
+
+def test_make_help_lists_every_target():
+    done = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    listed = {line.split()[0] for line in done.stdout.splitlines()}
+    assert listed == TARGETS
+
+
+@pytest.mark.parametrize("path", ["README.md", "CONTRIBUTING.md", "Makefile"])
+def test_the_files_that_a_text_names_exist(path):
+    named = re.findall(r"(?<![\w/.])((?:examples|tests|docs|peft_input_tuning)/[\w./-]+\w|[A-Z]+\.md)", text(path))
+    assert named
+    for name in named:
+        assert (ROOT / name).exists(), name
+
+
+def test_continuous_integration_runs_the_commands_of_the_readme():
+    commands = [line for line in text(".ci/run").splitlines() if line.startswith("make ")]
+    assert commands == ["make check", "make test"]
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+
+def test_no_file_holds_a_path_of_one_machine():
+    homes = re.compile(r"(?<![\w.])/(?:home|root|Users|work|tmp|opt|mnt)/\w")
+    found = []
+    for path in repository_files():
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError:
+            continue
+        found += [f"{path.relative_to(ROOT)}:{n}: {line}" for n, line in enumerate(lines, 1) if homes.search(line)]
+    assert not found, "\n".join(found)
+
+
+def test_the_top_level_is_what_it_should_be():
+    wanted = {"peft_input_tuning", "examples", "tests", "setup.cfg", "pyproject.toml", "LICENSE", "README.md"}
+    wanted |= {"CHANGELOG.md", "CONTRIBUTING.md", "Makefile", ".ci"}
+    assert wanted <= {path.relative_to(ROOT).parts[0] for path in repository_files()}
