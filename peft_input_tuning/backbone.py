@@ -21,13 +21,14 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .layer import InputTuningLayer
+from .modules import base_embedding
 from .row_adapters import current_row_adapters, is_prompt_in_place
 from .splice import PromptLayout, count_left_pads
 
@@ -129,7 +130,8 @@ def _word_embedding(model: nn.Module) -> nn.Module:
         embedding = model.get_input_embeddings()
     except (AttributeError, NotImplementedError):
         embedding = None
-    if not isinstance(getattr(embedding, "weight", None), Tensor) or not hasattr(embedding, "num_embeddings"):
+    table = base_embedding(embedding)
+    if not isinstance(getattr(table, "weight", None), Tensor) or not hasattr(table, "num_embeddings"):
         raise ValueError(
             f"{type(model).__name__} has no token embedding: `get_input_embeddings()` gave "
             f"{type(embedding).__name__}. Input-tuning needs a text model of transformers."
@@ -184,12 +186,16 @@ def _max_positions(table: nn.Module | None, first_position: int) -> int | None:
 def find_layer(backbone: nn.Module, site: Backbone) -> InputTuningLayer:
     layer = backbone.get_submodule(site.embedding)
     if not isinstance(layer, InputTuningLayer):
-        raise ValueError(
-            f"The embedding `{site.embedding}` of {type(backbone).__name__} was resized, replaced or wrapped after "
-            f"input-tuning was added: it is a {type(layer).__name__} now, and the input-adapter would be left out. "
-            "Resize the embedding, or add other adapters to it, before input-tuning."
-        )
+        refuse_changed_embedding(backbone, site.embedding, layer)
     return layer
+
+
+def refuse_changed_embedding(backbone: nn.Module, path: str, now: nn.Module) -> NoReturn:
+    raise ValueError(
+        f"The embedding `{path}` of {type(backbone).__name__} was resized, replaced or wrapped after "
+        f"input-tuning was added: it is a {type(now).__name__} now, and the input-adapter would be left out. "
+        "Resize the embedding, or add other adapters to it, before input-tuning."
+    )
 
 
 # ---- the backbone's hooks ------------------------------------------------------------------------------------------
@@ -479,12 +485,12 @@ def take_prompt_out(backbone: nn.Module, args: tuple, call: dict[str, Any], outp
     return output.to_tuple() if call.as_tuple else output
 
 
-
-
 # ---- the hooks around an encoder-decoder model's decoder -----------------------------------------------------------
 
 
-def show_prompt_to_decoder(decoder: nn.Module, args: tuple, kwargs: dict[str, Any], *, layer: InputTuningLayer, site: Backbone):
+def show_prompt_to_decoder(
+    decoder: nn.Module, args: tuple, kwargs: dict[str, Any], *, layer: InputTuningLayer, site: Backbone
+):
     """Pre-hook of the decoder: the encoder's output holds virtual places, which the caller's mask does not know."""
     call = dict(zip(site.parameters, args, strict=False)) | kwargs
     hidden, mask = call.get("encoder_hidden_states"), call.get("encoder_attention_mask")
@@ -569,9 +575,7 @@ def install_hooks(model: nn.Module, backbone_path: str, embedding_path: str) -> 
     parent = model.get_submodule(backbone_path.rpartition(".")[0])
     at_decoder = replace(site, parameters=forward_parameters(decoder))
     at_parent = replace(site, parameters=forward_parameters(parent))
-    decoder.register_forward_pre_hook(
-        partial(show_prompt_to_decoder, layer=layer, site=at_decoder), with_kwargs=True
-    )
+    decoder.register_forward_pre_hook(partial(show_prompt_to_decoder, layer=layer, site=at_decoder), with_kwargs=True)
     parent.register_forward_pre_hook(partial(ask_for_named_outputs, site=at_parent), with_kwargs=True)
     parent.register_forward_hook(
         partial(take_prompt_out_of_encoder_output, layer=layer, site=at_parent), with_kwargs=True

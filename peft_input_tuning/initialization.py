@@ -9,6 +9,8 @@ from peft.tuners.prompt_tuning import PromptTuningInit
 from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
 
+from .modules import base_embedding
+
 if TYPE_CHECKING:
     from .config import InputTuningConfig
 
@@ -26,13 +28,13 @@ def initial_prompt(config: InputTuningConfig, embedding: nn.Module) -> Tensor:
     Returns:
         `(num_virtual_tokens, embedding_dim)`, float32, no gradient.
     """
-    count = config.num_virtual_tokens
+    count, table = config.num_virtual_tokens, base_embedding(embedding)
     if config.prompt_tuning_init == PromptTuningInit.RANDOM:
-        return torch.randn(count, embedding.embedding_dim)
+        return torch.randn(count, table.embedding_dim)
     if config.prompt_tuning_init == PromptTuningInit.TEXT:
         ids = _text_ids(config)
     else:
-        ids = torch.randint(0, embedding.num_embeddings, (count,))
+        ids = torch.randint(0, table.num_embeddings, (count,))
     with torch.no_grad(), gather_params_ctx(embedding.parameters()):
         return embedding(ids.to(execution_device(embedding))).float()
 

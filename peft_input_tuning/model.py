@@ -20,10 +20,18 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from .backbone import cached_prompt, find_backbone, install_hooks, refuse_full_ids, remove_hooks
+from .backbone import (
+    cached_prompt,
+    find_backbone,
+    install_hooks,
+    refuse_changed_embedding,
+    refuse_full_ids,
+    remove_hooks,
+)
 from .checkpoint import check_adapter_state_dict
 from .config import InputTuningConfig
 from .layer import MERGE_ERROR, InputTuningLayer
+from .modules import base_embedding
 from .row_adapters import BASE, RowAdapters, current_row_adapters, prompt_in_place, use_row_adapters
 from .static_cache import input_with_prompt, uses_static_cache
 
@@ -54,8 +62,12 @@ class InputTuningModel(BaseTuner):
         embedding = backbone.get_submodule(embedding_path)
         self.embedding_path = ".".join(filter(None, (backbone_path, embedding_path)))
         self._backbone_paths = backbone_path, embedding_path
-        _check_modules_to_save(config, self.embedding_path)
-        _check_sizes(config, embedding.embedding_dim, getattr(backbone.config, "max_position_embeddings", None))
+        if not isinstance(embedding, InputTuningLayer) and _holds_our_layer(embedding):
+            refuse_changed_embedding(backbone, embedding_path, embedding)
+        _check_modules_to_save(config, self.model, self.embedding_path)
+        _check_sizes(
+            config, base_embedding(embedding).embedding_dim, getattr(backbone.config, "max_position_embeddings", None)
+        )
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
         return peft_config  # no target_modules to look up
@@ -162,7 +174,9 @@ class InputTuningModel(BaseTuner):
 
     def _row_adapters(self, names: list[str]) -> RowAdapters:
         if self.training:
-            raise ValueError("`adapter_names` is for inference, and the model is in training mode. Call `eval()` first.")
+            raise ValueError(
+                "`adapter_names` is for inference, and the model is in training mode. Call `eval()` first."
+            )
         if not names:
             raise ValueError("`adapter_names` is empty. Pass one name a row.")
         known = [BASE, *sorted(self.peft_config)]
@@ -211,9 +225,20 @@ def _pass_adapter_names(module: nn.Module, args: tuple, kwargs: dict[str, Any], 
     return args, {**kwargs, "adapter_names": repeated}
 
 
-def _check_modules_to_save(config: InputTuningConfig, embedding_path: str) -> None:
+def _holds_our_layer(module: nn.Module) -> bool:
+    return any(isinstance(inner, InputTuningLayer) for inner in module.modules())
+
+
+def _check_modules_to_save(config: InputTuningConfig, model: nn.Module, embedding_path: str) -> None:
+    """Also T5's `shared` and a decoder's embedding: they hold the weight that the input-adapter wraps."""
+    weight = base_embedding(model.get_submodule(embedding_path)).weight
+    embeddings = [
+        path
+        for path, module in model.named_modules(remove_duplicate=False)
+        if hasattr(module, "num_embeddings") and getattr(module, "weight", None) is weight
+    ]
     for name in config.modules_to_save or []:
-        if embedding_path.endswith(name):
+        if any(path.endswith(name) for path in (embedding_path, *embeddings)):
             raise ValueError(
                 f"`modules_to_save` names {name!r}, which is the word embedding that the input-adapter wraps. Remove "
                 "it: the adapter changes the embeddings of all tokens already."
