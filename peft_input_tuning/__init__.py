@@ -5,6 +5,7 @@ a `PeftConfig` goes.
 """
 
 from .config import InputTuningConfig
+from .export import ExportReport, export_model
 from .layer import InputTuningLayer
 from .model import InputTuningModel
 from .optimizer import create_input_tuning_optimizer, input_tuning_parameter_groups
@@ -17,11 +18,13 @@ from .version import __version__
 register("input_tuning", InputTuningConfig, InputTuningModel)
 
 __all__ = [
+    "ExportReport",
     "InputTuningConfig",
     "InputTuningLayer",
     "InputTuningModel",
     "__version__",
     "create_input_tuning_optimizer",
+    "export_model",
     "from_prompt_tuning",
     "input_tuning_parameter_groups",
 ]

@@ -23,7 +23,7 @@ from .row_adapters import BASE, current_row_adapters
 
 MERGE_ERROR = (
     "An input-tuning adapter cannot be merged into the base model: its virtual tokens are not weights of the base. "
-    "Keep the adapter, or write a plain checkpoint with peft_input_tuning.export_model (to come), which needs neither "
+    "Keep the adapter, or write a plain checkpoint with peft_input_tuning.export_model, which needs neither "
     "PEFT nor this package."
 )
 

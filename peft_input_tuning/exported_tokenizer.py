@@ -1,0 +1,76 @@
+"""The tokenizer of an exported model: virtual tokens are special tokens that it puts in front by itself."""
+
+from __future__ import annotations
+
+import copy
+import json
+from typing import Any
+
+from tokenizers import Tokenizer, processors
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+VIRTUAL_TOKEN = "<|virtual_{}|>"
+_KEPT = ("model_max_length", "padding_side", "truncation_side", "clean_up_tokenization_spaces", "model_input_names")
+
+
+def tokenizer_with_prompt(tokenizer: PreTrainedTokenizerBase, count: int) -> tuple[PreTrainedTokenizerFast, list[int]]:
+    """A copy of a tokenizer that starts every input with `count` virtual tokens; the one passed in is not changed.
+
+    It is a plain `PreTrainedTokenizerFast`: classes such as T5Tokenizer build their own post-processor when they are
+    loaded, and `add_bos_token` would replace ours.
+
+    Args:
+        tokenizer: a tokenizer with a `backend_tokenizer` (a "fast" one).
+        count: number of virtual tokens.
+
+    Returns:
+        The tokenizer, and the ids of the virtual tokens in order.
+
+    Raises:
+        ValueError: a tokenizer without a backend, or with tokens of these names.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError(
+            f"`tokenizer` is a {type(tokenizer).__name__} without a `tokenizers` backend, which cannot put virtual "
+            "tokens in front by itself. Pass the fast tokenizer of the model, or none and put the ids in front yourself."
+        )
+    names = [VIRTUAL_TOKEN.format(i) for i in range(count)]
+    known = set(names) & set(tokenizer.get_vocab())
+    if known:
+        raise ValueError(
+            f"`tokenizer` has the token {min(known)!r} already. It belongs to an exported model: pass the base model's."
+        )
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.no_padding()
+    backend.no_truncation()
+    special = {key: value for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
+    settings: dict[str, Any] = {name: getattr(tokenizer, name) for name in _KEPT if hasattr(tokenizer, name)}
+    exported = PreTrainedTokenizerFast(tokenizer_object=backend, **special, **settings)
+    extra = [str(t) for t in getattr(tokenizer, "extra_special_tokens", None) or [] if isinstance(t, str)]
+    exported.add_tokens([*extra, *names], special_tokens=True)
+    ids = exported.convert_tokens_to_ids(names)
+    if names:
+        _put_in_front(exported.backend_tokenizer, names, ids)
+        exported.chat_template = _template_with_prompt(tokenizer.chat_template, "".join(names))
+    else:
+        exported.chat_template = copy.copy(tokenizer.chat_template)
+    return exported, ids
+
+
+def _put_in_front(backend: Tokenizer, names: list[str], ids: list[int]) -> None:
+    """After whatever the tokenizer adds by itself (a start token): the prompt stands before that."""
+    front = " ".join(names)
+    prompt = processors.TemplateProcessing(
+        single=f"{front} $A", pair=f"{front} $A $B:1", special_tokens=list(zip(names, ids, strict=True))
+    )
+    own = backend.post_processor
+    backend.post_processor = prompt if own is None else processors.Sequence([own, prompt])
+
+
+def _template_with_prompt(template: Any, front: str) -> Any:
+    """Chat templates render to text that is tokenized without special tokens, so the prompt goes into the text."""
+    if template is None:
+        return None
+    if isinstance(template, dict):
+        return {name: _template_with_prompt(one, front) for name, one in template.items()}
+    return f"{{{{- {json.dumps(front)} -}}}}{template}"

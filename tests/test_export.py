@@ -1,0 +1,363 @@
+"""Exported = adapted: the plain checkpoint gives the same logits and tokens, without this package."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from adapters import adapted, add, config, randomize
+from families import ALL, DECODERS, FAMILIES, GENERATORS, PAD, build, ids, padded
+from oracles import adapter_weights, encoder_of, greedy, row_output, transform
+from peft import get_peft_model
+from peft_input_tuning import export_model, folding
+from tokenizers_of_families import tokenizer_of
+
+TOLERANCE = {"atol": 2e-4, "rtol": 1e-3}
+each_generator = pytest.mark.parametrize("family", GENERATORS, ids=str)
+
+
+def exported(family, tmp_path, head="lm", **changes):
+    model, base, weights = adapted(family, head, **changes)
+    report = export_model(model, tmp_path / "plain")
+    plain = type(base).from_pretrained(tmp_path / "plain").eval()
+    plain.generation_config.eos_token_id = None
+    return model, base, weights, plain, torch.tensor(report.virtual_token_ids, dtype=torch.long)
+
+
+@pytest.mark.feature("export")
+@pytest.mark.parametrize("adapter", [{}, {"num_virtual_tokens": 0}, {"adapter_hidden_dim": 0}], ids=["both", "adapter", "prompt"])
+@each_generator
+def test_logits(family, adapter, tmp_path):
+    _, base, weights, plain, virtual = exported(family, tmp_path, **adapter)
+    row = ids(7)
+    more = {"decoder_input_ids": ids(1, 5, seed=9)} if family.kind == "seq2seq" else {}
+    out = plain(input_ids=torch.cat([virtual, row])[None], **more).logits[0, :, : base.config.vocab_size]
+    out = out if family.kind == "seq2seq" else out[len(virtual) :]
+    assert_close(out, row_output(base, weights, row, **more), **TOLERANCE)
+
+
+@pytest.mark.feature("export")
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"num_beams": 3}, {"cache_implementation": "static", "disable_compile": True}],
+    ids=["greedy", "beams", "static cache"],
+)
+@each_generator
+def test_generated_tokens(family, options, tmp_path):
+    model, base, weights, plain, virtual = exported(family, tmp_path)
+    rows = [ids(n, seed=n) for n in (7, 4, 9)]
+    side = "right" if family.kind == "seq2seq" else "left"
+    batch, mask = padded(rows, side)
+    long, long_mask = padded([torch.cat([virtual, row]) for row in rows], side)
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": PAD, **options}
+    want = model.generate(input_ids=batch, attention_mask=mask, **options)
+    out = plain.generate(input_ids=long, attention_mask=long_mask, **options)
+    start = 1 if family.kind == "seq2seq" else None
+    want = want[:, start or batch.shape[1] :]
+    out = out[:, start or long.shape[1] :]
+    assert not torch.isin(out, virtual).any()
+    assert torch.equal(out, want)
+    if "num_beams" not in options:
+        assert torch.equal(want[0], greedy(base, weights, rows[0], 6))
+
+
+@pytest.mark.feature("export")
+@each_generator
+def test_sampling_with_a_seed(family, tmp_path):
+    """Against a loop: the model with the adapter draws among fewer words, so its random numbers fall elsewhere."""
+    _, base, weights, plain, virtual = exported(family, tmp_path)
+    rows = [ids(n, seed=n) for n in (7, 4)]
+    long, mask = padded([torch.cat([virtual, row]) for row in rows], "right" if family.kind == "seq2seq" else "left")
+    torch.manual_seed(3)
+    options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": True, "top_k": 0, "pad_token_id": PAD}
+    out = plain.generate(input_ids=long, attention_mask=mask, **options)[:, -5:]
+    torch.manual_seed(3)
+    tokens = [[], []]
+    for _ in range(5):
+        last = []
+        for row, new in zip(rows, tokens, strict=True):
+            if family.kind == "seq2seq":
+                start = torch.tensor([[base.config.decoder_start_token_id, *new]])
+                logits = row_output(base, weights, row, decoder_input_ids=start)[-1]
+            else:
+                logits = row_output(base, weights, torch.cat([row, torch.tensor(new, dtype=row.dtype)]))[-1]
+            last.append(torch.nn.functional.pad(logits, (0, len(virtual)), value=-torch.inf))
+        for new, token in zip(tokens, torch.multinomial(torch.stack(last).softmax(-1), 1).flatten().tolist(), strict=True):
+            new.append(token)
+    assert torch.equal(out, torch.tensor(tokens))
+
+
+@pytest.mark.feature("export")
+@each_generator
+def test_table_is_the_formula_and_the_rest_is_the_base(family, tmp_path):
+    _, base, weights, plain, virtual = exported(family, tmp_path)
+    file = load_file(tmp_path / "plain" / "model.safetensors")
+    embedding = encoder_of(base).get_input_embeddings()
+    name = next(n for n, m in base.named_modules(remove_duplicate=False) if m is embedding)
+    scale = float(getattr(embedding, "embed_scale", 1.0))
+    want = transform(weights, embedding(torch.arange(base.config.vocab_size))) / scale
+    table = file.pop(f"{name}.weight")
+    assert_close(table[: len(want)], want, **TOLERANCE)
+    assert_close(table[virtual], weights["prompt.weight"] / scale, **TOLERANCE)
+    own = base.state_dict()
+    assert not [key for key in file if key.startswith("base_model") or "input_tuning" in key or "base_layer" in key]
+    plain_state = plain.state_dict()  # transformers renames some tensors in files
+    plain_state.pop(f"{name}.weight")
+    for key, tensor in plain_state.items():
+        if tensor.shape == own[key].shape:
+            assert torch.equal(tensor, own[key]), key
+        else:
+            assert torch.equal(tensor[tuple(slice(0, n) for n in own[key].shape)], own[key]), key
+    with torch.no_grad():
+        assert torch.equal(base.state_dict()[f"{name}.weight"], build(family).state_dict()[f"{name}.weight"])
+
+
+@pytest.mark.feature("export")
+@pytest.mark.parametrize("family", ALL, ids=str)
+def test_task_heads_and_bare_models(family, tmp_path):
+    for head, task in (("seq_cls", "SEQ_CLS"), ("token_cls", "TOKEN_CLS"), ("qa", "QUESTION_ANS"), ("base", None)):
+        if head not in family.heads:
+            continue
+        reads_input_elsewhere = family.kind == "encoder" or (family.kind == "seq2seq" and head in ("seq_cls", "qa"))
+        tokens = 0 if reads_input_elsewhere else 4
+        model, _, _ = adapted(family, head, task_type=task, num_virtual_tokens=tokens)
+        for key, parameter in model.named_parameters():
+            if "modules_to_save" in key:
+                parameter.data.normal_()
+        report = export_model(model, tmp_path / head)
+        plain = family.heads[head].from_pretrained(tmp_path / head).eval()
+        row = ids(1, 7)
+        row[0, -1] = 1  # the end token that T5 and BART pool
+        virtual = torch.tensor([report.virtual_token_ids], dtype=torch.long)
+        more = {"decoder_input_ids": row} if family.kind == "seq2seq" and head == "base" else {}
+        want, out = model(input_ids=row, **more), plain(input_ids=torch.cat([virtual, row], 1), **more)
+        got, main = out.to_tuple()[0], want.to_tuple()[0]
+        if got.ndim > 1 and got.shape != main.shape:
+            got = got[:, tokens:]
+        assert_close(got, main, **TOLERANCE)
+
+
+@pytest.mark.parametrize("head", ["seq_cls", "qa"])
+@pytest.mark.parametrize("family", [FAMILIES["t5"], FAMILIES["bart"]], ids=str)
+def test_classifiers_that_show_the_input_to_the_decoder(family, head, tmp_path):
+    task = {"seq_cls": "SEQ_CLS", "qa": "QUESTION_ANS"}[head]
+    model = adapted(family, head, task_type=task)[0]
+    with pytest.raises(ValueError, match="shows its input to the decoder"):
+        export_model(model, tmp_path / "plain")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("family", [FAMILIES["bert"], FAMILIES["roberta"]], ids=str)
+def test_encoders_with_virtual_tokens(family, tmp_path):
+    model, base, weights = adapted(family)
+    report = export_model(model, tmp_path / "plain")
+    plain = type(base).from_pretrained(tmp_path / "plain").eval()
+    row = ids(7)
+    out = plain(input_ids=torch.cat([torch.tensor(report.virtual_token_ids), row])[None]).logits
+    assert_close(out[0, 4:, : base.config.vocab_size], row_output(base, weights, row), **TOLERANCE)
+    pooled = adapted(family, "seq_cls", task_type="SEQ_CLS")[0]
+    with pytest.raises(ValueError, match="reads the first place of a row"):
+        export_model(pooled, tmp_path / "pooled")
+    assert not (tmp_path / "pooled").exists()
+
+
+# ---- tokenizers ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.feature("export")
+@each_generator
+def test_the_tokenizer_puts_the_prompt_in_front(family, tmp_path):
+    """Each family with a tokenizer of its own kind, loaded again with AutoTokenizer."""
+    model, base, weights = adapted(family)
+    tokenizer = tokenizer_of(family)
+    before = tokenizer("a b c")["input_ids"]
+    report = export_model(model, tmp_path / "plain", tokenizer=tokenizer)
+    assert tokenizer("a b c")["input_ids"] == before
+    loaded = transformers.AutoTokenizer.from_pretrained(tmp_path / "plain")
+    virtual = list(report.virtual_token_ids)
+    assert loaded("a b c")["input_ids"] == virtual + before
+    assert loaded("a b c", add_special_tokens=False)["input_ids"] == tokenizer("a b c", add_special_tokens=False)["input_ids"]
+    assert loaded.decode(virtual + before, skip_special_tokens=True) == tokenizer.decode(before, skip_special_tokens=True)
+    for name in ("pad_token_id", "eos_token_id", "bos_token_id", "unk_token_id"):
+        assert getattr(loaded, name) == getattr(tokenizer, name), name
+    assert loaded("a b c d e", truncation=True, max_length=7)["input_ids"][:4] == virtual
+    auto = transformers.AutoModelForSeq2SeqLM if family.kind == "seq2seq" else transformers.AutoModelForCausalLM
+    plain = auto.from_pretrained(tmp_path / "plain").eval()
+    plain.generation_config.eos_token_id = None
+    loaded.padding_side = "right" if family.kind == "seq2seq" else "left"
+    texts = ["a b c d", "e f"]
+    inputs = loaded(texts, return_tensors="pt", padding=True)
+    inputs.pop("token_type_ids", None)
+    out = plain.generate(**inputs, max_new_tokens=5, min_new_tokens=5, do_sample=False)
+    for i, text in enumerate(texts):
+        row = torch.tensor(tokenizer(text)["input_ids"])
+        assert torch.equal(out[i, -5:], greedy(base, weights, row, 5))
+
+
+@pytest.mark.feature("export")
+def test_chat_template_starts_with_the_prompt(tmp_path):
+    family = FAMILIES["llama"]
+    model, _, _ = adapted(family)
+    tokenizer = tokenizer_of(family)
+    tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}{{ m['content'] + ' ' }}{% endfor %}"
+    report = export_model(model, tmp_path / "plain", tokenizer=tokenizer)
+    loaded = transformers.AutoTokenizer.from_pretrained(tmp_path / "plain")
+    chat = [{"role": "user", "content": "a b"}, {"role": "assistant", "content": "c"}]
+    want = tokenizer.apply_chat_template(chat, return_dict=False)
+    assert loaded.apply_chat_template(chat, return_dict=False) == list(report.virtual_token_ids) + want
+
+
+# ---- the folder ------------------------------------------------------------------------------------------------------
+
+
+def test_loads_in_a_process_without_the_package(tmp_path):
+    model, base, weights = adapted(FAMILIES["llama"])
+    export_model(model, tmp_path / "plain", tokenizer=tokenizer_of(FAMILIES["llama"]))
+    code = (
+        "import sys; sys.modules['peft_input_tuning'] = None; sys.modules['peft'] = None\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        f"folder = {str(tmp_path / 'plain')!r}\n"
+        "model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)\n"
+        "inputs = tokenizer('a b c', return_tensors='pt', return_token_type_ids=False)\n"
+        "out = model.generate(**inputs, max_new_tokens=5, min_new_tokens=5, do_sample=False, eos_token_id=None)\n"
+        "print(out[0, -5:].tolist())"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    row = torch.tensor(tokenizer_of(FAMILIES["llama"])("a b c")["input_ids"])
+    assert result.stdout.strip().endswith(str(greedy(base, weights, row, 5).tolist()))
+
+
+def test_card(tmp_path):
+    model, _, _ = adapted(FAMILIES["llama"])
+    report = export_model(model, tmp_path / "plain")
+    card = (tmp_path / "plain" / "README.md").read_text()
+    assert "needs neither PEFT nor" in card
+    assert "Do not call `tie_weights()`" in card
+    assert "4 virtual tokens (ids 97 to 100)" in card
+    assert f"{report.largest_difference:.2g}" in card
+    assert 0 <= report.largest_difference < 1e-3 < report.largest_output
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", DECODERS, ids=str)
+def test_dtypes(family, dtype, tmp_path):
+    base = build(family).to(torch.bfloat16)
+    model = get_peft_model(base, config(family)).eval()
+    randomize(model)
+    export_model(model, tmp_path / "plain", dtype=dtype if dtype != torch.float16 else None)
+    file = load_file(tmp_path / "plain" / "model.safetensors")
+    assert {tensor.dtype for tensor in file.values()} == {torch.bfloat16 if dtype == torch.float16 else dtype}
+
+
+def test_chosen_adapter_and_untouched_model(tmp_path):
+    model, base, _ = adapted(FAMILIES["llama"])
+    second = add(model, "b", seed=2, num_virtual_tokens=6)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    row = ids(7)
+    want = model(input_ids=row[None]).logits
+    report = export_model(model, tmp_path / "plain", adapter_name="b")
+    assert len(report.virtual_token_ids) == 6
+    plain = type(base).from_pretrained(tmp_path / "plain").eval()
+    out = plain(input_ids=torch.cat([torch.tensor(report.virtual_token_ids), row])[None]).logits[0, 6:, :97]
+    assert_close(out, row_output(base, second, row), **TOLERANCE)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert torch.equal(model(input_ids=row[None]).logits, want)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Rows of the largest tensors that are made while it is active."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.untyped_storage().nbytes() and out._base is None:
+            self.sizes.append(out.numel())
+        return out
+
+
+def test_the_table_is_folded_in_blocks(monkeypatch):
+    """Beside the table itself, nothing larger than one block's hidden layer is made."""
+    monkeypatch.setattr(folding, "BLOCK_ROWS", 10)
+    model, _, weights = adapted(FAMILIES["llama"])
+    layer, seen = model.base_model.layer, []
+    with LargestTensor() as largest:
+        table = folding.folded_table(layer, "default", [97, 98, 99, 100], 101, torch.float32, lambda *at: seen.append(at))
+    assert seen[-1] == (97, 97)
+    assert [done for done, _ in seen] == [*range(10, 97, 10), 97]
+    assert sorted({size for size in largest.sizes if size > 10 * 32 and size != 101 * 32}) == [24 * 32]  # W1, W2 copied
+    want = transform(weights, layer.base_layer.weight.detach())
+    assert_close(table[:97], want, atol=1e-6, rtol=1e-5)
+
+
+# ---- what is refused -------------------------------------------------------------------------------------------------
+
+
+def test_target_in_use(tmp_path):
+    model, _, _ = adapted(FAMILIES["llama"])
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "plain" / "mine.txt").write_text("mine")
+    with pytest.raises(ValueError, match="exists and is not an empty folder"):
+        export_model(model, tmp_path / "plain")
+    assert [p.name for p in tmp_path.rglob("*")] == ["plain", "mine.txt"]
+
+
+def test_interrupted_export_leaves_nothing(tmp_path, monkeypatch):
+    model, _, _ = adapted(FAMILIES["llama"])
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("peft_input_tuning.export._compare", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        export_model(model, tmp_path / "plain")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_wrong_table_is_noticed(tmp_path, monkeypatch):
+    model, _, _ = adapted(FAMILIES["llama"])
+    fold = folding.folded_table
+    monkeypatch.setattr("peft_input_tuning.export.folded_table", lambda *args: fold(*args) * 1.01)
+    with pytest.raises(RuntimeError, match="gives other outputs than the adapter"):
+        export_model(model, tmp_path / "plain")
+    assert not list(tmp_path.iterdir())
+
+
+def test_models_and_names_that_cannot_be_exported(tmp_path):
+    from peft import LoraConfig
+
+    with pytest.raises(ValueError, match="LlamaForCausalLM without an input-tuning adapter"):
+        export_model(build("llama"), tmp_path / "plain")
+    model, _, _ = adapted(FAMILIES["llama"])
+    with pytest.raises(ValueError, match=r"`adapter_name` is 'x'.*\['default'\]"):
+        export_model(model, tmp_path / "plain", adapter_name="x")
+    both = build("llama")
+    both.add_adapter(LoraConfig(target_modules=["q_proj"]), "lora")
+    both.add_adapter(config(), "default")
+    with pytest.raises(ValueError, match="adapters of another method too"):
+        export_model(both, tmp_path / "plain")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_tokenizer_that_was_exported_before(tmp_path):
+    model, _, _ = adapted(FAMILIES["llama"])
+    export_model(model, tmp_path / "plain", tokenizer=tokenizer_of(FAMILIES["llama"]))
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path / "plain")
+    with pytest.raises(ValueError, match="has the token '<|virtual_0|>' already"):
+        export_model(model, tmp_path / "other", tokenizer=again)
+
+
+def test_weights_of_the_oracle():
+    model, _, weights = adapted(FAMILIES["t5"])
+    assert_close(adapter_weights(model)["fc1.weight"], weights["fc1.weight"])
+    assert Path(__file__).exists()
