@@ -1,0 +1,78 @@
+"""The real command, in a process of its own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from adapters import adapted
+from families import FAMILIES, VOCAB
+from oracles import row_output
+from tokenizers_of_families import tokenizer_of
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "peft_input_tuning.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    model, base, weights = adapted(FAMILIES["llama"])
+    base.save_pretrained(folder / "base")
+    tokenizer_of(FAMILIES["llama"]).save_pretrained(folder / "base")
+    model.peft_config["default"].base_model_name_or_path = str(folder / "base")
+    model.save_pretrained(folder / "adapter")
+    return folder, base, weights
+
+
+def test_export(saved, tmp_path):
+    folder, base, weights = saved
+    result = run("export", folder / "adapter", tmp_path / "plain")
+    assert result.returncode == 0, result.stderr
+    assert f"Wrote {tmp_path / 'plain'} with 4 virtual tokens (97 to 100)." in result.stdout
+    assert "Loaded it again: outputs differ from the adapter's by at most" in result.stdout
+    assert "Folding the table: 100%" in result.stderr
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "plain")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    row = torch.tensor(tokenizer_of(FAMILIES["llama"])("a b c")["input_ids"])
+    with torch.no_grad():
+        logits = plain(input_ids=tokenizer("a b c", return_tensors="pt")["input_ids"]).logits[0, 4:, :VOCAB]
+    assert_close(logits, row_output(base, weights, row), atol=2e-4, rtol=1e-3)
+
+
+def test_export_with_options(saved, tmp_path):
+    folder, _, _ = saved
+    options = ("--base", folder / "base", "--dtype", "bfloat16", "--no-tokenizer")
+    assert run("export", folder / "adapter", tmp_path / "plain", *options).returncode == 0
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "plain").dtype == torch.bfloat16
+    assert not (tmp_path / "plain" / "tokenizer.json").exists()
+
+
+def test_errors_are_one_line_and_status_2(saved, tmp_path):
+    folder, _, _ = saved
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").touch()
+    cases = {
+        ("export", folder / "adapter", tmp_path / "full"): "exists and is not an empty folder",
+        ("export", tmp_path / "nothing", tmp_path / "plain"): "Can't find 'adapter_config.json'",
+        ("export", folder / "adapter", tmp_path / "plain", "--base", tmp_path / "nothing"): "nothing",
+    }
+    for arguments, message in cases.items():
+        result = run(*arguments)
+        assert result.returncode == 2, arguments
+        assert message in result.stderr
+        assert "Traceback" not in result.stderr
+    assert not (tmp_path / "plain").exists()
+
+
+def test_help():
+    result = run("export", "--help")
+    assert result.returncode == 0
+    assert "must not exist, or be empty" in result.stdout
