@@ -27,18 +27,19 @@ def input_tuning_parameter_groups(
         Up to two groups, named "adapter" and "prompt"; a group without parameters is left out.
 
     Raises:
-        ValueError: a rate that is not positive, or nothing to train.
+        ValueError: a rate that is not positive, a model without input-tuning, or nothing to train.
     """
     prompt_lr = PROMPT_LR_RATIO * lr if prompt_lr is None else prompt_lr
     for name, value in (("lr", lr), ("prompt_lr", prompt_lr)):
         if not value > 0:
             raise ValueError(f"`{name}` must be > 0, got {value}.")
-    prompts = {
-        id(parameter)
-        for module in model.modules()
-        if isinstance(module, InputTuningLayer)
-        for parameter in module.input_tuning_prompt.parameters()
-    }
+    layers = [module for module in model.modules() if isinstance(module, InputTuningLayer)]
+    if not layers:
+        raise ValueError(
+            f"`model` has no input-tuning adapter, got {type(model).__name__}. Call get_peft_model with an "
+            "InputTuningConfig first."
+        )
+    prompts = {id(parameter) for layer in layers for parameter in layer.input_tuning_prompt.parameters()}
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {

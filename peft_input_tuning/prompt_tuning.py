@@ -24,6 +24,11 @@ def from_prompt_tuning(prompt_tuned: PeftModel, adapter_name: str | None = None,
     Raises:
         ValueError: another kind of adapter, a prompt for the decoder too, or a changed `num_virtual_tokens`.
     """
+    if not isinstance(prompt_tuned, PeftModel):
+        raise ValueError(
+            f"`prompt_tuned` must be a PeftModel, got {type(prompt_tuned).__name__}. Load the adapter with "
+            "PeftModel.from_pretrained."
+        )
     name = adapter_name or prompt_tuned.active_adapter
     config = prompt_tuned.peft_config.get(name)
     if not isinstance(config, PromptTuningConfig):
