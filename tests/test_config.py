@@ -8,10 +8,10 @@ from dataclasses import fields
 
 import pytest
 import torch
-from families import FAMILIES, build
 from peft import PeftConfig, PromptTuningConfig, TaskType, get_peft_model
 from peft.tuners.prompt_tuning import PromptTuningInit
 
+from families import FAMILIES, build
 from peft_input_tuning import InputTuningConfig
 
 LLAMA = FAMILIES["llama"]

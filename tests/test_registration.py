@@ -11,8 +11,6 @@ import sys
 
 import pytest
 import torch
-from adapters import adapted, config
-from families import FAMILIES, build, ids
 from peft import PeftModel, PeftType, get_peft_config, get_peft_model
 from peft.mapping import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
@@ -22,6 +20,8 @@ from peft.mapping import (
 )
 
 import peft_input_tuning
+from adapters import adapted, config
+from families import FAMILIES, build, ids
 from peft_input_tuning.registration import add_peft_type
 
 LLAMA = FAMILIES["llama"]

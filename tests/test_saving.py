@@ -8,10 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from adapters import SIZES, adapted, add, config, randomize
-from families import ALL, EOS, FAMILIES, VOCAB, build, ids
 from huggingface_hub import ModelCard
-from oracles import adapter_weights, encoder_of
 from peft import (
     AutoPeftModel,
     AutoPeftModelForCausalLM,
@@ -29,6 +26,9 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoTokenizer
 
+from adapters import SIZES, adapted, add, config, randomize
+from families import ALL, EOS, FAMILIES, VOCAB, build, ids
+from oracles import adapter_weights, encoder_of
 from peft_input_tuning import InputTuningConfig
 
 each_family = pytest.mark.parametrize("family", ALL, ids=str)
