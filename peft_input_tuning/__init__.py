@@ -9,6 +9,7 @@ from .export import ExportReport, export_model
 from .layer import InputTuningLayer
 from .model import InputTuningModel
 from .optimizer import create_input_tuning_optimizer, input_tuning_parameter_groups
+from .prompt_cache import set_prompt_cache
 from .prompt_tuning import from_prompt_tuning
 from .registration import register
 from .version import __version__
@@ -27,4 +28,5 @@ __all__ = [
     "export_model",
     "from_prompt_tuning",
     "input_tuning_parameter_groups",
+    "set_prompt_cache",
 ]

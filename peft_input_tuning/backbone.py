@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .layer import InputTuningLayer
+from .prompt_cache import put_prompt_into_cache
 from .modules import base_embedding
 from .row_adapters import current_row_adapters, is_prompt_in_place
 from .splice import PromptLayout, count_left_pads
@@ -220,6 +221,8 @@ def put_prompt_in(backbone: nn.Module, args: tuple, kwargs: dict[str, Any], *, s
         add_token_types(call, layer, site)
         return (), call
     refuse_what_cannot_be_spliced(call, cache)
+    if start_on_prompt_cache(backbone, call, slots, layer, site):
+        return (), call
     start_with_prompt(backbone, call, slots, layer, site)
     call.as_tuple = _wants_tuple(backbone, call)
     call["return_dict"] = True
@@ -294,6 +297,24 @@ def refuse_positions(positions: Tensor, mask: Tensor | None) -> None:
             "`position_ids` restart inside a row: several sequences are packed into it, which is not supported, since "
             "only the first would get the prompt. Pass one sequence a row, with padding (no packing, no padding_free)."
         )
+
+
+def start_on_prompt_cache(
+    backbone: nn.Module, call: SplicedCall, slots: int, layer: InputTuningLayer, site: Backbone
+) -> bool:
+    """The short way at inference: the prompt's keys and values are known, only the caller's tokens run."""
+    given = call.get("input_ids") if call.get("inputs_embeds") is None else call["inputs_embeds"]
+    cache, positions = call.get("past_key_values"), call.get("position_ids")
+    fits = given is not None and (site.max_positions is None or slots + given.shape[1] <= site.max_positions)
+    if not fits or site.slack == "right":
+        return False
+    layout = put_prompt_into_cache(backbone, call, given.shape[0], slots, layer, site.has_window)
+    if layout is None:
+        return False
+    cached = CachedPrompt(layout, first_position=None if positions is None else positions[:, :1])
+    setattr(cache, MARK_ON_CACHE, cached)
+    continue_after_prompt(call, cache, cached, layer, site)
+    return True
 
 
 def start_with_prompt(

@@ -48,6 +48,8 @@ class InputTuningLayer(nn.Module, BaseTunerLayer):
         self.input_tuning_dropout = nn.ModuleDict()
         self.awaiting_weights: set[str] = set()  # adapters whose file has still to be read
         self.merged_adapters: list[str] = []
+        self.caches_prompt = True  # see prompt_cache.py
+        self.prompt_states: dict[str, Any] = {}
 
     @property
     def embedding_dim(self) -> int:
@@ -162,6 +164,7 @@ class InputTuningLayer(nn.Module, BaseTunerLayer):
 
     def delete_adapter(self, adapter_name: str) -> None:
         self.awaiting_weights.discard(adapter_name)
+        self.prompt_states.pop(adapter_name, None)
         super().delete_adapter(adapter_name)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
