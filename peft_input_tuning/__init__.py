@@ -14,8 +14,6 @@ from .prompt_tuning import from_prompt_tuning
 from .registration import register
 from .version import __version__
 
-
-
 register("input_tuning", InputTuningConfig, InputTuningModel)
 
 __all__ = [

@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .layer import InputTuningLayer
-from .prompt_cache import put_prompt_into_cache
 from .modules import base_embedding
+from .prompt_cache import put_prompt_into_cache
 from .row_adapters import current_row_adapters, is_prompt_in_place
 from .splice import PromptLayout, count_left_pads
 

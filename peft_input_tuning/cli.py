@@ -85,7 +85,9 @@ def _load(arguments: argparse.Namespace) -> tuple[PeftModel, PreTrainedTokenizer
 
     config = PeftConfig.from_pretrained(arguments.adapter)
     if not isinstance(config, InputTuningConfig):
-        raise ValueError(f"{arguments.adapter} is an adapter of another method ({config.peft_type}), not INPUT_TUNING.")
+        raise ValueError(
+            f"{arguments.adapter} is an adapter of another method ({config.peft_type}), not INPUT_TUNING."
+        )
     base_name = arguments.base or config.base_model_name_or_path
     if not base_name:
         raise ValueError(f"{arguments.adapter} does not name its base model. Pass it with --base.")

@@ -167,7 +167,11 @@ def _vocabulary_names(base: nn.Module, state: dict[str, Tensor], table_name: str
             shared.add(head.bias.data_ptr())
     if getattr(base, "final_logits_bias", None) is not None:  # BART
         shared.add(base.final_logits_bias.data_ptr())
-    return [key for key, value in state.items() if key != table_name and value.data_ptr() in shared and words in value.shape]
+    return [
+        key
+        for key, value in state.items()
+        if key != table_name and value.data_ptr() in shared and words in value.shape
+    ]
 
 
 def _empty_model(base: nn.Module, rows: int) -> nn.Module:
@@ -236,4 +240,3 @@ def _compare(
             "is narrower than the base model's, try the base model's."
         )
     return difference, largest
-

@@ -70,7 +70,12 @@ def put_prompt_into_cache(
 
 
 def _is_exact(
-    backbone: nn.Module, cache: Any, mask: Tensor | None, positions: Tensor | None, layer: InputTuningLayer, has_window: bool
+    backbone: nn.Module,
+    cache: Any,
+    mask: Tensor | None,
+    positions: Tensor | None,
+    layer: InputTuningLayer,
+    has_window: bool,
 ) -> bool:
     if not layer.caches_prompt or torch.compiler.is_compiling() or torch.is_grad_enabled() or backbone.training:
         return False
@@ -133,4 +138,3 @@ def _fingerprint(backbone: nn.Module, layer: InputTuningLayer) -> tuple:
     device = layer.weight.device.type
     autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
     return weights, others, autocast, backbone.config._attn_implementation
-

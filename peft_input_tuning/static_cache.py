@@ -98,7 +98,10 @@ def _mask_of(model: nn.Module, ids: Tensor | None, kwargs: dict[str, Any]) -> Te
 
 def _count_new_tokens(model: nn.Module, kwargs: dict[str, Any], length: int) -> None:
     """Lengths that count the input become numbers of new tokens: the input is longer now."""
-    for total, new, default in (("max_length", "max_new_tokens", length + DEFAULT_MAX_LENGTH), ("min_length", "min_new_tokens", None)):
+    for total, new, default in (
+        ("max_length", "max_new_tokens", length + DEFAULT_MAX_LENGTH),
+        ("min_length", "min_new_tokens", None),
+    ):
         limit = _setting(model, kwargs, new)
         if limit is None:
             whole = _setting(model, kwargs, total)

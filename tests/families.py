@@ -158,9 +158,7 @@ FAMILIES = {
             lambda: t.Phi3Config(**_GROUPED),
             _heads("Phi3", "Phi3ForCausalLM", "seq_cls", "token_cls"),
         ),
-        Family(
-            "t5", "seq2seq", lambda: t.T5Config(**_T5), _heads("T5", "T5ForConditionalGeneration", *_ALL)
-        ),
+        Family("t5", "seq2seq", lambda: t.T5Config(**_T5), _heads("T5", "T5ForConditionalGeneration", *_ALL)),
         Family(
             "bart",
             "seq2seq",
@@ -169,7 +167,11 @@ FAMILIES = {
             learned_positions=True,
         ),
         Family(
-            "bert", "encoder", lambda: t.BertConfig(**_BERT), _heads("Bert", "BertForMaskedLM", *_ALL), learned_positions=True
+            "bert",
+            "encoder",
+            lambda: t.BertConfig(**_BERT),
+            _heads("Bert", "BertForMaskedLM", *_ALL),
+            learned_positions=True,
         ),
         Family(
             "roberta",

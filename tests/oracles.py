@@ -58,7 +58,9 @@ def row_output(base: nn.Module, weights: dict[str, Tensor], row: Tensor, activat
 
 
 @torch.no_grad()
-def greedy(base: nn.Module, weights: dict[str, Tensor], row: Tensor, new_tokens: int, activation: str = "relu") -> Tensor:
+def greedy(
+    base: nn.Module, weights: dict[str, Tensor], row: Tensor, new_tokens: int, activation: str = "relu"
+) -> Tensor:
     """Greedy decoding of one row by full forward passes without a cache: the new tokens, `(new_tokens,)`."""
     new: list[int] = []
     for _ in range(new_tokens):

@@ -29,7 +29,9 @@ def test_prompt_and_input_longer_than_the_positions(family):
     more = {"decoder_input_ids": ids(1, 3)} if family is bart else {}
     base(input_ids=ids(1, longest), **more)
     assert torch.isfinite(model(input_ids=ids(1, longest - 4), **more).logits).all()
-    with pytest.raises(ValueError, match=rf"{longest - 3} tokens and the prompt 4 virtual tokens.*{longest} positions"):
+    with pytest.raises(
+        ValueError, match=rf"{longest - 3} tokens and the prompt 4 virtual tokens.*{longest} positions"
+    ):
         model(input_ids=ids(1, longest - 3), **more)
 
 
@@ -54,7 +56,9 @@ def test_generating_past_the_last_position(family):
 def test_expanded_masks(family):
     model, _, _ = adapted(family)
     mask = torch.ones(1, 1, 5, 5)
-    with pytest.raises(ValueError, match=r"`attention_mask` must have the shape \(batch, length\), got \(1, 1, 5, 5\)"):
+    with pytest.raises(
+        ValueError, match=r"`attention_mask` must have the shape \(batch, length\), got \(1, 1, 5, 5\)"
+    ):
         model(input_ids=ids(1, 5), attention_mask=mask)
     with pytest.raises(ValueError, match=r"`attention_mask` must have the shape \(batch, length\), got dict"):
         model(input_ids=ids(1, 5), attention_mask={"full_attention": mask})
@@ -177,7 +181,9 @@ def test_prompts_of_different_lengths_where_positions_go_by_place():
 
 
 def test_model_without_a_token_embedding():
-    model = transformers.ViTModel(transformers.ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8))
+    model = transformers.ViTModel(
+        transformers.ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+    )
     before = {name: type(module) for name, module in model.named_modules()}
     with pytest.raises(ValueError, match="ViTModel has no token embedding"):
         get_peft_model(model, config())
@@ -193,7 +199,10 @@ def test_module_that_is_no_model_of_transformers():
     ("changes", "message"),
     [
         ({"num_virtual_tokens": 128}, "`num_virtual_tokens` is 128, but the model has 128 positions"),
-        ({"adapter_hidden_dim": 32 * 64 + 1}, "`adapter_hidden_dim` is 2049, more than 64 times the embedding size 32"),
+        (
+            {"adapter_hidden_dim": 32 * 64 + 1},
+            "`adapter_hidden_dim` is 2049, more than 64 times the embedding size 32",
+        ),
     ],
     ids=["prompt", "adapter"],
 )

@@ -69,7 +69,13 @@ OFFLOADS = {
     "disk": lambda model, folder: disk_offload(model, folder, execution_device=torch.device("cpu")),
     "layers on disk": lambda model, folder: dispatch_model(
         model,
-        {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu", "model.layers": "disk"},
+        {
+            "model.embed_tokens": "cpu",
+            "model.norm": "cpu",
+            "model.rotary_emb": "cpu",
+            "lm_head": "cpu",
+            "model.layers": "disk",
+        },
         main_device="cpu",
         offload_dir=folder,
     ),
@@ -123,7 +129,9 @@ def test_adapter_is_loaded_on_a_base_that_is_partly_on_disk(memory, tmp_path):
         offload_folder=str(tmp_path / "offload"),
         max_memory={"cpu": memory},
     )
-    assert ("disk" in {place for part, place in model.hf_device_map.items() if "input_tuning" in part}) == (memory < 60_000)
+    assert ("disk" in {place for part, place in model.hf_device_map.items() if "input_tuning" in part}) == (
+        memory < 60_000
+    )
     assert_close(model(input_ids=row[None]).logits[0], row_output(base, weights, row), **TOLERANCE)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from peft import get_peft_model
 from safetensors.torch import load_file
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -16,7 +17,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from adapters import adapted, add, config, randomize
 from families import ALL, DECODERS, FAMILIES, GENERATORS, PAD, build, ids, padded
 from oracles import adapter_weights, encoder_of, greedy, row_output, transform
-from peft import get_peft_model
 from peft_input_tuning import export_model, folding
 from tokenizers_of_families import tokenizer_of
 
@@ -33,7 +33,9 @@ def exported(family, tmp_path, head="lm", **changes):
 
 
 @pytest.mark.feature("export")
-@pytest.mark.parametrize("adapter", [{}, {"num_virtual_tokens": 0}, {"adapter_hidden_dim": 0}], ids=["both", "adapter", "prompt"])
+@pytest.mark.parametrize(
+    "adapter", [{}, {"num_virtual_tokens": 0}, {"adapter_hidden_dim": 0}], ids=["both", "adapter", "prompt"]
+)
 @each_generator
 def test_logits(family, adapter, tmp_path):
     _, base, weights, plain, virtual = exported(family, tmp_path, **adapter)
@@ -90,7 +92,9 @@ def test_sampling_with_a_seed(family, tmp_path):
             else:
                 logits = row_output(base, weights, torch.cat([row, torch.tensor(new, dtype=row.dtype)]))[-1]
             last.append(torch.nn.functional.pad(logits, (0, len(virtual)), value=-torch.inf))
-        for new, token in zip(tokens, torch.multinomial(torch.stack(last).softmax(-1), 1).flatten().tolist(), strict=True):
+        for new, token in zip(
+            tokens, torch.multinomial(torch.stack(last).softmax(-1), 1).flatten().tolist(), strict=True
+        ):
             new.append(token)
     assert torch.equal(out, torch.tensor(tokens))
 
@@ -184,8 +188,13 @@ def test_the_tokenizer_puts_the_prompt_in_front(family, tmp_path):
     loaded = transformers.AutoTokenizer.from_pretrained(tmp_path / "plain")
     virtual = list(report.virtual_token_ids)
     assert loaded("a b c")["input_ids"] == virtual + before
-    assert loaded("a b c", add_special_tokens=False)["input_ids"] == tokenizer("a b c", add_special_tokens=False)["input_ids"]
-    assert loaded.decode(virtual + before, skip_special_tokens=True) == tokenizer.decode(before, skip_special_tokens=True)
+    assert (
+        loaded("a b c", add_special_tokens=False)["input_ids"]
+        == tokenizer("a b c", add_special_tokens=False)["input_ids"]
+    )
+    assert loaded.decode(virtual + before, skip_special_tokens=True) == tokenizer.decode(
+        before, skip_special_tokens=True
+    )
     for name in ("pad_token_id", "eos_token_id", "bos_token_id", "unk_token_id"):
         assert getattr(loaded, name) == getattr(tokenizer, name), name
     assert loaded("a b c d e", truncation=True, max_length=7)["input_ids"][:4] == virtual
@@ -292,10 +301,14 @@ def test_the_table_is_folded_in_blocks(monkeypatch):
     model, _, weights = adapted(FAMILIES["llama"])
     layer, seen = model.base_model.layer, []
     with LargestTensor() as largest:
-        table = folding.folded_table(layer, "default", [97, 98, 99, 100], 101, torch.float32, lambda *at: seen.append(at))
+        table = folding.folded_table(
+            layer, "default", [97, 98, 99, 100], 101, torch.float32, lambda *at: seen.append(at)
+        )
     assert seen[-1] == (97, 97)
     assert [done for done, _ in seen] == [*range(10, 97, 10), 97]
-    assert sorted({size for size in largest.sizes if size > 10 * 32 and size != 101 * 32}) == [24 * 32]  # W1, W2 copied
+    assert sorted({size for size in largest.sizes if size > 10 * 32 and size != 101 * 32}) == [
+        24 * 32
+    ]  # W1, W2 copied
     want = transform(weights, layer.base_layer.weight.detach())
     assert_close(table[:97], want, atol=1e-6, rtol=1e-5)
 

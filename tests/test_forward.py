@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft import get_peft_model
 from torch.testing import assert_close
 
 from adapters import adapted, config
 from families import ALL, DECODERS, ENCODERS, FAMILIES, SEQ2SEQ, build, ids, padded
 from oracles import embed, encoder_of, row_output, transform
-from peft import get_peft_model
 
 TOLERANCE = {"atol": 2e-4, "rtol": 1e-3}
 ADAPTERS = {
@@ -109,7 +109,8 @@ def test_loss_is_over_the_caller_labels(family):
     labels[:, :2] = -100
     loss = model(input_ids=batch, attention_mask=mask, labels=labels).loss
     terms = [
-        torch.nn.functional.cross_entropy(row_output(base, weights, row)[1:-1], row[2:], reduction="none") for row in rows
+        torch.nn.functional.cross_entropy(row_output(base, weights, row)[1:-1], row[2:], reduction="none")
+        for row in rows
     ]
     assert_close(loss, torch.cat(terms).mean(), **TOLERANCE)
 
@@ -145,9 +146,7 @@ def test_hidden_states_and_attentions_are_aligned(family):
     row, more = ids(7), inputs(family)
     out = model(input_ids=row[None], output_hidden_states=True, output_attentions=True, **more)
     with torch.no_grad():
-        want = base(
-            inputs_embeds=embed(base, weights, row), output_hidden_states=True, output_attentions=True, **more
-        )
+        want = base(inputs_embeds=embed(base, weights, row), output_hidden_states=True, output_attentions=True, **more)
     name = "encoder_hidden_states" if family.kind == "seq2seq" else "hidden_states"
     maps = "encoder_attentions" if family.kind == "seq2seq" else "attentions"
     assert len(out[name]) == len(want[name]) > 2
@@ -272,9 +271,7 @@ def test_gpt2_token_types_do_not_pass_through_the_adapter(tokens, cached):
     want = base(inputs_embeds=x).logits[0, tokens:]
     if cached:
         first = model(input_ids=row[None, :4], token_type_ids=types[None, :4], use_cache=True)
-        rest = model(
-            input_ids=row[None, 4:], token_type_ids=types[None, 4:], past_key_values=first.past_key_values
-        )
+        rest = model(input_ids=row[None, 4:], token_type_ids=types[None, 4:], past_key_values=first.past_key_values)
         assert_close(rest.logits[0], want[4:], **TOLERANCE)
     else:
         assert_close(model(input_ids=row[None], token_type_ids=types[None]).logits[0], want, **TOLERANCE)

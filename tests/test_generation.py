@@ -36,7 +36,9 @@ def new_tokens(family, output, inputs):
 
 
 def generate(model, **kwargs):
-    return model.generate(**{"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "pad_token_id": PAD, **kwargs})
+    return model.generate(
+        **{"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "pad_token_id": PAD, **kwargs}
+    )
 
 
 def expected(base, weights, lengths=ROWS, new=NEW):
@@ -190,7 +192,12 @@ def test_names_of_rows_are_not_meant_for_the_assistant(family):
     row = ids(7, seed=7)
     model.eval()
     out = generate(
-        model, input_ids=row[None], max_new_tokens=12, min_new_tokens=12, assistant_model=assistant, adapter_names=["b"]
+        model,
+        input_ids=row[None],
+        max_new_tokens=12,
+        min_new_tokens=12,
+        assistant_model=assistant,
+        adapter_names=["b"],
     )
     assert torch.equal(out[0, 7:], greedy(base, second, row, 12))
 

@@ -169,7 +169,9 @@ def test_two_threads_with_different_rows():
             )
             wrong.extend(n for n, tokens in zip(names, out, strict=True) if not torch.equal(tokens[7:], want[n]))
 
-    threads = [threading.Thread(target=work, args=(names,)) for names in (["default", "b"], ["b"], ["b", "b", "default"])]
+    threads = [
+        threading.Thread(target=work, args=(names,)) for names in (["default", "b"], ["b"], ["b", "b", "default"])
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:

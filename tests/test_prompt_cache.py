@@ -7,12 +7,12 @@ import copy
 import pytest
 import torch
 import transformers
+from peft import LoraConfig, get_peft_model
 from torch.testing import assert_close
 
 from adapters import adapted, add, config, randomize
 from families import DECODERS, FAMILIES, PAD, build, ids, padded
 from oracles import adapter_weights, greedy, row_output
-from peft import LoraConfig, get_peft_model
 from peft_input_tuning import prompt_cache, set_prompt_cache
 
 llama = FAMILIES["llama"]
@@ -135,7 +135,11 @@ def test_computed_again_when_something_changed(change, runs):
     assert runs == ["default"] * 2
     base = build(llama).to(model.dtype)
     base.load_state_dict(
-        {key.replace("base_layer.", ""): v for key, v in model.get_base_model().state_dict().items() if "input_t" not in key}
+        {
+            key.replace("base_layer.", ""): v
+            for key, v in model.get_base_model().state_dict().items()
+            if "input_t" not in key
+        }
     )
     assert torch.equal(out[0, 7:], greedy(base, adapter_weights(model), row[0], 5))
     del before
@@ -214,7 +218,9 @@ def test_a_copy_has_its_own(runs):
     generate(model, input_ids=ids(1, 7))
     twin = copy.deepcopy(model)
     randomize(twin, seed=5)
-    assert torch.equal(generate(twin, input_ids=ids(1, 7))[0, 7:], greedy(base, adapter_weights(twin), ids(1, 7)[0], 5))
+    assert torch.equal(
+        generate(twin, input_ids=ids(1, 7))[0, 7:], greedy(base, adapter_weights(twin), ids(1, 7)[0], 5)
+    )
 
 
 def test_too_long_is_said_before_the_cache_is_touched():

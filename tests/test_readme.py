@@ -100,7 +100,7 @@ def test_the_table_of_fields_has_the_defaults():
         assert value.strip("`") in (str(default), f'"{default}"'), name
 
 
-# ---- what differs from prompt-tuning ---------------------------------------------------------------------------------
+# ---- what differs from prompt-tuning --------------------------------------------------------------------------------
 
 NEW = 8
 GREEDY = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "pad_token_id": PAD}

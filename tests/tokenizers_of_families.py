@@ -101,7 +101,12 @@ def tokenizer_of(family: Family) -> t.PreTrainedTokenizerBase:
     )
     if class_name != "PreTrainedTokenizerFast":  # such a class builds its own backend; give it the small vocabulary
         tokenizer = getattr(t, class_name)(
-            vocab=_words("Ġ"), merges=_merges("Ġ"), pad_token="<pad>", eos_token="</s>", bos_token="<s>", unk_token="<unk>"
+            vocab=_words("Ġ"),
+            merges=_merges("Ġ"),
+            pad_token="<pad>",
+            eos_token="</s>",
+            bos_token="<s>",
+            unk_token="<unk>",
         )
     assert len(tokenizer) == VOCAB, (family.name, len(tokenizer))
     return tokenizer
