@@ -40,8 +40,8 @@ def _parser() -> argparse.ArgumentParser:
     export = commands.add_parser(
         "export",
         help="write an adapter and its base model as one plain checkpoint",
-        description="Writes an adapter and its base model as one plain checkpoint, which loads with transformers alone "
-        "and costs nothing extra at inference.",
+        description="Writes an adapter and its base model as one plain checkpoint, which loads with transformers "
+        "alone and costs nothing extra at inference.",
     )
     export.add_argument("adapter", help="folder or hub id of the adapter")
     export.add_argument("output", help="folder to write; must not exist, or be empty")

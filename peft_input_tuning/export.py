@@ -4,7 +4,7 @@
                    ──► a folder beside the target ──► reload and compare ──► move into place
 
 The folder loads with `AutoModel*.from_pretrained` and `AutoTokenizer.from_pretrained`. The virtual tokens are words of
-the vocabulary that the tokenizer puts in front; the input-adapter is in the embedding table; the head is untied from it.
+the vocabulary that the tokenizer puts in front; the input-adapter is in the embedding table; the head is untied.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def _adapter_name(layer: InputTuningLayer, wanted: str | None) -> str:
     name = wanted or layer.enabled_adapter
     if name is None or not layer.has_adapter(name):
         raise ValueError(
-            f"`adapter_name` is {wanted!r}, and no such input-tuning adapter is there. Adapters: {layer.adapter_names}."
+            f"`adapter_name` is {wanted!r}, but no such adapter is there. Adapters: {layer.adapter_names}."
         )
     return name
 
@@ -139,8 +139,8 @@ def _adapter_name(layer: InputTuningLayer, wanted: str | None) -> str:
 def _refuse_what_no_checkpoint_holds(base: nn.Module, layer: InputTuningLayer, count: int) -> None:
     if getattr(base, "is_quantized", False) or not layer.weight.is_floating_point():
         raise ValueError(
-            "`model` is quantized: its weights are not those of a plain checkpoint. Load the adapter on the base model "
-            "in bfloat16 or float32, export that, and quantize the result."
+            "`model` is quantized: its weights are not those of a plain checkpoint. Load the adapter on the base "
+            "model in bfloat16 or float32, export that, and quantize the result."
         )
     if not count:
         return
@@ -236,7 +236,7 @@ def _compare(
     if not difference <= allowed:
         raise RuntimeError(
             f"The exported model gives other outputs than the adapter: they differ by up to {difference:.2g}, and "
-            f"{allowed:.2g} is allowed for {dtype} from {layer.weight.dtype}. Nothing was left at the target. If `dtype` "
-            "is narrower than the base model's, try the base model's."
+            f"{allowed:.2g} is allowed for {dtype} from {layer.weight.dtype}. Nothing was left at the target. If "
+            "`dtype` is narrower than the base model's, try the base model's."
         )
     return difference, largest

@@ -32,13 +32,13 @@ def tokenizer_with_prompt(tokenizer: PreTrainedTokenizerBase, count: int) -> tup
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(
             f"`tokenizer` is a {type(tokenizer).__name__} without a `tokenizers` backend, which cannot put virtual "
-            "tokens in front by itself. Pass the fast tokenizer of the model, or none and put the ids in front yourself."
+            "tokens in front by itself. Pass the fast tokenizer of the model, or none."
         )
     names = [VIRTUAL_TOKEN.format(i) for i in range(count)]
     known = set(names) & set(tokenizer.get_vocab())
     if known:
         raise ValueError(
-            f"`tokenizer` has the token {min(known)!r} already. It belongs to an exported model: pass the base model's."
+            f"`tokenizer` has the token {min(known)!r} already. It is an exported model's: pass the base model's."
         )
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.no_padding()

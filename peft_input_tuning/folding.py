@@ -1,4 +1,4 @@
-"""An adapter as part of a plain checkpoint: the embedding table that gives its embeddings, and the state dict around it.
+"""An adapter as part of a plain checkpoint: the table that gives its embeddings, and the state dict around it.
 
     table[i]               = T(embedding(i)) / scale        every word, adapted
     table[virtual_ids[j]]  = prompt[j] / scale              every virtual token, a word of its own

@@ -2,7 +2,7 @@
 
     input_ids ──► base_layer ──► T_a(e) = e + W2 · act(W1 · e) ──► embeddings          a: the adapter of the row
 
-It also keeps each adapter's soft prompt; putting the prompt into the batch is the backbone's part (`backbone.py`),
+It also keeps each adapter's soft prompt; putting the prompt into the batch is the backbone's part (`calls.py`),
 since only there the virtual tokens can be taken out again. Containers are flat and prefixed, `input_tuning_fc1[a]`,
 because PEFT takes an adapter's name out of a file's keys only where it is the second to last part of the key.
 """
@@ -143,8 +143,9 @@ class InputTuningLayer(nn.Module, BaseTunerLayer):
             if parameter.is_meta or not torch.isfinite(parameter).all():
                 raise ValueError(
                     f"Adapter {name!r} has no usable weights: `{key}` was not in the file that was loaded, or the "
-                    "file holds NaN or infinite values. Load the adapter again from a complete file. To train a new "
-                    "adapter with a saved configuration, set its `weights_in_checkpoint` and `inference_mode` to False."
+                    "file holds NaN or infinite values. Load the adapter again from a complete file. To train "
+                    "a new adapter with a saved configuration, set its `weights_in_checkpoint` and `inference_mode` "
+                    "to False."
                 )
         self.awaiting_weights.discard(name)
 

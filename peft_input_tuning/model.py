@@ -1,6 +1,6 @@
 """`InputTuningModel`: input-tuning as a tuner of PEFT.
 
-It wraps the word embedding of the model's backbone (`layer.py`) and puts hooks on the backbone (`backbone.py`). All
+It wraps the word embedding of the model's backbone (`layer.py`) and puts hooks on the backbone (`hooks.py`). All
 the rest, saving, switching, disabling, is PEFT's. What is added here: checks before anything is changed, mixed batches
 (`adapter_names=[...]`), static caches in `generate`, and a strict reading of adapter files.
 """
@@ -20,18 +20,14 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from .backbone import (
-    cached_prompt,
-    find_backbone,
-    install_hooks,
-    refuse_changed_embedding,
-    refuse_full_ids,
-    remove_hooks,
-)
+from .backbone import find_backbone, refuse_changed_embedding
+from .cached_prompt import cached_prompt
 from .checkpoint import check_adapter_state_dict
 from .config import InputTuningConfig
+from .hooks import install_hooks, remove_hooks
 from .layer import MERGE_ERROR, InputTuningLayer
 from .modules import base_embedding
+from .refusals import refuse_full_ids
 from .row_adapters import BASE, RowAdapters, current_row_adapters, prompt_in_place, use_row_adapters
 from .static_cache import input_with_prompt, uses_static_cache
 

@@ -8,7 +8,7 @@ run through the model:
 
 They are kept with the adapter, under a fingerprint of all that they come from (prompt, base weights, other adapters,
 dtype, device), and computed again when that has changed. Where the picture would not be exact, the call takes the
-usual way (`backbone.start_with_prompt`).
+usual way (`calls.start_with_prompt`).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from .initialization import execution_device
 from .layer import InputTuningLayer
 from .row_adapters import current_row_adapters, prompt_in_place
 from .splice import PromptLayout
@@ -96,7 +97,7 @@ def _knows_pads(backbone: nn.Module, positions: Tensor | None) -> bool:
 
 
 def _table(parts: list[KeysAndValues], part: int, slots: int) -> Tensor:
-    """Keys (0) or values (1) of each distinct adapter at the right end of `slots` places: `(adapters, heads, slots, dim)`."""
+    """Keys (0) or values (1) of each adapter at the right end of its slots: `(adapters, heads, slots, dim)`."""
     known = next(one[0][part] for one in parts if one)
     padded = [one[0][part] if one else known.new_zeros(1, known.shape[1], 0, known.shape[3]) for one in parts]
     return torch.cat([nn.functional.pad(one, (0, 0, slots - one.shape[2], 0)) for one in padded])
@@ -135,6 +136,6 @@ def _fingerprint(backbone: nn.Module, layer: InputTuningLayer) -> tuple:
         for module in backbone.modules()
         if isinstance(module, BaseTunerLayer) and module is not layer
     )
-    device = layer.weight.device.type
+    device = execution_device(layer.base_layer).type
     autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
     return weights, others, autocast, backbone.config._attn_implementation

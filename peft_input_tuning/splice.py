@@ -97,7 +97,7 @@ class PromptLayout:
         return joined if index is None else _gather(joined, index)
 
     def join_mask(self, mask: Tensor | None, batch: int, length: int) -> Tensor | None:
-        """The mask with virtual tokens visible and slack hidden, `(batch, slots + length)`; None stays None if it can."""
+        """The mask with virtual tokens visible and slack hidden, `(batch, slots + length)`; None if none is needed."""
         if mask is None:
             if self.lengths is None:
                 return None

@@ -9,7 +9,7 @@ from transformers.activations import ACT2FN
 
 
 def adapter_weights(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
-    """The tensors of one adapter by their last names ("prompt.weight", "fc1.weight", ...), read from the state dict."""
+    """The tensors of one adapter by their last names ("prompt.weight", "fc1.weight", ...), from the state dict."""
     found = {}
     for key, value in model.state_dict().items():
         parts = key.split(".")

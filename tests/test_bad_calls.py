@@ -37,7 +37,7 @@ def test_prompt_and_input_longer_than_the_positions(family):
 
 @pytest.mark.parametrize("family", [gpt2, opt], ids=str)
 def test_pads_do_not_count_as_positions(family):
-    """A left-padded row shares its first position with its pads; the base takes such a batch, and so does the model."""
+    """A left-padded row shares its first position with its pads; the base takes such a batch, so does the model."""
     model, _, _ = adapted(family)
     batch, mask = padded([ids(59), ids(63, seed=1)], "left")
     mask[1, :4] = 0
@@ -130,7 +130,7 @@ def test_a_mask_that_does_not_fit_the_encoder_output(family):
         model.get_base_model()(encoder_outputs=encoded, attention_mask=torch.ones(1, 5), decoder_input_ids=start)
 
 
-# ---- adapter_names ---------------------------------------------------------------------------------------------------
+# ---- adapter_names --------------------------------------------------------------------------------------------------
 
 
 def test_unknown_name_in_a_mixed_batch():
@@ -173,11 +173,11 @@ def test_prompts_of_different_lengths_where_positions_go_by_place():
     add(model, "b", seed=2, num_virtual_tokens=6)
     model.eval()
     assert torch.isfinite(model(input_ids=ids(2, 5), adapter_names=["default", "default"]).logits).all()
-    with pytest.raises(ValueError, match="numbers positions by their place in the row"):
+    with pytest.raises(ValueError, match="numbers positions by place in the row"):
         model(input_ids=ids(2, 5), adapter_names=["default", "b"])
 
 
-# ---- making an adapter -----------------------------------------------------------------------------------------------
+# ---- making an adapter ----------------------------------------------------------------------------------------------
 
 
 def test_model_without_a_token_embedding():

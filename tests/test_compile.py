@@ -110,5 +110,5 @@ def test_mixed_batch_inside_a_compiled_function_is_refused():
     model, _, _ = adapted(FAMILIES["llama"])
     batch = ids(2, 7)
     compiled = torch.compile(lambda names: model(input_ids=batch, adapter_names=names).logits, backend="eager")
-    with torch.no_grad(), pytest.raises(ValueError, match="`adapter_names` cannot be used inside torch.compile"):
+    with torch.no_grad(), pytest.raises(ValueError, match=r"`adapter_names` cannot be used inside torch\.compile"):
         compiled(["default", "__base__"])

@@ -173,7 +173,7 @@ def test_encoders_with_virtual_tokens(family, tmp_path):
     assert not (tmp_path / "pooled").exists()
 
 
-# ---- tokenizers ------------------------------------------------------------------------------------------------------
+# ---- tokenizers -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.feature("export")
@@ -224,7 +224,7 @@ def test_chat_template_starts_with_the_prompt(tmp_path):
     assert loaded.apply_chat_template(chat, return_dict=False) == list(report.virtual_token_ids) + want
 
 
-# ---- the folder ------------------------------------------------------------------------------------------------------
+# ---- the folder -----------------------------------------------------------------------------------------------------
 
 
 def test_loads_in_a_process_without_the_package(tmp_path):
@@ -313,7 +313,7 @@ def test_the_table_is_folded_in_blocks(monkeypatch):
     assert_close(table[:97], want, atol=1e-6, rtol=1e-5)
 
 
-# ---- what is refused -------------------------------------------------------------------------------------------------
+# ---- what is refused ------------------------------------------------------------------------------------------------
 
 
 def test_target_in_use(tmp_path):
@@ -366,7 +366,7 @@ def test_a_tokenizer_that_was_exported_before(tmp_path):
     model, _, _ = adapted(FAMILIES["llama"])
     export_model(model, tmp_path / "plain", tokenizer=tokenizer_of(FAMILIES["llama"]))
     again = transformers.AutoTokenizer.from_pretrained(tmp_path / "plain")
-    with pytest.raises(ValueError, match="has the token '<|virtual_0|>' already"):
+    with pytest.raises(ValueError, match=r"has the token '<\|virtual_0\|>' already"):
         export_model(model, tmp_path / "other", tokenizer=again)
 
 

@@ -346,7 +346,7 @@ def test_a_reset_cache_starts_anew(family):
     assert_close(out.logits[0], row_output(base, weights, row), atol=2e-4, rtol=1e-3)
 
 
-# ---- mixed batches ---------------------------------------------------------------------------------------------------
+# ---- mixed batches --------------------------------------------------------------------------------------------------
 
 
 def mixed(family, head="lm", **changes):

@@ -1,4 +1,4 @@
-"""Small tokenizers of the kinds that the families use, over a vocabulary of 97 words; built here, nothing is fetched."""
+"""Small tokenizers of the kinds that the families use, over a vocabulary of 97 words, built here."""
 
 from __future__ import annotations
 

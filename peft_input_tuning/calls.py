@@ -1,0 +1,158 @@
+"""Rewriting one call of the backbone: the prompt goes in where a sequence starts, and is counted in where it goes on.
+
+a sequence starts      embeddings, mask, token types, positions  ──►  the same with virtual tokens
+... at inference       the prompt's keys and values are known: they go into the cache (`prompt_cache.py`)
+a sequence goes on     mask and positions  ──►  the same, knowing of the prompt in the cache
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .backbone import Backbone
+from .cached_prompt import CachedPrompt, mark_cache
+from .layer import InputTuningLayer
+from .prompt_cache import put_prompt_into_cache
+from .refusals import (
+    refuse_expanded_mask,
+    refuse_full_ids,
+    refuse_gap,
+    refuse_mixed_lengths,
+    refuse_pads_behind_prompt,
+    refuse_too_long,
+)
+from .row_adapters import current_row_adapters
+from .splice import PromptLayout, count_left_pads
+
+
+class SplicedCall(dict):
+    """The kwargs of one call of the backbone, and what its post-hook has to undo."""
+
+    cached: CachedPrompt | None = None  # of a call that put a prompt in
+    as_tuple: bool = False  # the caller asked for return_dict=False
+
+
+def prompt_slots(layer: InputTuningLayer) -> int:
+    """Length of the longest prompt in this call; 0 where nothing is to be put in."""
+    if layer.disable_adapters:
+        return 0
+    rows = current_row_adapters(layer)
+    if rows is not None:
+        return rows.slots
+    name = layer.enabled_adapter
+    return 0 if name is None else layer.prompt_length(name)
+
+
+def start_on_prompt_cache(
+    backbone: nn.Module, call: SplicedCall, slots: int, layer: InputTuningLayer, site: Backbone
+) -> bool:
+    """The short way at inference: the prompt's keys and values are known, only the caller's tokens run."""
+    given = call.get("input_ids") if call.get("inputs_embeds") is None else call["inputs_embeds"]
+    cache, positions = call.get("past_key_values"), call.get("position_ids")
+    fits = given is not None and (site.max_positions is None or slots + given.shape[1] <= site.max_positions)
+    if not fits or site.slack == "right":
+        return False
+    layout = put_prompt_into_cache(backbone, call, given.shape[0], slots, layer, site.has_window)
+    if layout is None:
+        return False
+    cached = CachedPrompt(layout, first_position=None if positions is None else positions[:, :1])
+    mark_cache(cache, cached)
+    continue_after_prompt(call, cache, cached, layer, site)
+    return True
+
+
+def start_with_prompt(
+    backbone: nn.Module, call: SplicedCall, slots: int, layer: InputTuningLayer, site: Backbone
+) -> None:
+    """Rewrites a call that starts a sequence: embeddings, mask, token types and positions get the virtual tokens."""
+    ids, x = call.get("input_ids"), call.get("inputs_embeds")
+    if (ids is None) == (x is None):
+        return  # the backbone's own error says it best
+    given = ids if x is None else x
+    batch, length, device = given.shape[0], given.shape[1], given.device
+    mask, given_positions, types = (call.get(name) for name in ("attention_mask", "position_ids", "token_type_ids"))
+    mask = None if mask is None else mask.to(device)
+    rows = current_row_adapters(layer)
+    layout = PromptLayout(
+        slots,
+        lengths=None if rows is None else rows.lengths_of(batch, device),
+        pads=None if mask is None else count_left_pads(mask),
+        slack=site.slack,
+    )
+    if layout.lengths is not None:
+        refuse_mixed_lengths(backbone, site)
+    positions = given_positions
+    if positions is None:
+        positions = default_positions(backbone, ids, x, layout, site)
+    if positions is not None:
+        call["position_ids"] = layout.join_positions(positions.to(device))
+    call["attention_mask"] = layout.join_mask(mask, batch, length)
+    refuse_too_long(call, slots + length, slots, site)
+    # What the caller passed as inputs_embeds came out of `get_input_embeddings()`, our layer: it is adapted already.
+    x = layer(ids) if x is None else x
+    call["input_ids"] = None
+    if types is not None and site.adds_token_types:
+        x = x + layer.base_layer(types)
+        call["token_type_ids"] = None
+    elif types is not None:
+        types = types.expand(batch, -1).to(device)
+        call["token_type_ids"] = layout.join(types.new_zeros(batch, slots), types)
+    call["inputs_embeds"] = layout.to(x.device).join(layer.prompt_rows(batch, slots), x)
+    call.cached = CachedPrompt(layout, first_position=None if given_positions is None else given_positions[:, :1])
+
+
+def default_positions(
+    backbone: nn.Module, ids: Tensor | None, x: Tensor | None, layout: PromptLayout, site: Backbone
+) -> Tensor | None:
+    """The positions that the backbone would use, where it would not find them by itself any more: RoBERTa counts along
+    the ids that are not padding, and slack moves the places of a mixed batch. None where it still finds them."""
+    if site.position_owner is not None:
+        owner = backbone.get_submodule(site.position_owner)
+        if ids is not None:
+            return owner.create_position_ids_from_input_ids(ids, owner.padding_idx)
+        return owner.create_position_ids_from_inputs_embeds(x, owner.padding_idx)
+    if layout.lengths is None or site.positions_from_mask or "position_ids" not in site.parameters:
+        return None
+    length = (ids if x is None else x).shape[1]
+    return torch.arange(length, device=layout.lengths.device).unsqueeze(0)
+
+
+def add_token_types(call: SplicedCall, layer: InputTuningLayer, site: Backbone) -> None:
+    """GPT-2 looks token types up in the word embedding, where they would pass through the input-adapter: look them up
+    in the base embedding here instead."""
+    types = call.get("token_type_ids")
+    if types is None or not site.adds_token_types or layer.disable_adapters:
+        return
+    x = layer(call["input_ids"]) if call.get("inputs_embeds") is None else call["inputs_embeds"]
+    call.update(input_ids=None, inputs_embeds=x + layer.base_layer(types), token_type_ids=None)
+
+
+def continue_after_prompt(
+    call: SplicedCall, cache: Any, cached: CachedPrompt, layer: InputTuningLayer, site: Backbone
+) -> None:
+    """Rewrites a call whose cache holds the prompt: only the mask and the positions have to know of it."""
+    new = call.get("input_ids") if call.get("inputs_embeds") is None else call["inputs_embeds"]
+    if new is None:
+        return
+    batch, length = new.shape[:2]
+    mask, positions = call.get("attention_mask"), call.get("position_ids")
+    layout = cached.layout.repeated(batch)
+    past = cache.get_seq_length() - layout.slots
+    refuse_expanded_mask(mask)
+    if mask is not None:
+        refuse_full_ids(cache, mask.shape[1], length)
+        if site.has_window and length > 1:
+            refuse_pads_behind_prompt(mask, layout)
+    elif positions is not None:
+        refuse_gap(positions, past, length, cached)
+    if positions is not None:
+        call["position_ids"] = layout.shift_positions(positions)
+    elif layout.lengths is not None and "position_ids" in site.parameters and not site.positions_from_mask:
+        at = torch.arange(past, past + length, device=new.device).unsqueeze(0)
+        call["position_ids"] = layout.shift_positions(at)
+    call["attention_mask"] = layout.join_mask(mask, batch, past + length)
+    refuse_too_long(call, layout.slots + past + length, layout.slots, site)
+    add_token_types(call, layer, site)
