@@ -35,6 +35,11 @@ class SplicedCall(dict):
     as_tuple: bool = False  # the caller asked for return_dict=False
 
 
+def given_input(call: dict[str, Any]) -> Any:
+    """The ids or embeddings that the caller passed; None where there are none."""
+    return call.get("input_ids") if call.get("inputs_embeds") is None else call["inputs_embeds"]
+
+
 def prompt_slots(layer: InputTuningLayer) -> int:
     """Length of the longest prompt in this call; 0 where nothing is to be put in."""
     if layer.disable_adapters:
@@ -50,10 +55,12 @@ def start_on_prompt_cache(
     backbone: nn.Module, call: SplicedCall, slots: int, layer: InputTuningLayer, site: Backbone
 ) -> bool:
     """The short way at inference: the prompt's keys and values are known, only the caller's tokens run."""
-    given = call.get("input_ids") if call.get("inputs_embeds") is None else call["inputs_embeds"]
+    given = given_input(call)
     cache, positions = call.get("past_key_values"), call.get("position_ids")
-    fits = given is not None and (site.max_positions is None or slots + given.shape[1] <= site.max_positions)
-    if not fits or site.slack == "right":
+    one_given = (call.get("input_ids") is None) != (call.get("inputs_embeds") is None)
+    if not one_given or site.slack == "right":
+        return False
+    if site.max_positions is not None and slots + given.shape[1] > site.max_positions:
         return False
     layout = put_prompt_into_cache(backbone, call, given.shape[0], slots, layer, site.has_window)
     if layout is None:
@@ -71,7 +78,7 @@ def start_with_prompt(
     ids, x = call.get("input_ids"), call.get("inputs_embeds")
     if (ids is None) == (x is None):
         return  # the backbone's own error says it best
-    given = ids if x is None else x
+    given = given_input(call)
     batch, length, device = given.shape[0], given.shape[1], given.device
     mask, given_positions, types = (call.get(name) for name in ("attention_mask", "position_ids", "token_type_ids"))
     mask = None if mask is None else mask.to(device)
@@ -86,7 +93,7 @@ def start_with_prompt(
         refuse_mixed_lengths(backbone, site)
     positions = given_positions
     if positions is None:
-        positions = default_positions(backbone, ids, x, layout, site)
+        positions = default_positions(backbone, given, layout, site)
     if positions is not None:
         call["position_ids"] = layout.join_positions(positions.to(device))
     call["attention_mask"] = layout.join_mask(mask, batch, length)
@@ -104,20 +111,17 @@ def start_with_prompt(
     call.cached = CachedPrompt(layout, first_position=None if given_positions is None else given_positions[:, :1])
 
 
-def default_positions(
-    backbone: nn.Module, ids: Tensor | None, x: Tensor | None, layout: PromptLayout, site: Backbone
-) -> Tensor | None:
+def default_positions(backbone: nn.Module, given: Tensor, layout: PromptLayout, site: Backbone) -> Tensor | None:
     """The positions that the backbone would use, where it would not find them by itself any more: RoBERTa counts along
     the ids that are not padding, and slack moves the places of a mixed batch. None where it still finds them."""
     if site.position_owner is not None:
         owner = backbone.get_submodule(site.position_owner)
-        if ids is not None:
-            return owner.create_position_ids_from_input_ids(ids, owner.padding_idx)
-        return owner.create_position_ids_from_inputs_embeds(x, owner.padding_idx)
+        if given.ndim == 2:
+            return owner.create_position_ids_from_input_ids(given, owner.padding_idx)
+        return owner.create_position_ids_from_inputs_embeds(given, owner.padding_idx)
     if layout.lengths is None or site.positions_from_mask or "position_ids" not in site.parameters:
         return None
-    length = (ids if x is None else x).shape[1]
-    return torch.arange(length, device=layout.lengths.device).unsqueeze(0)
+    return torch.arange(given.shape[1], device=layout.lengths.device).unsqueeze(0)
 
 
 def add_token_types(call: SplicedCall, layer: InputTuningLayer, site: Backbone) -> None:
@@ -134,7 +138,7 @@ def continue_after_prompt(
     call: SplicedCall, cache: Any, cached: CachedPrompt, layer: InputTuningLayer, site: Backbone
 ) -> None:
     """Rewrites a call whose cache holds the prompt: only the mask and the positions have to know of it."""
-    new = call.get("input_ids") if call.get("inputs_embeds") is None else call["inputs_embeds"]
+    new = given_input(call)
     if new is None:
         return
     batch, length = new.shape[:2]

@@ -30,6 +30,7 @@ from .calls import (
     SplicedCall,
     add_token_types,
     continue_after_prompt,
+    given_input,
     prompt_slots,
     start_on_prompt_cache,
     start_with_prompt,
@@ -112,7 +113,10 @@ def show_prompt_to_decoder(
     if hidden is None or (mask is None and rows is None) or (mask is not None and mask.ndim != 2):
         return None
     batch, length = hidden.shape[:2]
-    length = length - rows.slots if mask is None else mask.shape[1]
+    if mask is not None:
+        length = mask.shape[1]
+    elif rows is not None:
+        length -= rows.slots
     layout = encoder_layout(hidden, mask, length, layer, site)
     if layout is None:
         return None
@@ -159,7 +163,7 @@ def take_prompt_out_of_encoder_output(
     An encoder's output that the caller brought (`encoder_outputs=`) is echoed as it came.
     """
     hidden = getattr(output, "encoder_last_hidden_state", None)
-    given = call.get("input_ids") if call.get("inputs_embeds") is None else call["inputs_embeds"]
+    given = given_input(call)
     if hidden is not None and given is not None and call.get("encoder_outputs") is None:
         layout = encoder_layout(hidden, call.get("attention_mask"), given.shape[1], layer, site)
         if layout is not None:

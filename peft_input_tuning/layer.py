@@ -223,7 +223,7 @@ class InputTuningLayer(nn.Module, BaseTunerLayer):
         """The prompt of each row, at the right end of its slots: `(batch, slots, embedding_dim)`."""
         rows = current_row_adapters(self)
         if rows is None:
-            name = self.enabled_adapter
+            name = str(self.enabled_adapter)
             self.check_weights_have_come(name)
             return self.input_tuning_prompt[name]().unsqueeze(0).expand(batch, -1, -1)
         names = rows.names_of(batch)

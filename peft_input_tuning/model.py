@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -204,7 +204,7 @@ class InputTuningModel(BaseTuner):
             return self.model.generate(*args, **kwargs)
 
 
-def _run_eagerly() -> torch.compiler.set_stance:
+def _run_eagerly() -> AbstractContextManager[None]:
     """Compiled code does not see the rows of a call, so calls with `adapter_names` run without it."""
     refusal = "`adapter_names` cannot be used inside torch.compile. Call the model outside of it."
     if torch.compiler.is_compiling():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -61,7 +62,7 @@ def input_tuning_parameter_groups(
 
 def create_input_tuning_optimizer(
     model: nn.Module,
-    optimizer_cls: type[Optimizer],
+    optimizer_cls: Callable[..., Optimizer],
     lr: float,
     prompt_lr: float | None = None,
     weight_decay: float = 0.0,

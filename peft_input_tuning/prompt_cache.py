@@ -55,11 +55,12 @@ def put_prompt_into_cache(
     Returns:
         How the prompts stand in the cache; None where the call must take the usual way, and nothing was done.
     """
-    cache, mask, positions = call.get("past_key_values"), call.get("attention_mask"), call.get("position_ids")
+    cache: Any = call.get("past_key_values")
+    mask, positions = call.get("attention_mask"), call.get("position_ids")
     if not _is_exact(backbone, cache, mask, positions, layer, has_window):
         return None
     rows = current_row_adapters(layer)
-    names = [layer.enabled_adapter] * batch if rows is None else rows.names_of(batch)
+    names = [str(layer.enabled_adapter)] * batch if rows is None else rows.names_of(batch)
     distinct = list(dict.fromkeys(names))
     states = {name: _keys_and_values(backbone, layer, name) for name in distinct if layer.prompt_length(name)}
     at = torch.tensor([distinct.index(name) for name in names])

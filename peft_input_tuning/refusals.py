@@ -77,8 +77,8 @@ def refuse_too_long(call: dict[str, Any], total: int, slots: int, site: Backbone
     if not torch.compiler.is_compiling():
         if positions is not None and int(positions.max()) - site.first_position < site.max_positions:
             return
-        counts_tokens = positions is None and site.positions_from_mask and mask is not None
-        if counts_tokens and int(mask.sum(dim=-1).max()) <= site.max_positions:
+        tokens = mask.sum(dim=-1) if isinstance(mask, Tensor) and site.positions_from_mask else None
+        if positions is None and tokens is not None and int(tokens.max()) <= site.max_positions:
             return
     raise ValueError(
         f"The input has {total - slots} tokens and the prompt {slots} virtual tokens, together {total}, but the model "
