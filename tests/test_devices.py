@@ -117,8 +117,9 @@ def partly_on_disk(folder):
 
 
 @pytest.mark.parametrize("memory", [45_000, 80_000], ids=["adapter on disk too", "adapter in memory"])
-def test_adapter_is_loaded_on_a_base_that_is_partly_on_disk(memory, tmp_path):
+def test_adapter_is_loaded_on_a_base_that_is_partly_on_disk(memory, tmp_path, monkeypatch):
     """PEFT takes accelerate's hooks off, loads, and dispatches the model again within `max_memory` bytes."""
+    monkeypatch.chdir(tmp_path)  # PEFT writes what it offloads under a path relative to the working directory
     model, base, weights = adapted(llama)
     model.save_pretrained(tmp_path / "adapter")
     base.save_pretrained(tmp_path / "base")
