@@ -63,7 +63,7 @@ def test_the_examples_run_in_order_in_one_session(tmp_path, monkeypatch, capsys)
         exec(compile("\n" * line + source, str(ROOT / "README.md"), "exec"), names)
         after[line] = names["model"]
 
-    trained, loaded, from_prompt, mixed = after.values()
+    trained, loaded, from_prompt, mixed, exported = after.values()
     assert not torch.equal(
         *(m.get_input_embeddings().input_tuning_fc2["default"].weight for m in (trained, from_prompt))
     )
@@ -74,6 +74,10 @@ def test_the_examples_run_in_order_in_one_session(tmp_path, monkeypatch, capsys)
     want = prompt_tuned(input_ids=row.cpu()).logits[:, 5:]
     assert_close(from_prompt.eval()(input_ids=row.cpu()).logits, want, atol=2e-4, rtol=1e-3)
     assert sorted(mixed.peft_config) == ["another", "default"]
+    plain = transformers.AutoModelForCausalLM.from_pretrained("my-checkpoint").eval()
+    virtual = torch.arange(VOCAB, VOCAB + 20).expand(2, -1)
+    logits = plain(input_ids=torch.cat([virtual, row.cpu()], 1)).logits[:, 20:, :VOCAB]
+    assert_close(exported.eval()(input_ids=row.cpu()).logits, logits, atol=2e-4, rtol=1e-3)
     assert "w" in capsys.readouterr().out
 
 
