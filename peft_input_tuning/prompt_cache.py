@@ -20,6 +20,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from .initialization import execution_device
 from .layer import InputTuningLayer
@@ -81,8 +82,10 @@ def _is_exact(
 ) -> bool:
     if not layer.caches_prompt or torch.compiler.is_compiling() or torch.is_grad_enabled() or backbone.training:
         return False
-    if type(cache) is not DynamicCache:
+    if type(cache) is not DynamicCache or cache.offloading:
         return False
+    if not all(type(one) in (DynamicLayer, DynamicSlidingWindowLayer) for one in cache.layers):
+        return False  # a recurrent state is more than keys and values
     rope = getattr(backbone.config, "rope_parameters", None) or {}
     if isinstance(rope, dict) and rope.get("rope_type") in _LENGTH_DEPENDENT_ROPE:
         return False

@@ -231,6 +231,21 @@ def test_too_long_is_said_before_the_cache_is_touched():
     assert cache.get_seq_length() == 0
 
 
+def test_a_cache_that_is_offloaded_takes_the_usual_way(runs):
+    """Its layers are moved about in the order in which the model asks for them."""
+    model, _, _ = adapted(llama)
+    with torch.no_grad():
+        cache = transformers.DynamicCache(config=model.config)
+        cache.offloading = True  # as `cache_implementation="offloaded"` makes it; needs a GPU to run
+        assert (
+            prompt_cache.put_prompt_into_cache(
+                model.get_base_model().model, {"past_key_values": cache}, 1, 4, model.base_model.layer, False
+            )
+            is None
+        )
+    assert runs == []
+
+
 def test_dynamic_rope_takes_the_usual_way(runs):
     settings = llama.config()
     settings.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
