@@ -411,7 +411,7 @@ def table_of(output: str) -> list[str]:
     return [" ".join(row[1:-2]) for row in rows if len(row) == 8]
 
 
-def test_whole_run_on_a_tiny_model(tiny_model, tmp_path):
+def test_whole_run_on_a_tiny_model(tiny_model, tmp_path, capsys, monkeypatch):
     arguments = ["--model", str(tiny_model), "--steps", "4", "--test-rows", "7", "--max-new-tokens", "6"]
     run = run_script(*arguments, "--output-dir", "out", cwd=tmp_path)
     assert run.returncode == 0, run.stderr
@@ -435,21 +435,41 @@ def test_whole_run_on_a_tiny_model(tiny_model, tmp_path):
     assert {"adapter_config.json", "adapter_model.safetensors"} <= {path.name for path in (out / "adapter").iterdir()}
     assert "All 7 generations are the same as in training's process" in run.stdout
 
-    again = run_script(*arguments, "--output-dir", "again", cwd=tmp_path)
-    assert table_of(again.stdout) == table
-    repeated = json.loads((tmp_path / "again" / "results.json").read_text())
-    assert repeated["generations"] == report["generations"]
-
     # A generation that the reloaded adapter does not give again is an error.
     report["generations"][2]["input-tuning"] = "something else"
     (out / "results.json").write_text(json.dumps(report))
-    changed = run_script("--reload", "out", cwd=tmp_path)
-    assert changed.returncode == 1
-    assert "error: 1 of 7 generations of the reloaded adapter differ" in changed.stderr
+    monkeypatch.chdir(tmp_path)
+    assert quickstart.main(["--reload", "out"]) == 1
+    assert "error: 1 of 7 generations of the reloaded adapter differ" in capsys.readouterr().err
+
+
+def replace_fresh_process(monkeypatch, code: int) -> None:
+    """Starting one takes longer than all the rest of a tiny run."""
+    monkeypatch.setattr(quickstart.subprocess, "run", lambda command: subprocess.CompletedProcess(command, code))
+    monkeypatch.setenv("COLUMNS", "120")
+
+
+def test_two_runs_give_the_same_table(tiny_model, tmp_path, capsys, monkeypatch):
+    replace_fresh_process(monkeypatch, 0)
+    arguments = ["--model", str(tiny_model), "--steps", "4", "--test-rows", "4", "--max-new-tokens", "6"]
+    tables, reports = [], []
+    for name in ("one", "two"):
+        assert quickstart.main([*arguments, "--output-dir", str(tmp_path / name)]) == 0
+        tables.append(table_of(capsys.readouterr().out))
+        reports.append(json.loads((tmp_path / name / "results.json").read_text()))
+    assert len(tables[0]) == 2
+    assert tables[0] == tables[1]
+    assert reports[0]["generations"] == reports[1]["generations"]
+
+
+def test_fresh_process_that_fails_fails_the_run(tiny_model, tmp_path, monkeypatch):
+    replace_fresh_process(monkeypatch, 1)
+    arguments = ["--model", str(tiny_model), "--steps", "1", "--test-rows", "2", "--max-new-tokens", "2"]
+    assert quickstart.main([*arguments, "--output-dir", str(tmp_path)]) == 1
 
 
 @pytest.mark.parametrize("task", ["overnight", "e2e"])
-def test_run_on_files(task, tiny_model, tmp_path):
+def test_run_on_files(task, tiny_model, tmp_path, capsys, monkeypatch):
     if not DATA.is_dir():
         pytest.skip(f"needs the data sets in {os.path.relpath(DATA, ROOT)}")
     splits = ["train", "validation", "test"]
@@ -464,9 +484,10 @@ def test_run_on_files(task, tiny_model, tmp_path):
     train.write_text("".join(json.dumps(row) + "\n" for row in rows if len(row["source"]) < 150))
     test = tmp_path / "test.jsonl"
     test.write_text("".join(json.dumps(row) + "\n" for row in rows if len(row["source"]) < 150))
-    run = run_script(*short, "--train-file", str(train), "--test-file", str(test), "--output-dir", "o", cwd=tmp_path)
-    assert run.returncode == 0, run.stderr
-    assert len(table_of(run.stdout)) == 2
+    replace_fresh_process(monkeypatch, 0)
+    chosen = ["--train-file", str(train), "--test-file", str(test), "--output-dir", str(tmp_path / "out")]
+    assert quickstart.main([*short, *chosen]) == 0
+    assert len(table_of(capsys.readouterr().out)) == 2
 
 
 def test_help_needs_no_torch(tmp_path):
