@@ -89,7 +89,7 @@ def _is_exact(
     rope = getattr(backbone.config, "rope_parameters", None) or {}
     if isinstance(rope, dict) and rope.get("rope_type") in _LENGTH_DEPENDENT_ROPE:
         return False
-    if mask is not None and (has_window or not _knows_pads(backbone, positions)):
+    if (has_window or not _knows_pads(backbone, positions)) and mask is not None and not bool(mask.all()):
         return False  # pads would stand between the prompt and the tokens, and count
     # The prompt was computed at positions 0, 1, ...; elsewhere the caller's first token would have to be.
     return positions is None or not bool(positions.min())
