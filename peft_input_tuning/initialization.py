@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def initial_prompt(config: InputTuningConfig, embedding: nn.Module) -> Tensor:
-    """The soft prompt that training starts from (paper, section 3.1: embeddings of random vocabulary tokens).
+    """The soft prompt that training starts from (the paper's: embeddings of random vocabulary tokens).
 
     The values come out of `embedding(ids)`, not from rows of its weight: some models scale their embeddings (Gemma,
     BART), and offloaded weights are only there while the module runs.

@@ -1,9 +1,9 @@
 """The two things that input-tuning trains, as plain modules. Knows torch only.
 
-    SoftPrompt      num_virtual_tokens rows in front of the input                       (paper, section 3.1)
-    InputAdapter    T(x) = x + W2 · act(W1 · x), a residual MLP over word embeddings    (paper, figure 4)
+    SoftPrompt    num_virtual_tokens rows in front of the input                       (paper, figure 2)
+    adapt         T(x) = x + W2 · act(W1 · x), a residual MLP over word embeddings    (paper, figure 4)
 
-`InputAdapter` is a function rather than a module: PEFT keeps one flat, prefixed container for each kind of weight
+`adapt` is a function rather than a module: PEFT keeps one flat, prefixed container for each kind of weight
 (`input_tuning_fc1[adapter]`, `input_tuning_fc2[adapter]`, ...), since an adapter's name is taken out of a file's keys
 only where it is the second to last part of the key.
 """
