@@ -12,6 +12,7 @@ Read `train_and_generate.py` next: it is what a script of your own would do.
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib.metadata
 import importlib.util
 import json
@@ -101,6 +102,10 @@ def check_output_dir(path: str) -> Path:
 
 def peak_memory_mb() -> int | None:
     """The most memory this process has held; None where the system does not say (Windows)."""
+    status = Path("/proc/self/status")
+    if status.is_file():  # Linux, where getrusage gives a started process its parent's peak
+        lines = status.read_text().splitlines()
+        return next((int(line.split()[1]) // 1024 for line in lines if line.startswith("VmHWM:")), None)
     try:
         import resource
     except ImportError:
@@ -230,6 +235,9 @@ def compare(
     show_table(results, f"{len(sources)} test rows, {options.steps} steps")
     show_generations(generations, tuple(METHODS))
 
+    # The fresh process loads the model too: both at once would need half as much memory again.
+    del base, model
+    gc.collect()
     print("\nLoading the saved input-tuning adapter in a fresh process ...", flush=True)
     code = subprocess.run([sys.executable, str(Path(__file__).resolve()), "--reload", str(output_dir)]).returncode
     report |= {"seconds": time.perf_counter() - started, "peak_memory_mb": peak_memory_mb(), "reload_exit_code": code}

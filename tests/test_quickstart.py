@@ -490,6 +490,15 @@ def test_run_on_files(task, tiny_model, tmp_path, capsys, monkeypatch):
     assert len(table_of(capsys.readouterr().out)) == 2
 
 
+def test_peak_memory_is_not_the_parents(tmp_path):
+    """getrusage of a started process begins at its parent's peak on Linux, far above that of this small one."""
+    code = "import quickstart; print(quickstart.peak_memory_mb())"
+    run = subprocess.run([sys.executable, "-c", code], cwd=EXAMPLES, capture_output=True, text=True, check=True)
+    if not Path("/proc/self/status").is_file():
+        pytest.skip("the system has no /proc/self/status")
+    assert 0 < int(run.stdout) < 100 < quickstart.peak_memory_mb()
+
+
 def test_help_needs_no_torch(tmp_path):
     blocked = tmp_path / "torch.py"
     blocked.write_text("raise RuntimeError('torch was imported')")
