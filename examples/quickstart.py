@@ -235,7 +235,7 @@ def compare(
     show_table(results, f"{len(sources)} test rows, {options.steps} steps")
     show_generations(generations, tuple(METHODS))
 
-    # The fresh process loads the model too: both at once would need half as much memory again.
+    # The fresh process loads a model of its own while this one waits: give back what can be given back.
     del base, model
     gc.collect()
     print("\nLoading the saved input-tuning adapter in a fresh process ...", flush=True)
