@@ -133,7 +133,8 @@ class PromptLayout:
         """
         length = x.shape[dim] - self.slots
         if self.slack == "left" or self.lengths is None:
-            return x.narrow(dim, self.slots, length)
+            # Contiguous: in bfloat16 on a CPU, a head over a slice copies its weight for every row of the batch.
+            return x.narrow(dim, self.slots, length).contiguous()
         at = torch.arange(length, device=x.device)
         pads = 0 if self.pads is None else self.pads
         return _gather(x, at + torch.where(at >= pads, self.lengths, 0), dim)
