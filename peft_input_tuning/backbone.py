@@ -16,6 +16,8 @@ from transformers import PreTrainedModel
 from .layer import InputTuningLayer
 from .modules import base_embedding
 
+_WINDOWS = ("sliding_window", "window_size", "attention_chunk_size")
+
 
 @dataclass(frozen=True)
 class Backbone:
@@ -126,7 +128,7 @@ def describe_backbone(model: nn.Module, backbone_path: str, embedding_path: str)
         position_owner=owner_path if from_ids else None,
         first_position=first_position,
         max_positions=_max_positions(table, first_position),
-        has_window=bool(getattr(backbone.config, "sliding_window", None)),
+        has_window=any(getattr(backbone.config, name, None) for name in _WINDOWS),
         adds_token_types="token_type_ids" in parameters and not hasattr(owner, "token_type_embeddings"),
     )
 

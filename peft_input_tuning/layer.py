@@ -36,6 +36,7 @@ class InputTuningLayer(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("input_tuning_prompt", "input_tuning_fc1", "input_tuning_activation", "input_tuning_fc2")
+    caches_prompt = False  # see prompt_cache.py
     other_param_names = ("input_tuning_dropout",)
 
     def __init__(self, base_layer: nn.Module) -> None:
@@ -48,7 +49,6 @@ class InputTuningLayer(nn.Module, BaseTunerLayer):
         self.input_tuning_dropout = nn.ModuleDict()
         self.awaiting_weights: set[str] = set()  # adapters whose file has still to be read
         self.merged_adapters: list[str] = []
-        self.caches_prompt = True  # see prompt_cache.py
         self.prompt_states: dict[str, Any] = {}
 
     @property

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
+from threading import Lock
 from typing import Any
 
 import torch
@@ -164,7 +165,7 @@ class InputTuningModel(BaseTuner):
             stack.enter_context(_run_eagerly())
             for module in self.model.modules():
                 if isinstance(module, AuxiliaryTrainingWrapper):  # modules_to_save, a classification head
-                    hook = partial(_pass_adapter_names, names=list(rows.names))
+                    hook = partial(_pass_adapter_names, layer=self.layer)
                     stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
             yield
 
@@ -185,9 +186,15 @@ class InputTuningModel(BaseTuner):
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """`generate` of the model, where rows of a mixed batch are repeated for beams, and static caches get room for
         the virtual tokens: the prompt is put in front here."""
+        kwargs = {**dict(zip(("inputs", "generation_config"), args, strict=False)), **kwargs}
+        args = args[2:]
+        if kwargs.get("cache_implementation") == "paged":
+            raise ValueError(
+                '`cache_implementation` "paged" batches requests by itself and leaves no room for virtual tokens.'
+            )
         cache = kwargs.get("past_key_values")
         cached = cached_prompt(cache)
-        ids = next((v for v in (*args[:1], kwargs.get("inputs"), kwargs.get("input_ids")) if v is not None), None)
+        ids = kwargs.get("inputs") if kwargs.get("inputs") is not None else kwargs.get("input_ids")
         if cached is not None and cached.layout.slots and ids is not None:
             mask = kwargs.get("attention_mask")
             refuse_full_ids(cache, None if mask is None else mask.shape[1], ids.shape[1])
@@ -204,21 +211,41 @@ class InputTuningModel(BaseTuner):
             return self.model.generate(*args, **kwargs)
 
 
-def _run_eagerly() -> AbstractContextManager[None]:
-    """Compiled code does not see the rows of a call, so calls with `adapter_names` run without it."""
+_eager_calls = 0
+_eager_stance = ExitStack()
+_eager_lock = Lock()
+
+
+@contextmanager
+def _run_eagerly() -> Iterator[None]:
+    """Compiled code does not see the rows of a call, so calls with `adapter_names` run without it. A stance is the
+    whole process's: the first such call sets it, the last one under way puts back what was before."""
+    global _eager_calls
     refusal = "`adapter_names` cannot be used inside torch.compile. Call the model outside of it."
     if torch.compiler.is_compiling():
         raise ValueError(refusal)
+    with _eager_lock:
+        if not _eager_calls:
+            try:
+                _eager_stance.enter_context(torch.compiler.set_stance("force_eager"))
+            except RuntimeError as error:  # torch: a stance cannot be set inside a compiled region
+                raise ValueError(refusal) from error
+        _eager_calls += 1
     try:
-        return torch.compiler.set_stance("force_eager")
-    except RuntimeError as error:  # torch: a stance cannot be set inside a compiled region
-        raise ValueError(refusal) from error
+        yield
+    finally:
+        with _eager_lock:
+            _eager_calls -= 1
+            if not _eager_calls:
+                _eager_stance.close()
 
 
-def _pass_adapter_names(module: nn.Module, args: tuple, kwargs: dict[str, Any], *, names: list[str]):
-    rows = args[0].shape[0] if args else len(names)
-    repeated = [name for name in names for _ in range(max(1, rows // len(names)))]
-    return args, {**kwargs, "adapter_names": repeated}
+def _pass_adapter_names(module: nn.Module, args: tuple, kwargs: dict[str, Any], *, layer: InputTuningLayer):
+    """The hook is on the module for all threads; the rows are those of this thread's call."""
+    rows = current_row_adapters(layer)
+    if rows is None or not args:
+        return None
+    return args, {**kwargs, "adapter_names": rows.names_of(args[0].shape[0])}
 
 
 def _holds_our_layer(module: nn.Module) -> bool:

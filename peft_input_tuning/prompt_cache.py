@@ -6,9 +6,10 @@ run through the model:
 
     cache of the call:  [ slack | prompt ]  +  the call: [ left pads | tokens | right pads ]
 
-They are kept with the adapter, under a fingerprint of all that they come from (prompt, base weights, other adapters,
-dtype, device), and computed again when that has changed. Where the picture would not be exact, the call takes the
-usual way (`calls.start_with_prompt`).
+It is off until `set_prompt_cache(model, True)`, for serving, where the base does not change. The states are kept with
+the adapter, under a fingerprint of what they come from (prompt, base weights, other adapters, dtype, device), and
+computed again when that has changed. Where the picture would not be exact, the call takes the usual way
+(`calls.start_with_prompt`).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from .initialization import execution_device
 from .layer import InputTuningLayer
 from .row_adapters import current_row_adapters, prompt_in_place
-from .splice import PromptLayout
+from .splice import PromptLayout, count_left_pads
 
 KeysAndValues = list[tuple[Tensor, Tensor]]  # a layer's `(1, heads, prompt length, head dim)` each
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")  # rotary embeddings that change with the length of the sequence
@@ -41,7 +42,7 @@ class PromptStates:
 
 
 def set_prompt_cache(model: nn.Module, enabled: bool) -> None:
-    """Switches the cache of prompts' keys and values on (the default) or off, for all adapters of a model."""
+    """Switches the cache of prompts' keys and values on or off (the default), for all adapters of a model."""
     for module in model.modules():
         if isinstance(module, InputTuningLayer):
             module.caches_prompt = enabled
@@ -92,7 +93,12 @@ def _is_exact(
     if (has_window or not _knows_pads(backbone, positions)) and mask is not None and not bool(mask.all()):
         return False  # pads would stand between the prompt and the tokens, and count
     # The prompt was computed at positions 0, 1, ...; elsewhere the caller's first token would have to be.
-    return positions is None or not bool(positions.min())
+    if positions is None:
+        return True
+    if mask is None:
+        return not bool(positions[:, 0].any())
+    pads = count_left_pads(mask).clamp(max=positions.shape[1] - 1)
+    return not bool(positions.expand(mask.shape[0], -1).gather(1, pads.to(positions.device)).any())
 
 
 def _knows_pads(backbone: nn.Module, positions: Tensor | None) -> bool:

@@ -27,6 +27,12 @@ def refuse_what_cannot_be_spliced(call: dict[str, Any], cache: Any) -> None:
             "Call `generate` of the PeftModel (with a task type), which makes room, or use a dynamic cache."
         )
     refuse_expanded_mask(mask)
+    given = call.get("input_ids") if call.get("inputs_embeds") is None else call["inputs_embeds"]
+    if mask is not None and given is not None and mask.shape[1] != given.shape[1]:
+        raise ValueError(
+            f"`attention_mask` has {mask.shape[1]} places for an input of {given.shape[1]} tokens. Pass a mask of the "
+            "input's length; virtual tokens are added to it."
+        )
     packed = [name for name in FLASH_KWARGS if call.get(name) is not None]
     if packed:
         raise ValueError(

@@ -33,7 +33,7 @@ def uses_static_cache(model: nn.Module, kwargs: dict[str, Any]) -> bool:
     if getattr(kwargs.get("past_key_values"), "is_compileable", False):
         return True
     implementation = _setting(model, kwargs, "cache_implementation") or ""
-    return "static" in implementation or implementation in ("hybrid", "sliding_window")
+    return implementation == "sliding_window" or any(kind in implementation for kind in ("static", "hybrid"))
 
 
 def input_with_prompt(

@@ -13,11 +13,16 @@ from torch.testing import assert_close
 from adapters import adapted, add, config, randomize
 from families import DECODERS, FAMILIES, PAD, build, ids, padded
 from oracles import adapter_weights, greedy, row_output
-from peft_input_tuning import prompt_cache, set_prompt_cache
+from peft_input_tuning import InputTuningLayer, prompt_cache, set_prompt_cache
 
 llama = FAMILIES["llama"]
 WINDOWED = {"mistral", "gemma2", "gemma3"}
 each_decoder = pytest.mark.parametrize("family", DECODERS, ids=str)
+
+
+@pytest.fixture(autouse=True)
+def _switched_on(monkeypatch):
+    monkeypatch.setattr(InputTuningLayer, "caches_prompt", True)
 
 
 @pytest.fixture
