@@ -12,6 +12,7 @@ from functools import cache
 
 import torch
 import transformers as t
+from packaging.version import Version
 
 VOCAB, PAD, EOS = 97, 0, 1
 _SMALL = {"vocab_size": VOCAB, "pad_token_id": PAD, "eos_token_id": EOS, "bos_token_id": 2}
@@ -186,6 +187,8 @@ DECODERS = [f for f in FAMILIES.values() if f.kind == "decoder"]
 SEQ2SEQ = [f for f in FAMILIES.values() if f.kind == "seq2seq"]
 ENCODERS = [f for f in FAMILIES.values() if f.kind == "encoder"]
 GENERATORS = DECODERS + SEQ2SEQ
+# Bloom itself fails on a static cache without padding before transformers 5.21.
+UNPADDED_STATIC_CACHE = [f for f in DECODERS if f.name != "bloom" or Version(t.__version__) >= Version("5.21")]
 ALL = list(FAMILIES.values())
 
 

@@ -8,7 +8,7 @@ import transformers
 from peft import get_peft_model
 
 from adapters import adapted, add, config
-from families import DECODERS, FAMILIES, build, ids, padded
+from families import DECODERS, FAMILIES, UNPADDED_STATIC_CACHE, build, ids, padded
 
 llama, gpt2, opt, bart, t5, bert, roberta = (
     FAMILIES[name] for name in ("llama", "gpt2", "opt", "bart", "t5", "bert", "roberta")
@@ -78,7 +78,7 @@ def test_static_cache_where_no_one_makes_room(family):
         model.get_base_model().generate(input_ids=ids(1, 5), cache_implementation="static", max_new_tokens=3)
 
 
-@each_decoder
+@pytest.mark.parametrize("family", UNPADDED_STATIC_CACHE, ids=str)
 def test_static_cache_that_is_not_empty(family):
     model, base, _ = adapted(family)
     cache = transformers.StaticCache(config=base.config, max_cache_len=64)
