@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .backbone import Backbone
-from .cached_prompt import CachedPrompt, mark_cache
+from .cache_mark import CacheMark, mark_cache
 from .layer import InputTuningLayer
 from .prompt_cache import put_prompt_into_cache
 from .refusals import (
@@ -31,24 +31,13 @@ from .splice import PromptLayout, count_left_pads
 class SplicedCall(dict):
     """The kwargs of one call of the backbone, and what its post-hook has to undo."""
 
-    cached: CachedPrompt | None = None  # of a call that put a prompt in
+    mark: CacheMark | None = None  # of a call that put a prompt in
     as_tuple: bool = False  # the caller asked for return_dict=False
 
 
 def given_input(call: dict[str, Any]) -> Any:
     """The ids or embeddings that the caller passed; None where there are none."""
     return call.get("input_ids") if call.get("inputs_embeds") is None else call["inputs_embeds"]
-
-
-def prompt_slots(layer: InputTuningLayer) -> int:
-    """Length of the longest prompt in this call; 0 where nothing is to be put in."""
-    if layer.disable_adapters:
-        return 0
-    rows = current_row_adapters(layer)
-    if rows is not None:
-        return rows.slots
-    name = layer.enabled_adapter
-    return 0 if name is None else layer.prompt_length(name)
 
 
 def start_on_prompt_cache(
@@ -65,9 +54,9 @@ def start_on_prompt_cache(
     layout = put_prompt_into_cache(backbone, call, given.shape[0], slots, layer, site.has_window)
     if layout is None:
         return False
-    cached = CachedPrompt(layout, first_position=None if positions is None else positions[:, :1])
-    mark_cache(cache, cached)
-    continue_after_prompt(call, cache, cached, layer, site)
+    mark = CacheMark(layout, first_position=None if positions is None else positions[:, :1])
+    mark_cache(cache, mark)
+    continue_after_prompt(call, cache, mark, layer, site)
     return True
 
 
@@ -102,13 +91,13 @@ def start_with_prompt(
     x = layer(ids) if x is None else x
     call["input_ids"] = None
     if types is not None and site.adds_token_types:
-        x = x + layer.base_layer(types)
+        x = x + layer.unadapted(types)
         call["token_type_ids"] = None
     elif types is not None:
         types = types.expand(batch, -1).to(device)
         call["token_type_ids"] = layout.join(types.new_zeros(batch, slots), types)
     call["inputs_embeds"] = layout.to(x.device).join(layer.prompt_rows(batch, slots), x)
-    call.cached = CachedPrompt(layout, first_position=None if given_positions is None else given_positions[:, :1])
+    call.mark = CacheMark(layout, first_position=None if given_positions is None else given_positions[:, :1])
 
 
 def default_positions(backbone: nn.Module, given: Tensor, layout: PromptLayout, site: Backbone) -> Tensor | None:
@@ -131,11 +120,11 @@ def add_token_types(call: SplicedCall, layer: InputTuningLayer, site: Backbone) 
     if types is None or not site.adds_token_types or layer.disable_adapters:
         return
     x = layer(call["input_ids"]) if call.get("inputs_embeds") is None else call["inputs_embeds"]
-    call.update(input_ids=None, inputs_embeds=x + layer.base_layer(types), token_type_ids=None)
+    call.update(input_ids=None, inputs_embeds=x + layer.unadapted(types), token_type_ids=None)
 
 
 def continue_after_prompt(
-    call: SplicedCall, cache: Any, cached: CachedPrompt, layer: InputTuningLayer, site: Backbone
+    call: SplicedCall, cache: Any, mark: CacheMark, layer: InputTuningLayer, site: Backbone
 ) -> None:
     """Rewrites a call whose cache holds the prompt: only the mask and the positions have to know of it."""
     new = given_input(call)
@@ -143,7 +132,7 @@ def continue_after_prompt(
         return
     batch, length = new.shape[:2]
     mask, positions = call.get("attention_mask"), call.get("position_ids")
-    layout = cached.layout.repeated(batch)
+    layout = mark.layout.repeated(batch)
     past = cache.get_seq_length() - layout.slots
     refuse_expanded_mask(mask)
     if mask is not None:
@@ -151,7 +140,7 @@ def continue_after_prompt(
         if site.has_window and length > 1:
             refuse_pads_behind_prompt(mask, layout)
     elif positions is not None:
-        refuse_gap(positions, past, length, cached)
+        refuse_gap(positions, past, length, mark)
     if positions is not None:
         call["position_ids"] = layout.shift_positions(positions)
     elif layout.lengths is not None and "position_ids" in site.parameters and not site.positions_from_mask:

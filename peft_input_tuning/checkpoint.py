@@ -10,7 +10,7 @@ import torch
 from peft.functional import delete_adapter
 from torch import Tensor, nn
 
-from .layer import InputTuningLayer
+from .layer import InputTuningLayer, named_layer
 
 PEFT_PREFIX = "base_model.model."
 
@@ -26,7 +26,7 @@ def check_adapter_state_dict(model: nn.Module, adapter_name: str, state_dict: di
     Raises:
         ValueError: names the tensor, the shapes, and what to do.
     """
-    path, layer = next((n, m) for n, m in model.named_modules() if isinstance(m, InputTuningLayer))
+    path, layer = named_layer(model)
     try:
         _check(model, path, layer, adapter_name, state_dict)
     except ValueError:
@@ -84,7 +84,7 @@ def _check_what_else_is_there(model: nn.Module, name: str, found: dict[str, Tens
 
 
 def _embedding_paths(model: nn.Module) -> set[str]:
-    wanted = [module.base_layer for module in model.modules() if isinstance(module, InputTuningLayer)]
+    wanted = [named_layer(model)[1].base_layer]
     for getter in ("get_input_embeddings", "get_output_embeddings"):
         module = getattr(model, getter, lambda: None)()
         wanted.append(getattr(module, "base_layer", module))

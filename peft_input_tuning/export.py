@@ -1,6 +1,6 @@
 """From an adapter to a plain checkpoint that costs nothing where it is served and needs neither PEFT nor this package.
 
-    adapter + base ──► fold the table (`folding.py`) ──► tokenizer with the prompt (`exported_tokenizer.py`)
+    adapter + base ──► fold the table (`plain_state.py`) ──► tokenizer with the prompt (`exported_tokenizer.py`)
                    ──► a folder beside the target ──► reload and compare ──► move into place
 
 The folder loads with `AutoModel*.from_pretrained` and `AutoTokenizer.from_pretrained`. The virtual tokens are words of
@@ -22,9 +22,10 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from .backbone import find_decoder
 from .exported_tokenizer import tokenizer_with_prompt
-from .folding import Progress, folded_table, grow_vocabulary, plain_state_dict
-from .layer import InputTuningLayer
+from .folding import Progress
+from .layer import InputTuningLayer, named_layer
 from .model_card import write_export_card
+from .plain_state import folded_table, grow_vocabulary, plain_state_dict
 
 CHECKED_ROWS, CHECKED_LENGTH = 3, 12
 # Of the largest output; what rounding makes of random weights, which are worse than trained ones.
@@ -79,7 +80,7 @@ def export_model(
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"`output_dir` {str(target)!r} exists and is not an empty folder. Choose a new one.")
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    path, layer = _find_layer(base)
+    path, layer = named_layer(base)
     name = _adapter_name(layer, adapter_name)
     count = layer.prompt_length(name)
     _refuse_what_no_checkpoint_holds(base, layer, count)
@@ -118,13 +119,6 @@ def export_model(
         shutil.rmtree(scratch, ignore_errors=True)
         raise
     return report
-
-
-def _find_layer(base: nn.Module) -> tuple[str, InputTuningLayer]:
-    for path, module in base.named_modules():
-        if isinstance(module, InputTuningLayer):
-            return path, module
-    raise ValueError(f"`model` is a {type(base).__name__} without an input-tuning adapter. Load one, then export.")
 
 
 def _adapter_name(layer: InputTuningLayer, wanted: str | None) -> str:

@@ -1,135 +1,43 @@
-"""An adapter as part of a plain checkpoint: the table that gives its embeddings, and the state dict around it.
+"""Folding the input-adapter into the embedding table: `table[i] = T(embedding(i)) / scale`.
 
-    table[i]               = T(embedding(i)) / scale        every word, adapted
-    table[virtual_ids[j]]  = prompt[j] / scale              every virtual token, a word of its own
-
-`scale` is what some embedding modules multiply with (Gemma, BART). The rest of the model is taken as it is: nothing of
-it is copied but what grows with the vocabulary.
+T is a function of one token's embedding alone, so that a table of adapted embeddings does what the adapter does, at no
+cost. `scale` is what some embedding modules multiply their rows with (Gemma, BART). Knows torch only.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import AuxiliaryTrainingWrapper
-from torch import Tensor, nn
+from torch import Tensor
 
-from .initialization import execution_device
-from .layer import InputTuningLayer
-from .modules import adapt
-
-BLOCK_ROWS = 8_192
-IMPOSSIBLE = -1e9  # a bias of the head for tokens that must not be generated
+# With all that the adapter needs for a block, still less memory than 8,192 rows of float32 embeddings.
+BLOCK_ROWS = 256
 
 Progress = Callable[[int, int], None]
 
 
 @torch.no_grad()
-def folded_table(
-    layer: InputTuningLayer,
-    adapter_name: str,
-    virtual_ids: Sequence[int],
-    rows: int,
-    dtype: torch.dtype,
+def fold(
+    table: Tensor,
+    embedding: Callable[[Tensor], Tensor],
+    adapter: Callable[[Tensor], Tensor],
+    words: int,
+    scale: Tensor,
     progress: Progress | None = None,
-) -> Tensor:
-    """The embedding table of the exported model, worked out in float32, `BLOCK_ROWS` rows at a time.
+) -> None:
+    """Writes the adapted embedding of every word into `table`, worked out in float32, `BLOCK_ROWS` rows at a time.
 
     Args:
-        layer: the wrapped embedding.
-        adapter_name: the adapter to fold.
-        virtual_ids: the rows of the virtual tokens.
-        rows: rows of the table, at least the vocabulary's.
-        dtype: of the result.
+        table: `(>= words, embedding_dim)`, of any dtype, on any device; its first `words` rows are written.
+        embedding: `(n,)` ids on `scale`'s device → `(n, embedding_dim)`.
+        adapter: T in float32, `(n, embedding_dim)` → `(n, embedding_dim)`.
+        words: number of words.
+        scale: what `embedding` multiplies its rows with, a float32 scalar.
         progress: called with (rows done, rows in all) after each block.
-
-    Returns:
-        `(rows, embedding_dim)` on the CPU; rows that are no token's are zero.
     """
-    layer.check_weights_have_come(adapter_name)
-    words = layer.num_embeddings
-    table = torch.zeros(rows, layer.embedding_dim, dtype=dtype)
-    scale = layer._get_embed_scale()  # PEFT, since 0.18
-    scale = 1.0 if scale is None else scale.to(layer.weight.dtype).float().cpu()
-    parts = _float32_adapter(layer, adapter_name)
     for start in range(0, words, BLOCK_ROWS):
-        ids = torch.arange(start, min(start + BLOCK_ROWS, words), device=execution_device(layer.base_layer))
-        block = layer.base_layer(ids).float()
-        if parts is not None:
-            block = adapt(block, *parts)
-        table[start : start + len(ids)] = block.cpu() / scale
+        ids = torch.arange(start, min(start + BLOCK_ROWS, words), device=scale.device)
+        table[start : start + len(ids)] = adapter(embedding(ids).float()) / scale
         if progress is not None:
             progress(start + len(ids), words)
-    if len(virtual_ids):
-        table[list(virtual_ids)] = (layer.input_tuning_prompt[adapter_name]().float().cpu() / scale).to(dtype)
-    return table
-
-
-def _float32_adapter(layer: InputTuningLayer, name: str) -> tuple | None:
-    if name not in layer.input_tuning_fc1:
-        return None
-    fc1, fc2 = (copy.deepcopy(getattr(layer, part)[name]).float() for part in ("input_tuning_fc1", "input_tuning_fc2"))
-    return fc1, layer.input_tuning_activation[name], nn.Identity(), fc2
-
-
-def plain_state_dict(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
-    """The tensors of a model under the names they have without PEFT: the base's, and this adapter's `modules_to_save`.
-
-    Raises:
-        ValueError: layers of another method are in the model.
-    """
-    renamed: dict[str, str | None] = {}  # prefix → its replacement, or None to leave out
-    for path, module in model.named_modules():
-        if isinstance(module, InputTuningLayer):
-            renamed[f"{path}.base_layer."] = f"{path}."
-            renamed[f"{path}.input_tuning_"] = None
-        elif isinstance(module, AuxiliaryTrainingWrapper):
-            for name, _ in module.named_children():
-                renamed[f"{path}.{name}."] = f"{path}." if name == "original_module" else None
-            if adapter_name in getattr(module, "modules_to_save", {}):
-                renamed[f"{path}.original_module."] = None
-                renamed[f"{path}.modules_to_save.{adapter_name}."] = f"{path}."
-        elif isinstance(module, BaseTunerLayer):
-            raise ValueError(
-                f"`{path}` is a {type(module).__name__}: the model has adapters of another method too. Merge those "
-                "(`merge_and_unload`) and load the input-tuning adapter on the result before exporting."
-            )
-    longest_first = sorted(renamed, key=len, reverse=True)
-    plain = {}
-    for key, tensor in model.state_dict().items():
-        prefix = next((p for p in longest_first if key.startswith(p)), None)
-        if prefix is None:
-            plain[key] = tensor
-        elif renamed[prefix] is not None:
-            plain[renamed[prefix] + key.removeprefix(prefix)] = tensor
-    return plain
-
-
-def grow_vocabulary(state: dict[str, Tensor], names: Sequence[str], rows: int, virtual_ids: Sequence[int]) -> None:
-    """Gives tensors of the state dict rows for the virtual tokens, in place; tied tensors stay tied.
-
-    Rows of virtual tokens are zero in a matrix and `IMPOSSIBLE` in a bias.
-    """
-    grown: dict[int, Tensor] = {}
-    for name in names:
-        old = state[name]
-        key = old.data_ptr()
-        if key not in grown:
-            dim = old.ndim - 1 if old.shape[0] == 1 or old.ndim == 1 else 0  # BART's bias is (1, words)
-            shape = list(old.shape)
-            shape[dim] = rows
-            new = old.new_zeros(shape)
-            new.narrow(dim, 0, old.shape[dim]).copy_(old)
-            is_bias = dim == old.ndim - 1
-            new.index_fill_(
-                dim, torch.tensor(list(virtual_ids), device=new.device), _impossible(old) if is_bias else 0.0
-            )
-            grown[key] = new
-        state[name] = grown[key]
-
-
-def _impossible(bias: Tensor) -> float:
-    return max(IMPOSSIBLE, torch.finfo(bias.dtype).min / 2)

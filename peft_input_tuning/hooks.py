@@ -25,13 +25,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from .backbone import Backbone, describe_backbone, find_decoder, find_layer, forward_parameters
-from .cached_prompt import CachedPrompt, cached_prompt, mark_cache
+from .cache_mark import CacheMark, mark_cache, mark_of
 from .calls import (
     SplicedCall,
     add_token_types,
     continue_after_prompt,
     given_input,
-    prompt_slots,
     start_on_prompt_cache,
     start_with_prompt,
 )
@@ -47,15 +46,15 @@ def put_prompt_in(backbone: nn.Module, args: tuple, kwargs: dict[str, Any], *, s
     call = SplicedCall(zip(site.parameters, args, strict=False))
     call.update(kwargs)
     cache = call.get("past_key_values")
-    cached = cached_prompt(cache)
-    if cached is not None:
-        if cached.layout.slots:
-            continue_after_prompt(call, cache, cached, layer, site)
+    mark = mark_of(cache)
+    if mark is not None:
+        if mark.layout.slots:
+            continue_after_prompt(call, cache, mark, layer, site)
         return (), call
     if is_prompt_in_place(layer):
-        call.cached = CachedPrompt(PromptLayout(0))
+        call.mark = CacheMark(PromptLayout(0))
         return (), call
-    slots = prompt_slots(layer)
+    slots = layer.slots
     if not slots or (cache is not None and not _is_empty(cache)):
         add_token_types(call, layer, site)
         return (), call
@@ -80,12 +79,12 @@ def _wants_tuple(module: nn.Module, call: dict[str, Any]) -> bool:
 
 def take_prompt_out(backbone: nn.Module, args: tuple, call: dict[str, Any], output: Any, *, site: Backbone):
     """Post-hook of the backbone."""
-    if not isinstance(call, SplicedCall) or call.cached is None:
+    if not isinstance(call, SplicedCall) or call.mark is None:
         return None
-    layout = call.cached.layout
+    layout = call.mark.layout
     cache = getattr(output, "past_key_values", None)
     if cache is not None:
-        mark_cache(cache, call.cached)
+        mark_cache(cache, call.mark)
     if not layout.slots:
         return None
     if not site.feeds_decoder:

@@ -9,22 +9,25 @@ because PEFT takes an adapter's name out of a file's keys only where it is the s
 
 from __future__ import annotations
 
+import copy
+import warnings
+from functools import partial
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from .config import InputTuningConfig
+from .folding import Progress, fold
 from .initialization import execution_device, initial_prompt
 from .modules import SoftPrompt, adapt
 from .row_adapters import BASE, current_row_adapters
 
-MERGE_ERROR = (
-    "An input-tuning adapter cannot be merged into the base model: its virtual tokens are not weights of the base. "
-    "Keep the adapter, or write a plain checkpoint with peft_input_tuning.export_model, which needs neither "
-    "PEFT nor this package."
+INSTEAD_OF_MERGING = (
+    "Keep the adapter, or write a plain checkpoint with peft_input_tuning.export_model, which needs neither PEFT nor "
+    "this package."
 )
 
 
@@ -36,7 +39,7 @@ class InputTuningLayer(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("input_tuning_prompt", "input_tuning_fc1", "input_tuning_activation", "input_tuning_fc2")
-    caches_prompt = False  # see prompt_cache.py
+    caches_prompt = True  # see prompt_cache.py
     other_param_names = ("input_tuning_dropout",)
 
     def __init__(self, base_layer: nn.Module) -> None:
@@ -49,7 +52,12 @@ class InputTuningLayer(nn.Module, BaseTunerLayer):
         self.input_tuning_dropout = nn.ModuleDict()
         self.awaiting_weights: set[str] = set()  # adapters whose file has still to be read
         self.merged_adapters: list[str] = []
+        self._unmerged_weight: tuple[nn.Parameter, ...] = ()  # in a tuple, or it would be a parameter of this module
         self.prompt_states: dict[str, Any] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles compute their prompts' states again."""
+        return {**self.__dict__, "prompt_states": {}}
 
     @property
     def embedding_dim(self) -> int:
@@ -75,6 +83,17 @@ class InputTuningLayer(nn.Module, BaseTunerLayer):
         ours = [name for name in self.active_adapters if self.has_adapter(name)]
         return ours[0] if ours else None
 
+    @property
+    def slots(self) -> int:
+        """Length of the longest prompt in the call under way; 0 where nothing is to be put in."""
+        if self.disable_adapters:
+            return 0
+        rows = current_row_adapters(self)
+        if rows is not None:
+            return rows.slots
+        name = self.enabled_adapter
+        return 0 if name is None else self.prompt_length(name)
+
     def prompt_length(self, name: str) -> int:
         """Number of virtual tokens of an adapter; 0 for `"__base__"`."""
         return self.input_tuning_prompt[name].weight.shape[0] if name in self.input_tuning_prompt else 0
@@ -91,6 +110,11 @@ class InputTuningLayer(nn.Module, BaseTunerLayer):
         hidden = 2 * width if config.adapter_hidden_dim is None else config.adapter_hidden_dim
         from_file = config.weights_in_checkpoint or config.inference_mode
         prompt = None
+        if self.merged:
+            raise ValueError(
+                f"Adapter {self.merged_adapters[0]!r} is merged into the embedding. Call unmerge_adapter() before "
+                "adding another."
+            )
         if config.num_virtual_tokens and not from_file:
             prompt = initial_prompt(config, self.base_layer)  # may fail, so before anything is changed
         for container in (*self.adapter_layer_names, *self.other_param_names):
@@ -171,11 +195,86 @@ class InputTuningLayer(nn.Module, BaseTunerLayer):
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         super()._move_adapter_to_device_of_base_layer(adapter_name, device or execution_device(self.base_layer))
 
+    # ---- merging ------------------------------------------------------------------------------------------------
+
+    def fold_into(self, table: Tensor, name: str, progress: Progress | None = None) -> None:
+        """Writes one adapter's T(E) / scale into the first rows of `table`, `(>= num_embeddings, embedding_dim)`."""
+        self.check_weights_have_come(name)
+        if self.merged:
+            raise ValueError(
+                f"Adapter {self.merged_adapters[0]!r} is merged into the embedding. Call unmerge_adapter() first."
+            )
+        fold(table, self.base_layer, self._float32_adapter(name), self.num_embeddings, self.embed_scale, progress)
+
+    @property
+    def embed_scale(self) -> Tensor:
+        """What the embedding module multiplies its rows with: a float32 scalar on the device where it runs."""
+        scale = self._get_embed_scale()  # PEFT, since 0.18
+        device = execution_device(self.base_layer)
+        if scale is None:
+            return torch.ones((), device=device)
+        return scale.to(self.weight.dtype).to(device, torch.float32)
+
+    def _float32_adapter(self, name: str):
+        if name not in self.input_tuning_fc1:
+            return lambda embeddings: embeddings
+        linears = (getattr(self, part)[name] for part in ("input_tuning_fc1", "input_tuning_fc2"))
+        fc1, fc2 = (one if one.weight.dtype == torch.float32 else copy.deepcopy(one).float() for one in linears)
+        activation = self.input_tuning_activation[name]
+        return partial(adapt, fc1=fc1, activation=activation, dropout=nn.Identity(), fc2=fc2)
+
+    def check_mergeable(self, adapter_names: list[str] | None = None) -> None:
+        """Raises where adapters (None: the active ones) cannot be merged exactly."""
+        names = [name for name in adapter_names or self.active_adapters if self.has_adapter(name)]
+        names = list(dict.fromkeys([*self.merged_adapters, *names]))
+        if len(names) > 1:
+            raise ValueError(f"Only one input-tuning adapter can be merged at a time, got {names}.")
+        for name in names:
+            if self.prompt_length(name):
+                raise ValueError(
+                    f"Adapter {name!r} cannot be merged into the base model: its {self.prompt_length(name)} virtual "
+                    f"tokens are not weights of the base. {INSTEAD_OF_MERGING}"
+                )
+            self.check_weights_have_come(name)
+        if self.weight.is_meta or not self.weight.is_floating_point() or isinstance(self.base_layer, BaseTunerLayer):
+            raise ValueError(
+                "The embedding is quantized, offloaded, or has an adapter of another method: nothing can be merged "
+                "into it. Load the base model in its own dtype on one device, with this adapter alone."
+            )
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        raise ValueError(MERGE_ERROR)
+        """Gives the base embedding the adapted table, as a parameter of its own: a tied head keeps the base's.
+
+        Args:
+            safe_merge: whether to look for NaN and infinite values first.
+            adapter_names: the adapter; None is the active one.
+
+        Raises:
+            ValueError: the adapter has virtual tokens, or the embedding cannot take a new table.
+        """
+        self.check_mergeable(adapter_names)
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if self.has_adapter(name)]
+        if not names:
+            return
+        base = self.get_base_layer()
+        table = torch.empty_like(base.weight, requires_grad=False)
+        self.fold_into(table, names[0])
+        if safe_merge and not torch.isfinite(table).all():
+            raise ValueError(f"Adapter {names[0]!r} would bring NaN or infinite values into the embedding.")
+        self._unmerged_weight = (base.weight,)
+        base.weight = nn.Parameter(table, requires_grad=base.weight.requires_grad)
+        self.merged_adapters = names
 
     def unmerge(self) -> None:
-        raise ValueError("There is no merged input-tuning adapter to unmerge. " + MERGE_ERROR)
+        """Gives the base embedding its own table back, bit for bit; a tied head is tied again."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        base = self.get_base_layer()
+        (weight,) = self._unmerged_weight
+        weight.data = weight.data.to(base.weight)  # the model may have been moved or cast since
+        base.weight = weight
+        self._unmerged_weight, self.merged_adapters = (), []
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
@@ -183,13 +282,25 @@ class InputTuningLayer(nn.Module, BaseTunerLayer):
         """Called by PEFT. Gives back exactly what was wrapped, another method's layer included."""
         if merge:
             self.merge(safe_merge, adapter_names)
+        elif self.merged:
+            self.unmerge()
         return self.base_layer
+
+    def unadapted(self, input_ids: Tensor) -> Tensor:
+        """The base model's own embeddings, also while an adapter is merged."""
+        if not self.merged:
+            return self.base_layer(input_ids)
+        return torch.func.functional_call(self.base_layer, {"weight": self._unmerged_weight[0]}, input_ids)
 
     # ---- forward ------------------------------------------------------------------------------------------------
 
     def forward(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """`(batch, length)` ids → `(batch, length, embedding_dim)` adapted embeddings."""
+        if self.merged and self.disable_adapters:
+            self.unmerge()  # as PEFT's other methods do
         embeddings = self.base_layer(input_ids, *args, **kwargs)
+        if self.merged:
+            return embeddings
         rows = None if self.disable_adapters else current_row_adapters(self)
         if rows is not None:
             return self._adapt_rows(embeddings, rows.names_of(embeddings.shape[0]))
@@ -250,3 +361,18 @@ class InputTuningLayer(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "input_tuning." + super().__repr__()
+
+
+def named_layer(model: nn.Module) -> tuple[str, InputTuningLayer]:
+    """The wrapped embedding of a model, and its path; a model has at most one.
+
+    Raises:
+        ValueError: a model without an input-tuning adapter.
+    """
+    for path, module in model.named_modules():
+        if isinstance(module, InputTuningLayer):
+            return path, module
+    raise ValueError(
+        f"`model` has no input-tuning adapter, got {type(model).__name__}. Call get_peft_model with an "
+        "InputTuningConfig, or load an adapter first."
+    )

@@ -22,11 +22,11 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from .backbone import find_backbone, refuse_changed_embedding
-from .cached_prompt import cached_prompt
+from .cache_mark import mark_of
 from .checkpoint import check_adapter_state_dict
 from .config import InputTuningConfig
 from .hooks import install_hooks, remove_hooks
-from .layer import MERGE_ERROR, InputTuningLayer
+from .layer import InputTuningLayer
 from .modules import base_embedding
 from .refusals import refuse_full_ids
 from .row_adapters import BASE, RowAdapters, current_row_adapters, prompt_in_place, use_row_adapters
@@ -66,6 +66,13 @@ class InputTuningModel(BaseTuner):
             config, base_embedding(embedding).embedding_dim, getattr(backbone.config, "max_position_embeddings", None)
         )
 
+    def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        try:
+            super().inject_adapter(model, *args, **kwargs)
+        except BaseException:
+            self._share_embedding_again(model)
+            raise
+
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
         return peft_config  # no target_modules to look up
 
@@ -82,6 +89,12 @@ class InputTuningModel(BaseTuner):
         parent, _, name = self.embedding_path.rpartition(".")
         setattr(model.get_submodule(parent), name, own)
         self._shared_embedding = next(path for path in places if path != self.embedding_path)
+
+    def _share_embedding_again(self, model: nn.Module) -> None:
+        shared = getattr(self, "_shared_embedding", None)
+        if shared is not None and not isinstance(model.get_submodule(self.embedding_path), InputTuningLayer):
+            parent, _, name = self.embedding_path.rpartition(".")
+            setattr(model.get_submodule(parent), name, model.get_submodule(shared))
 
     def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> bool:
         return key == self.embedding_path
@@ -119,15 +132,21 @@ class InputTuningModel(BaseTuner):
         super().set_adapter(adapter_name, inference_mode=inference_mode)
 
     def _check_merge_allowed(self) -> None:
-        raise ValueError(MERGE_ERROR)
+        """PEFT warns of tied embeddings here. Merging unties ours (`InputTuningLayer.merge`)."""
 
-    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
-        model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge:
+            self.layer.check_mergeable(adapter_names)  # before any module is unloaded
+        model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         remove_hooks(model)
-        shared = getattr(self, "_shared_embedding", None)
-        if shared is not None:
-            parent, _, name = self.embedding_path.rpartition(".")
-            setattr(model.get_submodule(parent), name, model.get_submodule(shared))
+        if not merge:
+            self._share_embedding_again(model)
         return model
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Module:
@@ -176,6 +195,11 @@ class InputTuningModel(BaseTuner):
             )
         if not names:
             raise ValueError("`adapter_names` is empty. Pass one name a row.")
+        if self.layer.merged:
+            raise ValueError(
+                "`adapter_names` cannot be used while an adapter is merged into the base model. Call "
+                "unmerge_adapter() first."
+            )
         known = [BASE, *sorted(self.peft_config)]
         unknown = [name for name in names if name not in known]
         if unknown:
@@ -193,9 +217,9 @@ class InputTuningModel(BaseTuner):
                 '`cache_implementation` "paged" batches requests by itself and leaves no room for virtual tokens.'
             )
         cache = kwargs.get("past_key_values")
-        cached = cached_prompt(cache)
+        mark = mark_of(cache)
         ids = kwargs.get("inputs") if kwargs.get("inputs") is not None else kwargs.get("input_ids")
-        if cached is not None and cached.layout.slots and ids is not None:
+        if mark is not None and mark.layout.slots and ids is not None:
             mask = kwargs.get("attention_mask")
             refuse_full_ids(cache, None if mask is None else mask.shape[1], ids.shape[1])
         layer = self.layer

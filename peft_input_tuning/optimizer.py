@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from .layer import InputTuningLayer
+from .layer import named_layer
 
 PROMPT_LR_RATIO = 10.0
 
@@ -34,13 +34,7 @@ def input_tuning_parameter_groups(
     for name, value in (("lr", lr), ("prompt_lr", prompt_lr)):
         if not value > 0:
             raise ValueError(f"`{name}` must be > 0, got {value}.")
-    layers = [module for module in model.modules() if isinstance(module, InputTuningLayer)]
-    if not layers:
-        raise ValueError(
-            f"`model` has no input-tuning adapter, got {type(model).__name__}. Call get_peft_model with an "
-            "InputTuningConfig first."
-        )
-    prompts = {id(parameter) for layer in layers for parameter in layer.input_tuning_prompt.parameters()}
+    prompts = {id(parameter) for parameter in named_layer(model)[1].input_tuning_prompt.parameters()}
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {

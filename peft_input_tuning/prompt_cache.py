@@ -6,47 +6,67 @@ run through the model:
 
     cache of the call:  [ slack | prompt ]  +  the call: [ left pads | tokens | right pads ]
 
-It is off until `set_prompt_cache(model, True)`, for serving, where the base does not change. The states are kept with
-the adapter, under a fingerprint of what they come from (prompt, base weights, other adapters, dtype, device), and
-computed again when that has changed. Where the picture would not be exact, the call takes the usual way
-(`calls.start_with_prompt`).
+The states are kept with the adapter, together with what they come from, and computed again when that has changed
+(`_origin`). A call in training mode or with gradients forgets them: trainers write weights in ways that leave no
+trace. Where the picture would not be exact, the call takes the usual way (`calls.start_with_prompt`).
+`set_prompt_cache(model, False)` switches all of it off.
 """
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from .initialization import execution_device
-from .layer import InputTuningLayer
-from .row_adapters import current_row_adapters, prompt_in_place
+from .layer import InputTuningLayer, named_layer
+from .row_adapters import RowAdapters, current_row_adapters, prompt_in_place, use_row_adapters
 from .splice import PromptLayout, count_left_pads
 
 KeysAndValues = list[tuple[Tensor, Tensor]]  # a layer's `(1, heads, prompt length, head dim)` each
+_SAMPLES = 4  # values of each weight that are looked at
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")  # rotary embeddings that change with the length of the sequence
 
 
 @dataclass(frozen=True)
-class PromptStates:
-    """What is kept of one adapter: the states, and what they were computed from."""
+class Origin:
+    """What keys and values come from, beside the prompt: settings compared as they are, and samples of the weights."""
 
-    fingerprint: tuple
+    settings: tuple
+    samples: Tensor
+
+    def equals(self, other: Origin) -> bool:
+        return self.settings == other.settings and torch.equal(self.samples, other.samples)
+
+
+@dataclass(frozen=True)
+class PromptStates:
+    """What is kept of one adapter: its prompt's keys and values, and what they were computed from."""
+
+    origin: Origin
     prompt: Tensor
     states: KeysAndValues
 
 
 def set_prompt_cache(model: nn.Module, enabled: bool) -> None:
-    """Switches the cache of prompts' keys and values on or off (the default), for all adapters of a model."""
-    for module in model.modules():
-        if isinstance(module, InputTuningLayer):
-            module.caches_prompt = enabled
-            module.prompt_states.clear()
+    """Switches the cache of prompts' keys and values on (the default) or off, for all adapters of a model, and forgets
+    what it holds.
+
+    Raises:
+        ValueError: a model without an input-tuning adapter.
+    """
+    _, layer = named_layer(model)
+    layer.caches_prompt = enabled
+    layer.prompt_states.clear()
 
 
 def put_prompt_into_cache(
@@ -59,12 +79,20 @@ def put_prompt_into_cache(
     """
     cache: Any = call.get("past_key_values")
     mask, positions = call.get("attention_mask"), call.get("position_ids")
-    if not _is_exact(backbone, cache, mask, positions, layer, has_window):
+    if torch.compiler.is_compiling():
+        return None
+    if torch.is_grad_enabled() or backbone.training:
+        layer.prompt_states.clear()
+        return None
+    if not layer.caches_prompt or not _is_exact(backbone, cache, mask, positions, has_window):
+        return None
+    origin = _origin(backbone, layer)
+    if origin is None:
         return None
     rows = current_row_adapters(layer)
     names = [str(layer.enabled_adapter)] * batch if rows is None else rows.names_of(batch)
     distinct = list(dict.fromkeys(names))
-    states = {name: _keys_and_values(backbone, layer, name) for name in distinct if layer.prompt_length(name)}
+    states = {name: _keys_and_values(backbone, layer, name, origin) for name in distinct if layer.prompt_length(name)}
     at = torch.tensor([distinct.index(name) for name in names])
     for index in range(len(next(iter(states.values())))):
         both = [_table([states.get(name, [])[index : index + 1] for name in distinct], part, slots) for part in (0, 1)]
@@ -78,11 +106,8 @@ def _is_exact(
     cache: Any,
     mask: Tensor | None,
     positions: Tensor | None,
-    layer: InputTuningLayer,
     has_window: bool,
 ) -> bool:
-    if not layer.caches_prompt or torch.compiler.is_compiling() or torch.is_grad_enabled() or backbone.training:
-        return False
     if type(cache) is not DynamicCache or cache.offloading:
         return False
     if not all(type(one) in (DynamicLayer, DynamicSlidingWindowLayer) for one in cache.layers):
@@ -113,15 +138,14 @@ def _table(parts: list[KeysAndValues], part: int, slots: int) -> Tensor:
     return torch.cat([nn.functional.pad(one, (0, 0, slots - one.shape[2], 0)) for one in padded])
 
 
-def _keys_and_values(backbone: nn.Module, layer: InputTuningLayer, name: str) -> KeysAndValues:
-    fingerprint = _fingerprint(backbone, layer)
+def _keys_and_values(backbone: nn.Module, layer: InputTuningLayer, name: str, origin: Origin) -> KeysAndValues:
     prompt = layer.input_tuning_prompt[name]().detach()
     known = layer.prompt_states.get(name)
     # The prompt is compared by value: trainers that write through `.data` leave its version as it was.
-    if known is not None and known.fingerprint == fingerprint and torch.equal(known.prompt, prompt):
+    if known is not None and known.origin.equals(origin) and torch.equal(known.prompt, prompt):
         return known.states
     states = _compute(backbone, layer, name)
-    layer.prompt_states[name] = PromptStates(fingerprint, prompt.clone(), states)
+    layer.prompt_states[name] = PromptStates(origin, prompt.clone(), states)
     return states
 
 
@@ -129,23 +153,56 @@ def _keys_and_values(backbone: nn.Module, layer: InputTuningLayer, name: str) ->
 def _compute(backbone: nn.Module, layer: InputTuningLayer, name: str) -> KeysAndValues:
     layer.check_weights_have_come(name)
     prompt = layer.input_tuning_prompt[name]().unsqueeze(0).to(layer.weight.dtype)
-    with prompt_in_place(layer):
+    with ExitStack() as stack:
+        stack.enter_context(prompt_in_place(layer))
+        if current_row_adapters(layer) is not None:  # modules_to_save inside the backbone ask for the rows
+            stack.enter_context(use_row_adapters(layer, RowAdapters((name,), (0,))))
         # A cache without the model's configuration keeps all places, also those that a sliding window would drop.
         cache = backbone(inputs_embeds=prompt, past_key_values=DynamicCache(), use_cache=True).past_key_values
     return [(one.keys, one.values) for one in cache.layers]
 
 
-def _fingerprint(backbone: nn.Module, layer: InputTuningLayer) -> tuple:
-    """Changes whenever the base may give other keys and values: optimizer steps, copies and casts of a weight move its
-    version or its place, and other methods' adapters are on or off, merged or not. Only a write through a base
-    weight's `.data` is not seen; `set_prompt_cache(model, True)` forgets everything then."""
-    ours = {id(parameter) for parameter in layer.parameters()}
-    weights = tuple((p.data_ptr(), p._version, p.dtype) for p in backbone.parameters() if id(p) not in ours)
-    others = tuple(
-        (tuple(module.active_adapters), module.disable_adapters, tuple(module.merged_adapters))
-        for module in backbone.modules()
-        if isinstance(module, BaseTunerLayer) and module is not layer
-    )
-    device = execution_device(layer.base_layer).type
-    autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
-    return weights, others, autocast, backbone.config._attn_implementation
+def _origin(backbone: nn.Module, layer: InputTuningLayer) -> Origin | None:
+    """What the base gives keys and values from.
+
+    Optimizer steps, copies and casts of a weight move its version or its place. Writes through `.data` do neither, so
+    a few values of each weight are looked at as well. Other methods' adapters may be on or off, merged or rescaled,
+    and modules may have hooks.
+
+    Returns:
+        None where weights are elsewhere (offloaded, or shards of several processes).
+    """
+    ours = {id(module) for module in layer.modules()} - {id(module) for module in layer.base_layer.modules()}
+    settings: list[Any] = [backbone.config._attn_implementation]
+    weights: list[Tensor] = []
+    for module in backbone.modules():
+        if id(module) in ours:
+            continue
+        if isinstance(module, FullyShardedDataParallel):
+            return None
+        settings += [*module._forward_pre_hooks, *module._forward_hooks]
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+            settings += [*module.active_adapters, module.disable_adapters]
+            settings += [*getattr(module, "merged_adapters", ()), *getattr(module, "scaling", {}).items()]
+        tensors = (*module._parameters.values(), *module._buffers.values())  # buffers hold quantized weights
+        weights += [tensor for tensor in tensors if tensor is not None]
+    for weight in weights:
+        if weight.is_meta or isinstance(weight, DTensor) or hasattr(weight, "ds_id"):  # ds_id: DeepSpeed's ZeRO-3
+            return None
+        version = None if weight.is_inference() else weight._version
+        settings += [weight.data_ptr(), version, weight.dtype]
+    device = execution_device(layer.base_layer)
+    settings.append(torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type))
+    return Origin(tuple(settings), _samples(weights, device))
+
+
+@torch.no_grad()
+def _samples(weights: list[Tensor], device: torch.device) -> Tensor:
+    """A few values of each weight, `(values,)` in float32 on one device; one copy for each device and dtype."""
+    alike: dict[tuple, list[Tensor]] = {}
+    for weight in weights:
+        flat = weight.detach()
+        flat = flat.view(-1) if flat.is_contiguous() else flat[(0,) * flat.ndim].view(1)
+        step = max(1, flat.numel() // _SAMPLES)
+        alike.setdefault((weight.device, weight.dtype), []).append(flat[::step])
+    return torch.cat([torch.cat(values).to(device, torch.float32) for values in alike.values()])

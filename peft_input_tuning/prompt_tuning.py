@@ -9,7 +9,7 @@ from peft import PeftModel, get_peft_model
 from peft.tuners.prompt_tuning import PromptTuningConfig, PromptTuningInit
 
 from .config import InputTuningConfig
-from .layer import InputTuningLayer
+from .layer import named_layer
 
 
 def from_prompt_tuning(prompt_tuned: PeftModel, adapter_name: str | None = None, **changes: Any) -> PeftModel:
@@ -51,7 +51,7 @@ def from_prompt_tuning(prompt_tuned: PeftModel, adapter_name: str | None = None,
     model = get_peft_model(
         prompt_tuned.get_base_model(), InputTuningConfig.from_prompt_tuning(config, **changes), adapter_name=name
     )
-    layer = next(module for module in model.modules() if isinstance(module, InputTuningLayer))
+    _, layer = named_layer(model)
     weight = layer.input_tuning_prompt[name].weight
     with torch.no_grad():
         weight.copy_(prompt.to(weight))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .backbone import Backbone
-from .cached_prompt import MARK_ON_CACHE, CachedPrompt
+from .cache_mark import MARK_ON_CACHE, CacheMark
 from .splice import PromptLayout, count_left_pads
 
 FLASH_KWARGS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
@@ -115,11 +115,11 @@ def refuse_pads_behind_prompt(mask: Tensor, layout: PromptLayout) -> None:
         )
 
 
-def refuse_gap(positions: Tensor, past: int, length: int, cached: CachedPrompt) -> None:
+def refuse_gap(positions: Tensor, past: int, length: int, mark: CacheMark) -> None:
     """Without a mask the positions tell whether the new tokens follow the cached ones."""
     if torch.compiler.is_compiling():
         return
-    first = 0 if cached.first_position is None else cached.first_position
+    first = 0 if mark.first_position is None else mark.first_position
     message = f"`position_ids` do not go on where the cache ends, at {past} tokens. {CONTINUE}"
     follows = (positions[:, :1] == first + past).all()
     if length == 1 and positions.is_cuda:

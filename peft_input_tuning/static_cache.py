@@ -45,10 +45,7 @@ def input_with_prompt(
         Arguments with `inputs_embeds` `(batch, slots + length, dim)`, its mask, and the ids, so that full sequences
         come back; None where there is no prompt to put in.
     """
-    rows, name = current_row_adapters(layer), layer.enabled_adapter
-    slots = 0
-    if not layer.disable_adapters:
-        slots = rows.slots if rows is not None else layer.prompt_length(name) if name else 0
+    rows, slots = current_row_adapters(layer), layer.slots
     if not slots:
         return None
     cache = kwargs.get("past_key_values")

@@ -43,6 +43,7 @@ FEATURES = {  # the markers' names and what the README says
     "mixed batch": "mixed batches, `adapter_names=[...]`",
     "saving": "save and load",
     "unload": "unload gives the base model back",
+    "merge": "merging an adapter without virtual tokens",
     "export": "export to a plain checkpoint",
     "transformers adapters": "adapters of transformers: `add_adapter`, `load_adapter`",
     "with LoRA": "together with LoRA",

@@ -290,28 +290,6 @@ def test_another_method_cannot_be_added_to_the_peft_model():
     assert list(model.peft_config) == ["default"]
 
 
-# ---- merging ------------------------------------------------------------------------------------------------------
-
-MERGES = {
-    "merge_and_unload": lambda model: model.merge_and_unload(),
-    "merge_adapter": lambda model: model.merge_adapter(),
-    "unmerge_adapter": lambda model: model.unmerge_adapter(),
-}
-
-
-@pytest.mark.parametrize("merge", MERGES.values(), ids=MERGES)
-@pytest.mark.parametrize("family", [LLAMA, FAMILIES["t5"]], ids=str)
-def test_merging_is_refused_and_changes_nothing(family, merge):
-    model, _, _ = adapted(family)
-    want, before, inside = output(model, family), structure(model), hooks(model)
-    with pytest.raises(ValueError, match="virtual tokens are not weights of the base") as error:
-        merge(model)
-    assert "export_model" in str(error.value)
-    assert structure(model) == before
-    assert hooks(model) == inside
-    assert torch.equal(output(model, family), want)
-
-
 # ---- copies -------------------------------------------------------------------------------------------------------
 
 

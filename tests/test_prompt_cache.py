@@ -13,16 +13,11 @@ from torch.testing import assert_close
 from adapters import adapted, add, config, randomize
 from families import DECODERS, FAMILIES, PAD, build, ids, padded
 from oracles import adapter_weights, greedy, row_output
-from peft_input_tuning import InputTuningLayer, prompt_cache, set_prompt_cache
+from peft_input_tuning import prompt_cache, set_prompt_cache
 
 llama = FAMILIES["llama"]
 WINDOWED = {"mistral", "gemma2", "gemma3"}
 each_decoder = pytest.mark.parametrize("family", DECODERS, ids=str)
-
-
-@pytest.fixture(autouse=True)
-def _switched_on(monkeypatch):
-    monkeypatch.setattr(InputTuningLayer, "caches_prompt", True)
 
 
 @pytest.fixture
@@ -121,6 +116,11 @@ def change_base(model):
         model.get_base_model().model.layers[0].self_attn.k_proj.weight.mul_(-1)
 
 
+def change_base_data(model):
+    """Leaves version and storage as they are."""
+    model.get_base_model().model.layers[1].mlp.up_proj.weight.data.mul_(-1)
+
+
 def load_other_values(model):
     state = {key: value * -1 if "prompt" in key else value for key, value in model.state_dict().items()}
     model.load_state_dict(state)
@@ -128,8 +128,15 @@ def load_other_values(model):
 
 @pytest.mark.parametrize(
     "change",
-    [change_prompt, step_of_the_optimizer, change_base, load_other_values, lambda model: model.double()],
-    ids=["prompt in place", "optimizer", "base in place", "load_state_dict", "dtype"],
+    [
+        change_prompt,
+        step_of_the_optimizer,
+        change_base,
+        change_base_data,
+        load_other_values,
+        lambda model: model.double(),
+    ],
+    ids=["prompt in place", "optimizer", "base in place", "base through .data", "load_state_dict", "dtype"],
 )
 def test_computed_again_when_something_changed(change, runs):
     model, _, _ = adapted(llama)
@@ -175,6 +182,100 @@ def test_lora_switched_on_and_off(runs):
             plain.load_state_dict(lora, strict=False)
         assert torch.equal(generate(model, input_ids=row)[0, 7:], greedy(plain.eval(), weights, row[0], 5))
     assert len(runs) == 3
+
+
+def first_logits(model, row):
+    """With a prompt that comes from the states, where the cache of prompts is on."""
+    with torch.no_grad():
+        return model(input_ids=row, past_key_values=transformers.DynamicCache(), use_cache=True).logits
+
+
+def rescaled(model):
+    model.model.layers[0].self_attn.k_proj.scaling["lora"] *= 3
+
+
+def with_a_hook(model):
+    model.model.layers[0].register_forward_hook(lambda module, args, output: output * 1.5)
+
+
+@pytest.mark.parametrize("change", [rescaled, with_a_hook])
+def test_what_stands_around_the_weights(change, runs):
+    model = build(llama)
+    model.add_adapter(LoraConfig(target_modules=["k_proj"], init_lora_weights=False), "lora")
+    model.add_adapter(config(), "default")
+    randomize(model)
+    model.set_adapter(["lora", "default"])
+    model.eval()
+    before = first_logits(model, ids(1, 7))
+    change(model)
+    after = first_logits(model, ids(1, 7))
+    assert runs == ["default"] * 2
+    set_prompt_cache(model, False)
+    want = first_logits(model, ids(1, 7))
+    assert_close(after, want, atol=2e-4, rtol=1e-3)
+    assert not torch.allclose(before, want, atol=1e-2)
+
+
+def test_a_call_with_gradients_forgets_everything(runs):
+    model, _, _ = adapted(llama)
+    for _ in range(2):
+        generate(model, input_ids=ids(1, 7))
+    model(input_ids=ids(1, 7))
+    generate(model, input_ids=ids(1, 7))
+    assert runs == ["default"] * 2
+
+
+def test_weights_of_inference_mode(runs):
+    """Tensors made in inference mode have no version."""
+    with torch.inference_mode():
+        model, base, weights = adapted(llama)
+        inference = build(llama)
+        inference.load_state_dict({key: value.clone() for key, value in base.state_dict().items()}, assign=True)
+        model = get_peft_model(inference, config(llama)).eval()
+        randomize(model)
+        for _ in range(2):
+            out = generate(model, input_ids=ids(1, 7))
+        assert model.get_base_model().model.norm.weight.is_inference()
+        assert torch.equal(out[0, 7:], greedy(base, weights, ids(1, 7)[0], 5))
+    assert runs == ["default"]
+
+
+def test_weights_that_are_elsewhere(runs, monkeypatch):
+    """Offloaded or sharded: what this process sees says nothing of them."""
+    model, base, weights = adapted(llama)
+    model.get_base_model().model.norm.weight.ds_id = 0  # DeepSpeed's mark of a shard
+    out = generate(model, input_ids=ids(1, 7))
+    assert torch.equal(out[0, 7:], greedy(base, weights, ids(1, 7)[0], 5))
+    assert runs == []
+
+
+def test_own_modules_inside_the_backbone(runs):
+    """`modules_to_save` of each adapter takes part in its prompt's keys and values."""
+    model = get_peft_model(build(llama), config(llama, modules_to_save=["up_proj"])).eval()
+    randomize(model)
+    add(model, "b", seed=2, num_virtual_tokens=6, modules_to_save=["up_proj"])
+    model.eval()
+    generator = torch.Generator().manual_seed(3)
+    for key, parameter in model.named_parameters():
+        if "modules_to_save" in key:
+            parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
+    row, alone = ids(1, 7), {}
+    for name in ("default", "b"):
+        model.set_adapter(name)
+        set_prompt_cache(model, False)
+        alone[name] = generate(model, input_ids=row)[0]
+        set_prompt_cache(model, True)
+        assert torch.equal(generate(model, input_ids=row)[0], alone[name])
+    assert not torch.equal(alone["b"], alone["default"])
+    for _ in range(2):
+        out = generate(model, input_ids=row.expand(3, -1), adapter_names=["b", "default", "b"])
+        assert torch.equal(out, torch.stack([alone["b"], alone["default"], alone["b"]]))
+    assert set(runs) == {"default", "b"}
+
+
+def test_a_model_without_an_adapter():
+    with pytest.raises(ValueError, match="no input-tuning adapter"):
+        set_prompt_cache(build(llama), True)
 
 
 def test_never_in_training(runs):
@@ -223,6 +324,7 @@ def test_a_copy_has_its_own(runs):
     generate(model, input_ids=ids(1, 7))
     twin = copy.deepcopy(model)
     randomize(twin, seed=5)
+    assert not twin.base_model.layer.prompt_states
     assert torch.equal(
         generate(twin, input_ids=ids(1, 7))[0, 7:], greedy(base, adapter_weights(twin), ids(1, 7)[0], 5)
     )

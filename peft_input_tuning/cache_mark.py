@@ -17,7 +17,7 @@ MARK_ON_CACHE = "_input_tuning_prompt"
 
 
 @dataclass(frozen=True)
-class CachedPrompt:
+class CacheMark:
     """The mark on a cache that holds a prompt.
 
     Args:
@@ -29,18 +29,18 @@ class CachedPrompt:
     first_position: Tensor | None = None
 
 
-def cached_prompt(cache: Any) -> CachedPrompt | None:
+def mark_of(cache: Any) -> CacheMark | None:
     """The mark on a cache; None where the cache is empty or was filled without a prompt.
 
     The length of a cache that was filled from the caller's own input (0 slots) is not asked for: static caches keep it
     on the device.
     """
-    cached = getattr(cache, MARK_ON_CACHE, None)
-    if cached is None or (cached.layout.slots and not cache.get_seq_length()):
+    mark = getattr(cache, MARK_ON_CACHE, None)
+    if mark is None or (mark.layout.slots and not cache.get_seq_length()):
         return None
-    return cached
+    return mark
 
 
-def mark_cache(cache: Any, cached: CachedPrompt) -> None:
+def mark_cache(cache: Any, mark: CacheMark) -> None:
     """Says of a cache what it holds."""
-    setattr(cache, MARK_ON_CACHE, cached)
+    setattr(cache, MARK_ON_CACHE, mark)
