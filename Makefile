@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 WORKERS ?= 2
 OUTPUT ?= outputs/quickstart
+BENCH ?=
 TORCH ?= 2.13.0
 
 PIP_INSTALL = -m pip install --disable-pip-version-check --quiet
@@ -14,13 +15,16 @@ DEMO = $(VENV)/installed-demo
 DEV = $(VENV)/installed-dev
 LOWEST = $(VENV)-lowest/installed
 
-.PHONY: help demo test test-all test-lowest check format compatibility clean
+.PHONY: help demo bench test test-all test-lowest check format compatibility clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
 
 demo: $(DEMO)  ## train prompt-tuning and input-tuning on real weights and compare them
 	$(VENV)/bin/python examples/quickstart.py --output-dir $(OUTPUT)
+
+bench: $(DEMO)  ## measure time and memory beside prompt-tuning, LoRA and the base model
+	$(VENV)/bin/python examples/benchmarks/run.py $(BENCH)
 
 test: $(DEV)  ## run the tests
 	$(VENV)/bin/python $(PYTEST) -m "not slow"
