@@ -6,6 +6,7 @@ a `PeftConfig` goes.
 
 from .config import InputTuningConfig
 from .export import ExportReport, export_model
+from .inspection import AdapterInspection, inspect_adapter
 from .layer import InputTuningLayer
 from .model import InputTuningModel
 from .optimizer import create_input_tuning_optimizer, input_tuning_parameter_groups
@@ -17,6 +18,7 @@ from .version import __version__
 register("input_tuning", InputTuningConfig, InputTuningModel)
 
 __all__ = [
+    "AdapterInspection",
     "ExportReport",
     "InputTuningConfig",
     "InputTuningLayer",
@@ -26,5 +28,6 @@ __all__ = [
     "export_model",
     "from_prompt_tuning",
     "input_tuning_parameter_groups",
+    "inspect_adapter",
     "set_prompt_cache",
 ]

@@ -1,4 +1,4 @@
-"""The command line: `peft-input-tuning export ADAPTER OUTPUT`.
+"""The command line: `peft-input-tuning export ADAPTER OUTPUT` and `peft-input-tuning inspect ADAPTER`.
 
 Heavy imports stand inside the commands, so that `--help` answers at once.
 """
@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from rich.table import Table
     from transformers import PreTrainedTokenizerBase
+
+    from .inspection import AdapterInspection
 
 DTYPES = ("float32", "bfloat16", "float16")
 _AUTO_CLASSES = {
@@ -43,14 +47,29 @@ def _parser() -> argparse.ArgumentParser:
         description="Writes an adapter and its base model as one plain checkpoint, which loads with transformers "
         "alone and costs nothing extra at inference.",
     )
-    export.add_argument("adapter", help="folder or hub id of the adapter")
+    _add_adapter(export)
     export.add_argument("output", help="folder to write; must not exist, or be empty")
-    export.add_argument("--base", help="folder or hub id of the base model (default: the one the adapter names)")
-    export.add_argument("--gguf-file", help="the base model's file, where it is a GGUF file in its folder")
     export.add_argument("--dtype", choices=DTYPES, help="of the checkpoint (default: the base model's)")
     export.add_argument("--no-tokenizer", action="store_true", help="write no tokenizer")
     export.set_defaults(run=_export)
+    inspect = commands.add_parser(
+        "inspect",
+        help="show what an adapter's virtual tokens are near to, and which words it moves",
+        description="Shows what an adapter has learned, in words of the vocabulary.",
+    )
+    _add_adapter(inspect)
+    inspect.add_argument("--html", type=Path, metavar="FILE", help="write it as one HTML page with plots too")
+    inspect.add_argument("--nearest", type=int, default=5, help="words for each virtual token (default: 5)")
+    inspect.add_argument("--most", type=int, default=10, help="words that are moved most and least (default: 10)")
+    inspect.add_argument("--no-tokenizer", action="store_true", help="show ids instead of words")
+    inspect.set_defaults(run=_inspect)
     return parser
+
+
+def _add_adapter(command: argparse.ArgumentParser) -> None:
+    command.add_argument("adapter", help="folder or hub id of the adapter")
+    command.add_argument("--base", help="folder or hub id of the base model (default: the one the adapter names)")
+    command.add_argument("--gguf-file", help="the base model's file, where it is a GGUF file in its folder")
 
 
 def _export(arguments: argparse.Namespace) -> int:
@@ -75,6 +94,74 @@ def _export(arguments: argparse.Namespace) -> int:
         f"(largest output {report.largest_output:.3g})."
     )
     return 0
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    try:
+        from rich.console import Console
+    except ImportError as error:
+        raise ValueError("`inspect` needs rich. Install it with: pip install 'peft-input-tuning[inspect]'") from error
+    from tqdm.auto import tqdm
+
+    from .inspection import inspect_adapter
+    from .inspection_page import inspection_page
+
+    page: Path | None = arguments.html
+    if page is not None and (page.is_dir() or not page.absolute().parent.is_dir()):
+        raise ValueError(f"--html: {str(page)!r} is a folder, or in a folder that does not exist. Name a file.")
+    model, tokenizer = _load(arguments)
+    with tqdm(desc="Reading the table", unit=" rows", leave=False) as bar:
+
+        def progress(done: int, rows: int) -> None:
+            bar.total = rows
+            bar.update(done - bar.n)
+
+        found = inspect_adapter(model, tokenizer, nearest=arguments.nearest, most=arguments.most, progress=progress)
+    if page is not None:
+        unfinished = page.with_name(f".{page.name}.unfinished")
+        unfinished.write_text(inspection_page(found), encoding="utf-8")
+        unfinished.replace(page)
+    console = Console()
+    for table in _tables(found):
+        console.print(table)
+    if page is not None:
+        print(f"Wrote {page}")
+    return 0
+
+
+def _tables(found: AdapterInspection) -> Iterator[Table]:
+    from rich.markup import escape
+    from rich.table import Table
+
+    from .inspection_page import shown
+
+    about = Table(title=escape(f"Adapter {found.adapter_name}"), show_header=False)
+    sizes, norms = found.sizes, found.embedding_norms
+    about.add_row("base model", escape(str(found.base_model)))
+    for key, fact in found.facts.items():
+        about.add_row(key, escape(str(fact)))
+    about.add_row(
+        "parameters", f"prompt {sizes.prompt:,}, input-adapter {sizes.input_adapter:,}, other {sizes.other:,}"
+    )
+    about.add_row("share of all", f"{sizes.share:.3%}, {sizes.bytes:,} bytes")
+    about.add_row("length of words", f"{norms[0]:.3f} to {norms[-1]:.3f}, median {norms[2]:.3f}")
+    for key, norm in found.weight_norms.items():
+        about.add_row(f"length of {key}", f"{norm:.3f}")
+    if found.shift_quantiles:
+        low, _, middle, _, high = found.shift_quantiles
+        about.add_row("shift of words", f"{low:.3f} to {high:.3f}, median {middle:.3f}")
+    yield about
+    if found.virtual_tokens:
+        tokens = Table("", "length", "nearest words, cosine", title="Virtual tokens")
+        for i, token in enumerate(found.virtual_tokens):
+            near = ", ".join(f"{escape(shown(word))} {word.value:.2f}" for word in token.nearest)
+            tokens.add_row(str(i), f"{token.norm:.3f}", near)
+        yield tokens
+    if found.moved_most:
+        moved = Table("moved most", "shift", "moved least", "shift", title="What the input-adapter moves")
+        for most, least in zip(found.moved_most, found.moved_least, strict=True):
+            moved.add_row(escape(shown(most)), f"{most.value:.3f}", escape(shown(least)), f"{least.value:.3f}")
+        yield moved
 
 
 def _load(arguments: argparse.Namespace) -> tuple[PeftModel, PreTrainedTokenizerBase | None]:

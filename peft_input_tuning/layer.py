@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -204,7 +205,7 @@ class InputTuningLayer(nn.Module, BaseTunerLayer):
             raise ValueError(
                 f"Adapter {self.merged_adapters[0]!r} is merged into the embedding. Call unmerge_adapter() first."
             )
-        fold(table, self.base_layer, self._float32_adapter(name), self.num_embeddings, self.embed_scale, progress)
+        fold(table, self.base_layer, self.float32_adapter(name), self.num_embeddings, self.embed_scale, progress)
 
     @property
     def embed_scale(self) -> Tensor:
@@ -215,7 +216,8 @@ class InputTuningLayer(nn.Module, BaseTunerLayer):
             return torch.ones((), device=device)
         return scale.to(self.weight.dtype).to(device, torch.float32)
 
-    def _float32_adapter(self, name: str):
+    def float32_adapter(self, name: str) -> Callable[[Tensor], Tensor]:
+        """One adapter's T with its arithmetic in float32, without dropout."""
         if name not in self.input_tuning_fc1:
             return lambda embeddings: embeddings
         linears = (getattr(self, part)[name] for part in ("input_tuning_fc1", "input_tuning_fc2"))
