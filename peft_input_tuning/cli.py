@@ -19,13 +19,6 @@ if TYPE_CHECKING:
     from .inspection import AdapterInspection
 
 DTYPES = ("float32", "bfloat16", "float16")
-_AUTO_CLASSES = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -169,6 +162,7 @@ def _load(arguments: argparse.Namespace) -> tuple[PeftModel, PreTrainedTokenizer
     from peft import PeftConfig, PeftModel
 
     from .config import InputTuningConfig
+    from .model_card import task_suffix
 
     config = PeftConfig.from_pretrained(arguments.adapter)
     if not isinstance(config, InputTuningConfig):
@@ -178,11 +172,12 @@ def _load(arguments: argparse.Namespace) -> tuple[PeftModel, PreTrainedTokenizer
     base_name = arguments.base or config.base_model_name_or_path
     if not base_name:
         raise ValueError(f"{arguments.adapter} does not name its base model. Pass it with --base.")
-    task = getattr(config.task_type, "value", config.task_type)
     auto_mapping: dict[str, Any] = config.auto_mapping or {}
-    name = _AUTO_CLASSES.get(task or "") or auto_mapping.get("base_model_class") or "AutoModel"
+    suffix = task_suffix(config)
+    name = f"AutoModel{suffix}" if suffix else auto_mapping.get("base_model_class") or ""
+    auto_class = getattr(transformers, name, transformers.AutoModel)
     more = {"gguf_file": arguments.gguf_file} if arguments.gguf_file else {}
-    base = getattr(transformers, name).from_pretrained(base_name, dtype="auto", **more)
+    base = auto_class.from_pretrained(base_name, dtype="auto", **more)
     model = PeftModel.from_pretrained(base, arguments.adapter)
     if arguments.no_tokenizer:
         return model, None

@@ -13,20 +13,26 @@ if TYPE_CHECKING:
 
 HEADING = "## How to load this adapter"
 TAGS = ("input-tuning", "peft")
-_AUTO_CLASSES = {
-    "CAUSAL_LM": "AutoPeftModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoPeftModelForSeq2SeqLM",
-    "SEQ_CLS": "AutoPeftModelForSequenceClassification",
-    "TOKEN_CLS": "AutoPeftModelForTokenClassification",
-    "QUESTION_ANS": "AutoPeftModelForQuestionAnswering",
-    "FEATURE_EXTRACTION": "AutoPeftModelForFeatureExtraction",
+# What PEFT's `AutoPeftModel…` and, but for the last, transformers' `AutoModel…` are called after.
+TASK_SUFFIXES = {
+    "CAUSAL_LM": "ForCausalLM",
+    "SEQ_2_SEQ_LM": "ForSeq2SeqLM",
+    "SEQ_CLS": "ForSequenceClassification",
+    "TOKEN_CLS": "ForTokenClassification",
+    "QUESTION_ANS": "ForQuestionAnswering",
+    "FEATURE_EXTRACTION": "ForFeatureExtraction",
 }
+
+
+def task_suffix(config: InputTuningConfig) -> str:
+    """The end of an Auto class's name for the task of a configuration; empty without a task."""
+    task = config.task_type
+    return TASK_SUFFIXES.get(getattr(task, "value", task) or "", "")
 
 
 def loading_section(config: InputTuningConfig) -> str:
     """The section as Markdown."""
-    task = config.task_type
-    auto_class = _AUTO_CLASSES.get(getattr(task, "value", task) or "", "AutoPeftModel")
+    auto_class = f"AutoPeftModel{task_suffix(config)}"
     hidden = config.adapter_hidden_dim
     adapter = "2 x the embedding size" if hidden is None else hidden
     base = f"`{config.base_model_name_or_path}`" if config.base_model_name_or_path else "the base model"

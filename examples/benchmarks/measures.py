@@ -165,18 +165,18 @@ def many_tasks(bench: Bench) -> Measure:
 
 def loading(bench: Bench) -> Measure:
     """Reading an adapter from its folder into a model that has one already."""
-    folder = Path(tempfile.mkdtemp(prefix="benchmark-"))
+    folder = tempfile.TemporaryDirectory(prefix="benchmark-")  # lives as long as the variants, which hold it
     variants = {}
     for name, config in {INPUT_TUNING: input_tuning(VIRTUAL_TOKENS), LORA: lora()}.items():
         model = bench.adapted(config)
-        model.save_pretrained(folder / name)
-        variants[name] = partial(_load_and_drop, model, folder / name)
+        model.save_pretrained(Path(folder.name) / name)
+        variants[name] = partial(_load_and_drop, model, folder, name)
     return Measure("loading an adapter", "ms", variants, [(INPUT_TUNING, LORA, None)])
 
 
-def _load_and_drop(model, folder: Path) -> float:
+def _load_and_drop(model, folder: tempfile.TemporaryDirectory, name: str) -> float:
     start = time.perf_counter()
-    model.load_adapter(folder, adapter_name="another")
+    model.load_adapter(Path(folder.name) / name, adapter_name="another")
     taken = time.perf_counter() - start
     model.delete_adapter("another")
     return taken
