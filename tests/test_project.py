@@ -58,7 +58,7 @@ def test_the_version_is_the_same_everywhere():
 
 def test_the_extras():
     said = metadata(NAME)
-    assert set(said.get_all("Provides-Extra")) == {"inspect", "metrics", "demo", "test", "dev"}
+    assert set(said.get_all("Provides-Extra")) == {"inspect", "metrics", "serve", "demo", "test", "dev"}
     assert said["Requires-Python"] == ">=3.10"
     assert {r.name for r in declared()} == {"torch", "transformers", "peft", "accelerate"}
 
@@ -70,7 +70,7 @@ def test_the_licence():
     assert "The peft_input_tuning authors" in licence
 
 
-@pytest.mark.parametrize("extra", ["", "inspect", "metrics", "demo", "test", "dev"])
+@pytest.mark.parametrize("extra", ["", "inspect", "metrics", "serve", "demo", "test", "dev"])
 def test_each_dependency_is_pinned_within_its_bounds(extra):
     pinned: dict[str, list[str]] = {}
     for pin in pins("constraints.txt"):
