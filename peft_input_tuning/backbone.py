@@ -32,6 +32,7 @@ class Backbone:
         position_owner: path of the module that derives positions from ids (RoBERTa), or None.
         first_position: the position of a row's first token (RoBERTa starts after the padding's).
         max_positions: rows of its table of absolute positions, or None.
+        is_causal: whether its attention looks back only.
         has_window: whether attention sees only the nearest places (Mistral, Gemma).
         adds_token_types: whether token types go through the word embedding (GPT-2).
     """
@@ -44,6 +45,7 @@ class Backbone:
     position_owner: str | None = None
     first_position: int = 0
     max_positions: int | None = None
+    is_causal: bool = False
     has_window: bool = False
     adds_token_types: bool = False
 
@@ -128,6 +130,7 @@ def describe_backbone(model: nn.Module, backbone_path: str, embedding_path: str)
         position_owner=owner_path if from_ids else None,
         first_position=first_position,
         max_positions=_max_positions(table, first_position),
+        is_causal=any(getattr(module, "is_causal", False) is True for module in backbone.modules()),
         has_window=any(getattr(backbone.config, name, None) for name in _WINDOWS),
         adds_token_types="token_type_ids" in parameters and not hasattr(owner, "token_type_embeddings"),
     )

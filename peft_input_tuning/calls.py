@@ -3,6 +3,7 @@
 a sequence starts      embeddings, mask, token types, positions  ──►  the same with virtual tokens
 ... at inference       the prompt's keys and values are known: they go into the cache (`prompt_cache.py`)
 a sequence goes on     mask and positions  ──►  the same, knowing of the prompt in the cache
+packed sequences       as where one starts, with a prompt before each (`packing.py`)
 """
 
 from __future__ import annotations
@@ -11,12 +12,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.masking_utils import create_masks_for_generate
 
 from .backbone import Backbone
 from .cache_mark import CacheMark, mark_cache
 from .layer import InputTuningLayer
+from .packing import PackedLayout, bounds_of, positions_of, sequence_starts
 from .prompt_cache import put_prompt_into_cache
 from .refusals import (
+    PACKED_COMPILED,
     refuse_expanded_mask,
     refuse_full_ids,
     refuse_gap,
@@ -31,7 +35,8 @@ from .splice import PromptLayout, count_left_pads
 class SplicedCall(dict):
     """The kwargs of one call of the backbone, and what its post-hook has to undo."""
 
-    mark: CacheMark | None = None  # of a call that put a prompt in
+    layout: PromptLayout | PackedLayout | None = None  # of a call that put prompts in
+    mark: CacheMark | None = None  # for the cache that the call fills
     as_tuple: bool = False  # the caller asked for return_dict=False
 
 
@@ -97,7 +102,68 @@ def start_with_prompt(
         types = types.expand(batch, -1).to(device)
         call["token_type_ids"] = layout.join(types.new_zeros(batch, slots), types)
     call["inputs_embeds"] = layout.to(x.device).join(layer.prompt_rows(batch, slots), x)
+    call.layout = layout
     call.mark = CacheMark(layout, first_position=None if given_positions is None else given_positions[:, :1])
+
+
+def packed_positions(backbone: nn.Module, call: SplicedCall) -> Tensor | None:
+    """The positions of a call whose rows hold several sequences each; None where a row is one sequence.
+
+    A position that does not go up starts a new sequence. One that leaves some out does where the model takes it for
+    a start, which is where it gets positions, no mask and no cache.
+    """
+    given, positions, bounds = given_input(call), call.get("position_ids"), call.get("cu_seq_lens_q")
+    if given is None:
+        return None
+    if positions is None and bounds is not None:
+        positions = positions_of(bounds, given.shape[1])
+    if positions is None or positions.shape[-1] < 2:
+        return None
+    if torch.compiler.is_compiling():
+        torch._assert_async(
+            (positions.diff(dim=-1) > 0).all() | (call.get("attention_mask") is not None), PACKED_COMPILED
+        )
+        return None
+    caches = backbone.config.use_cache if call.get("use_cache") is None else call["use_cache"]
+    alone = call.get("attention_mask") is None and call.get("past_key_values") is None and not caches
+    starts = sequence_starts(positions)[:, 1:] if alone else positions.diff(dim=-1) <= 0
+    mask = call.get("attention_mask")
+    if mask is not None and mask.shape[-1] == positions.shape[-1]:
+        starts = starts & (mask[:, 1:] != 0) & (mask[:, :-1] != 0)
+    return positions.expand(given.shape[0], -1) if starts.any() else None
+
+
+def start_packed(
+    backbone: nn.Module, call: SplicedCall, positions: Tensor, slots: int, layer: InputTuningLayer, site: Backbone
+) -> None:
+    """Rewrites a call whose rows hold several sequences each: every sequence gets the prompt of its row."""
+    ids, x, types = (call.get(name) for name in ("input_ids", "inputs_embeds", "token_type_ids"))
+    given = given_input(call)
+    rows = current_row_adapters(layer)
+    lengths = None if rows is None else rows.lengths_of(given.shape[0], given.device)
+    layout = PackedLayout.of(positions.to(given.device), slots, lengths)
+    x = layer(ids) if x is None else x
+    if types is not None and site.adds_token_types:
+        x = x + layer.unadapted(types)
+        call["token_type_ids"] = None
+    elif types is not None:
+        call["token_type_ids"] = layout.spread(types)
+    call["input_ids"] = None
+    call["inputs_embeds"] = layout.join(layer.prompt_rows(given.shape[0], slots), x)
+    call["position_ids"] = layout.positions
+    refuse_too_long(call, layout.positions.shape[1], layout.positions.shape[1] - given.shape[1], site)
+    if call.get("seq_idx") is not None:
+        call["seq_idx"] = layout.spread(call["seq_idx"])
+    if call.get("cu_seq_lens_q") is not None:
+        bounds = bounds_of(layout.positions)
+        call["cu_seq_lens_q"] = call["cu_seq_lens_k"] = bounds
+        call["max_length_q"] = call["max_length_k"] = int(bounds.diff().max())
+    # The mask is made here, since models make one for packed rows only where they use no cache, and some never.
+    call["use_cache"] = False
+    call["attention_mask"] = create_masks_for_generate(
+        backbone.config, call["inputs_embeds"], None, None, position_ids=layout.positions
+    )
+    call.layout = layout
 
 
 def default_positions(backbone: nn.Module, given: Tensor, layout: PromptLayout, site: Backbone) -> Tensor | None:

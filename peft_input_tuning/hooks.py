@@ -31,11 +31,13 @@ from .calls import (
     add_token_types,
     continue_after_prompt,
     given_input,
+    packed_positions,
     start_on_prompt_cache,
+    start_packed,
     start_with_prompt,
 )
 from .layer import InputTuningLayer
-from .refusals import refuse_what_cannot_be_spliced
+from .refusals import refuse_what_cannot_be_packed, refuse_what_cannot_be_spliced
 from .row_adapters import current_row_adapters, is_prompt_in_place
 from .splice import PromptLayout, count_left_pads
 
@@ -59,9 +61,14 @@ def put_prompt_in(backbone: nn.Module, args: tuple, kwargs: dict[str, Any], *, s
         add_token_types(call, layer, site)
         return (), call
     refuse_what_cannot_be_spliced(call, cache)
-    if start_on_prompt_cache(backbone, call, slots, layer, site):
+    packed = packed_positions(backbone, call)
+    if packed is not None:
+        refuse_what_cannot_be_packed(backbone, call, site)
+        start_packed(backbone, call, packed, slots, layer, site)
+    elif start_on_prompt_cache(backbone, call, slots, layer, site):
         return (), call
-    start_with_prompt(backbone, call, slots, layer, site)
+    else:
+        start_with_prompt(backbone, call, slots, layer, site)
     call.as_tuple = _wants_tuple(backbone, call)
     call["return_dict"] = True
     return (), call
@@ -79,13 +86,13 @@ def _wants_tuple(module: nn.Module, call: dict[str, Any]) -> bool:
 
 def take_prompt_out(backbone: nn.Module, args: tuple, call: dict[str, Any], output: Any, *, site: Backbone):
     """Post-hook of the backbone."""
-    if not isinstance(call, SplicedCall) or call.mark is None:
+    if not isinstance(call, SplicedCall):
         return None
-    layout = call.mark.layout
     cache = getattr(output, "past_key_values", None)
-    if cache is not None:
+    if cache is not None and call.mark is not None:
         mark_cache(cache, call.mark)
-    if not layout.slots:
+    layout = call.layout
+    if layout is None:
         return None
     if not site.feeds_decoder:
         output.last_hidden_state = layout.remove(output.last_hidden_state)

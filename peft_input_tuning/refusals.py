@@ -11,7 +11,10 @@ from .backbone import Backbone
 from .cache_mark import MARK_ON_CACHE, CacheMark
 from .splice import PromptLayout, count_left_pads
 
-FLASH_KWARGS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+PACKED_COMPILED = (
+    "`position_ids` restart inside a row: several sequences are packed into it, which a compiled model cannot look "
+    "for. Pass one sequence a row, with padding, or do not compile."
+)
 CONTINUE = (
     "To continue on a returned cache, pass only the new tokens as `input_ids`, and an `attention_mask` over the "
     "cached and the new tokens together: given all ids, `generate` would cut them by the length of the cache, which "
@@ -33,14 +36,32 @@ def refuse_what_cannot_be_spliced(call: dict[str, Any], cache: Any) -> None:
             f"`attention_mask` has {mask.shape[1]} places for an input of {given.shape[1]} tokens. Pass a mask of the "
             "input's length; virtual tokens are added to it."
         )
-    packed = [name for name in FLASH_KWARGS if call.get(name) is not None]
-    if packed:
+    if positions is not None and positions.ndim != 2:
+        raise ValueError(f"`position_ids` must have the shape (batch, length), got {tuple(positions.shape)}.")
+
+
+def refuse_what_cannot_be_packed(backbone: nn.Module, call: dict[str, Any], site: Backbone) -> None:
+    """For a call whose rows hold several sequences each."""
+    name = type(backbone).__name__
+    packed = "`position_ids` restart inside a row: several sequences are packed into it"
+    if call.get("attention_mask") is not None:
         raise ValueError(
-            f"`{packed[0]}` says that several sequences are packed into one row, which is not supported: only the "
-            "first would get the prompt. Pass one sequence a row, with padding."
+            f"{packed}, and `attention_mask` is given, with which models let them see each other. Pass no mask with "
+            "packed rows, or one sequence a row, with padding."
         )
-    if positions is not None:
-        refuse_positions(positions, mask)
+    if call.get("past_key_values") is not None:
+        raise ValueError(f"{packed}, and `past_key_values` is given. Pass one sequence a row to fill a cache.")
+    if not site.is_causal or "position_ids" not in site.parameters:
+        raise ValueError(
+            f"{packed}, which {name} cannot tell apart. Pass one sequence a row, with padding (no packing, no "
+            "padding_free)."
+        )
+    batch = call["input_ids"].shape[0] if call.get("inputs_embeds") is None else call["inputs_embeds"].shape[0]
+    if batch > 1 and "flash" in str(backbone.config._attn_implementation):
+        raise ValueError(
+            f"{packed}, in a batch of {batch} rows. With flash attention {name} tells packed sequences apart in a "
+            "batch of one row only: flatten the batch into one row."
+        )
 
 
 def refuse_expanded_mask(mask: Any) -> None:
@@ -49,21 +70,6 @@ def refuse_expanded_mask(mask: Any) -> None:
         raise ValueError(
             f"`attention_mask` must have the shape (batch, length), got {shape}: virtual tokens cannot be added to "
             "a mask that is already expanded. Pass the two-dimensional mask."
-        )
-
-
-def refuse_positions(positions: Tensor, mask: Tensor | None) -> None:
-    if positions.ndim != 2:
-        raise ValueError(f"`position_ids` must have the shape (batch, length), got {tuple(positions.shape)}.")
-    if torch.compiler.is_compiling():
-        return  # a look at the values would break the graph
-    restarts = positions.diff(dim=-1) <= 0
-    if mask is not None and mask.shape[-1] == positions.shape[-1]:
-        restarts = restarts & (mask[:, 1:] != 0) & (mask[:, :-1] != 0)
-    if restarts.any():
-        raise ValueError(
-            "`position_ids` restart inside a row: several sequences are packed into it, which is not supported, since "
-            "only the first would get the prompt. Pass one sequence a row, with padding (no packing, no padding_free)."
         )
 
 

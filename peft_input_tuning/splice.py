@@ -39,7 +39,7 @@ def repeat_rows(rows: Tensor, batch: int) -> Tensor:
     return rows.repeat_interleave(batch // rows.shape[0], dim=0)
 
 
-def _gather(x: Tensor, index: Tensor, dim: int = 1) -> Tensor:
+def gather_places(x: Tensor, index: Tensor, dim: int = 1) -> Tensor:
     """Picks places along `dim`, row by row: `index` is `(batch, places)`, dim 0 of `x` is the batch."""
     dim = dim % x.ndim
     shape = [1] * x.ndim
@@ -94,7 +94,7 @@ class PromptLayout:
         """Puts `prompt` `(batch, slots, ...)` into `x` `(batch, length, ...)` → `(batch, slots + length, ...)`."""
         joined = torch.cat([prompt.to(x.dtype), x], dim=1)
         index = self.index(x.shape[1])
-        return joined if index is None else _gather(joined, index)
+        return joined if index is None else gather_places(joined, index)
 
     def join_mask(self, mask: Tensor | None, batch: int, length: int) -> Tensor | None:
         """The mask with virtual tokens visible and slack hidden, `(batch, slots + length)`; None if none is needed."""
@@ -137,7 +137,7 @@ class PromptLayout:
             return x.narrow(dim, self.slots, length).contiguous()
         at = torch.arange(length, device=x.device)
         pads = 0 if self.pads is None else self.pads
-        return _gather(x, at + torch.where(at >= pads, self.lengths, 0), dim)
+        return gather_places(x, at + torch.where(at >= pads, self.lengths, 0), dim)
 
     def to(self, device: torch.device) -> PromptLayout:
         """The same layout on another device."""

@@ -31,6 +31,7 @@ FEATURES = {  # the markers' names and what the README says
     "forward": "forward: loss, positions, embeddings, hidden states",
     "padding": "left and right padding",
     "training": "training changes the adapter and nothing else",
+    "packing": "packed rows: positions that restart",
     "tasks": "without a head; the heads that the family has",
     "generate": "generate: greedy, with and without a cache",
     "beams": "beam search",

@@ -88,24 +88,42 @@ def test_static_cache_that_is_not_empty(family):
         model.generate(input_ids=ids(1, 9), past_key_values=cache, **options)
 
 
-@pytest.mark.parametrize("family", [f for f in DECODERS if f.name != "bloom"], ids=str)
+@pytest.mark.parametrize("family", [f for f in DECODERS if f.name != "bloom"], ids=str)  # Bloom reads no positions
 @pytest.mark.parametrize(
     "positions", [[0, 1, 2, 0, 1], [0, 1, 2, 3, 0], [0, 0, 0, 1, 2]], ids=["two", "a single last", "single first ones"]
 )
-def test_packed_rows(family, positions):
+def test_packed_rows_with_what_would_mix_them_up(family, positions):
     model, _, _ = adapted(family)
-    with pytest.raises(ValueError, match="`position_ids` restart inside a row"):
-        model(input_ids=ids(1, 5), position_ids=torch.tensor([positions]))
-    with pytest.raises(ValueError, match="restart"):
-        model(input_ids=ids(1, 5), position_ids=torch.tensor([positions]), attention_mask=torch.ones(1, 5))
+    packed = {"input_ids": ids(1, 5), "position_ids": torch.tensor([positions])}
+    with pytest.raises(ValueError, match=r"`position_ids` restart inside a row.*`attention_mask` is given"):
+        model(**packed, attention_mask=torch.ones(1, 5))
+    with pytest.raises(ValueError, match=r"`position_ids` restart inside a row.*`past_key_values` is given"):
+        model(**packed, past_key_values=transformers.DynamicCache(config=model.config))
     assert still_works(model)
 
 
-def test_packed_rows_by_flash_attention_arguments():
+def test_packed_rows_where_the_model_cannot_tell_sequences_apart():
+    positions = torch.tensor([[0, 1, 2, 0, 1]])
+    for family in (bert, roberta):
+        model, _, _ = adapted(family)
+        with pytest.raises(ValueError, match=r"packed into it, which \w+Model cannot tell apart"):
+            model(input_ids=ids(1, 5), position_ids=positions)
+        assert still_works(model)
+
+
+def test_packed_rows_in_a_batch_with_flash_attention(monkeypatch):
     model, _, _ = adapted(llama)
-    lengths = torch.tensor([0, 3, 5], dtype=torch.int32)
-    with pytest.raises(ValueError, match="`cu_seq_lens_q` says that several sequences are packed"):
-        model(input_ids=ids(1, 5), cu_seq_lens_q=lengths, cu_seq_lens_k=lengths, max_length_q=3, max_length_k=3)
+    monkeypatch.setattr(model.get_base_model().model.config, "_attn_implementation_internal", "flash_attention_2")
+    with pytest.raises(ValueError, match=r"in a batch of 2 rows\. With flash attention"):
+        model(input_ids=ids(2, 5), position_ids=torch.tensor([[0, 1, 2, 0, 1]]).expand(2, -1))
+
+
+def test_packed_rows_in_a_compiled_model():
+    model, _, _ = adapted(llama)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    compiled(input_ids=ids(1, 5), position_ids=torch.arange(5)[None])
+    with pytest.raises(RuntimeError, match="which a compiled model cannot look for"):
+        compiled(input_ids=ids(1, 5), position_ids=torch.tensor([[0, 1, 2, 0, 1]]))
 
 
 def test_positions_of_a_wrong_shape():
