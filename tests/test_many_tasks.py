@@ -8,14 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from test_quickstart import tiny_model  # noqa: F401  a fixture
-
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import many_tasks
 
 
 @pytest.fixture
-def run(tiny_model, tmp_path):  # noqa: F811
+def run(tiny_model, tmp_path):
     def main(*arguments: str) -> int:
         small = ["--steps", "3", "--batch-size", "2", "--max-new-tokens", "6", "--train-rows", "40"]
         places = ["--model", str(tiny_model), "--output-dir", str(tmp_path / "out")]

@@ -1,0 +1,349 @@
+"""Trains a language model with transformers' Trainer: input-tuning, or the methods that one compares it with.
+
+    python examples/train.py --train_data train.jsonl --test_data test.jsonl --output_dir outputs/my-run
+    accelerate launch --config_file examples/accelerate_configs/ddp_cpu.yaml examples/train.py ...
+
+Data are JSON lines, or a dataset's name for `datasets`: a source and a target column, or chat messages of which the
+last one is the target. The loss is on the target only. Decoder-only and encoder-decoder models are told apart by their
+configuration. All options of `TrainingArguments` can be given too (--max_steps, --learning_rate, --save_steps,
+--load_best_model_at_end, --bf16, ...); `--resume_from_checkpoint last` goes on where a run was interrupted.
+
+What comes out in --output_dir: the adapter with a model card that holds the figures, results.json, curves.png, and
+generations.jsonl.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from accelerate.utils import gather_object
+from huggingface_hub import ModelCard
+from peft import LoraConfig, PeftConfig, PromptTuningConfig, get_peft_model
+from tqdm.auto import tqdm
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    EarlyStoppingCallback,
+    HfArgumentParser,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from packaged_model import PACKAGED, find_model
+from peft_input_tuning import InputTuningConfig, input_tuning_parameter_groups
+from task_data import InputError
+from train_and_generate import IGNORED, SEPARATOR
+
+METHODS = ("input-tuning", "prompt-tuning", "lora", "full")
+METRIC = str(Path(__file__).resolve().parent / "metrics" / "generation_metrics.py")
+SHOWN = 5  # generations in the model card
+
+
+@dataclass
+class Options:
+    """What this script adds to `TrainingArguments`."""
+
+    train_data: str = field(metadata={"help": "JSON-lines file, or a name for `datasets.load_dataset`"})
+    validation_data: str | None = field(default=None, metadata={"help": "the same; for --eval_strategy"})
+    test_data: str | None = field(default=None, metadata={"help": "the same; rows to generate and score at the end"})
+    source_column: str = field(default="source", metadata={"help": "column of the input"})
+    target_column: str = field(default="references", metadata={"help": "column of the target: a text, or a list"})
+    messages_column: str | None = field(default=None, metadata={"help": "column of chat messages, instead of these"})
+    train_rows: int | None = field(default=None, metadata={"help": "at most"})
+    test_rows: int | None = field(default=None, metadata={"help": "at most"})
+    model: str = field(default=PACKAGED, metadata={"help": "hub id or folder (default: SmolLM2-135M-Instruct)"})
+    dtype: str = field(default="float32", metadata={"help": "of the weights", "choices": ["float32", "bfloat16"]})
+    method: str = field(default="input-tuning", metadata={"choices": METHODS})
+    num_virtual_tokens: int = field(default=20, metadata={"help": "of input-tuning and prompt-tuning"})
+    adapter_hidden_dim: int | None = field(default=None, metadata={"help": "of input-tuning (default: the paper's)"})
+    prompt_learning_rate: float | None = field(
+        default=None, metadata={"help": "of input-tuning's soft prompt (default: 10 x --learning_rate)"}
+    )
+    lora_rank: int = field(default=8, metadata={"help": "of LoRA"})
+    max_length: int = field(default=512, metadata={"help": "tokens of a row, of source and target together"})
+    max_new_tokens: int = field(default=64, metadata={"help": "of a generation"})
+    early_stopping_patience: int | None = field(
+        default=None, metadata={"help": "evaluations without a better loss; needs --load_best_model_at_end"}
+    )
+
+
+# ---- data -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Row:
+    """Texts of one row; `source` ends where the target begins."""
+
+    source: str
+    target: str
+    references: list[str]
+
+
+def read_rows(name: str, argument: str, options: Options, tokenizer: PreTrainedTokenizerBase, most: int | None):
+    """The rows of a file or a dataset.
+
+    Raises:
+        InputError: no such file or columns.
+    """
+    split = argument.removeprefix("--").removesuffix("_data")
+    try:
+        if Path(name).suffix in (".json", ".jsonl"):
+            data = datasets.load_dataset("json", data_files=name, split="train")
+        else:
+            data = datasets.load_dataset(name, split=split)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise InputError(f"{argument}: {name!r} cannot be read ({error}). Pass a JSON-lines file.") from None
+    wanted = [options.messages_column] if options.messages_column else [options.source_column, options.target_column]
+    missing = [column for column in wanted if column not in data.column_names]
+    if missing:
+        raise InputError(
+            f"{argument}: {name!r} has no column {missing[0]!r}, but {', '.join(data.column_names)}. "
+            "Pass --source_column and --target_column, or --messages_column."
+        )
+    rows = (to_row(line, options, tokenizer) for line in data.select(range(min(most or len(data), len(data)))))
+    return list(rows)
+
+
+def to_row(line: dict[str, Any], options: Options, tokenizer: PreTrainedTokenizerBase) -> Row:
+    if options.messages_column:
+        messages = line[options.messages_column]
+        source = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
+        return Row(source, messages[-1]["content"], [messages[-1]["content"]])
+    target = line[options.target_column]
+    references = [target] if isinstance(target, str) else list(target)
+    return Row(line[options.source_column] + SEPARATOR, references[0], references)
+
+
+def encode(rows: list[Row], options: Options, tokenizer: PreTrainedTokenizerBase, seq2seq: bool) -> list[dict]:
+    """Features of the rows that are not too long; how many were is said."""
+    special = not options.messages_column  # a chat template writes its special tokens itself
+    features = []
+    for row in rows:
+        source = tokenizer(row.source, add_special_tokens=special).input_ids
+        target = [*tokenizer(row.target, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+        if len(source) + len(target) > options.max_length:
+            continue
+        if seq2seq:
+            features.append({"input_ids": source, "attention_mask": [1] * len(source), "labels": target})
+        else:
+            ids = source + target
+            labels = [IGNORED] * len(source) + target
+            features.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels})
+    if not features:
+        raise InputError(f"--max_length: no row of {len(rows)} has {options.max_length} tokens or fewer. Raise it.")
+    if len(features) < len(rows):
+        print(f"{len(rows) - len(features)} of {len(rows)} rows are longer than {options.max_length} tokens: left out")
+    return features
+
+
+# ---- model ----------------------------------------------------------------------------------------------------------
+
+
+def load(options: Options) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
+    name, gguf_file = find_model(options.model)
+    more = {"gguf_file": gguf_file} if gguf_file else {}
+    seq2seq = AutoConfig.from_pretrained(name, **more).is_encoder_decoder
+    auto = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
+    model = auto.from_pretrained(name, dtype=getattr(torch, options.dtype), **more)
+    tokenizer = AutoTokenizer.from_pretrained(name, **more)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model, tokenizer
+
+
+def peft_config(options: Options, seq2seq: bool) -> PeftConfig | None:
+    task: Any = {"task_type": "SEQ_2_SEQ_LM" if seq2seq else "CAUSAL_LM"}
+    if options.method == "input-tuning":
+        sizes = {"num_virtual_tokens": options.num_virtual_tokens, "adapter_hidden_dim": options.adapter_hidden_dim}
+        return InputTuningConfig(**task, **sizes)
+    if options.method == "prompt-tuning":
+        init: Any = "SAMPLE_VOCAB"
+        return PromptTuningConfig(**task, num_virtual_tokens=options.num_virtual_tokens, prompt_tuning_init=init)
+    if options.method == "lora":
+        return LoraConfig(**task, r=options.lora_rank)
+    return None
+
+
+def make_trainer(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    features: dict[str, list[dict]],
+    options: Options,
+    arguments: TrainingArguments,
+) -> Trainer:
+    arguments.remove_unused_columns = False
+    arguments.label_names = ["labels"]
+    arguments.prediction_loss_only = True  # PEFT's prompt-tuning gives logits that are longer than the labels
+    optimizer = None
+    if options.method == "input-tuning":
+        # As a class and its arguments, not as an object: Trainer makes it where FSDP and DeepSpeed want it made.
+        groups = input_tuning_parameter_groups(
+            model, arguments.learning_rate, options.prompt_learning_rate, arguments.weight_decay
+        )
+        optimizer = (torch.optim.AdamW, {"params": groups, "lr": arguments.learning_rate})
+    callbacks = []
+    if options.early_stopping_patience is not None:
+        callbacks.append(EarlyStoppingCallback(options.early_stopping_patience))
+    return Trainer(
+        model=model,
+        args=arguments,
+        data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED),
+        train_dataset=features["train"],
+        eval_dataset=features.get("validation"),
+        processing_class=tokenizer,
+        optimizer_cls_and_kwargs=optimizer,
+        callbacks=callbacks,
+    )
+
+
+# ---- generation and report ------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def generate(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, rows: list[Row], options: Options) -> list[str]:
+    """Greedy texts for the rows, in their order; each process takes a part of them."""
+    model, seq2seq = trainer.model.eval(), trainer.model.config.is_encoder_decoder
+    size, special = trainer.args.per_device_eval_batch_size, not options.messages_column
+    with trainer.accelerator.split_between_processes([row.source for row in rows], apply_padding=True) as mine:
+        texts: list[str] = []
+        for start in tqdm(range(0, len(mine), size), desc="Generating", disable=not trainer.is_world_process_zero()):
+            inputs = tokenizer(
+                mine[start : start + size],
+                return_tensors="pt",
+                padding=True,
+                padding_side="left",
+                add_special_tokens=special,
+                return_token_type_ids=False,
+            ).to(trainer.args.device)
+            out = model.generate(
+                **inputs,
+                do_sample=False,
+                max_new_tokens=options.max_new_tokens,
+                pad_token_id=tokenizer.pad_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+            )
+            new = out if seq2seq else out[:, inputs.input_ids.shape[1] :]
+            texts += [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
+    own, extra = divmod(len(rows), trainer.args.world_size)
+    texts = texts[: own + (trainer.args.process_index < extra)]  # the rest repeats a row, to keep processes in step
+    return gather_object(texts) if trainer.args.world_size > 1 else texts
+
+
+def plot_curves(history: list[dict[str, float]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4))
+    for key, label in (("loss", "training"), ("eval_loss", "validation")):
+        points = [(log["step"], log[key]) for log in history if key in log]
+        if points:
+            axes.plot(*zip(*points, strict=True), marker=".", label=label)
+    axes.set(xlabel="step", ylabel="loss per target token")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def write_card(folder: Path, options: Options, results: dict[str, Any], generations: list[dict]) -> None:
+    """Adds the figures to the model card that PEFT or transformers wrote."""
+    path = folder / "README.md"
+    card = ModelCard.load(path) if path.is_file() else ModelCard(f"---\n---\n\n# {folder.name}\n")
+    lines = ["## Results", "", "| | |", "| :-- | --: |"]
+    lines += [f"| {name} | {value:.4g} |" for name, value in results.items() if isinstance(value, int | float)]
+    lines += ["", f"Trained with `examples/train.py`, method {options.method}, on `{Path(options.train_data).name}`."]
+    for row in generations[:SHOWN]:
+        lines += ["", f"    input      {row['source']!r}", f"    generated  {row['text']!r}"]
+        lines += [f"    reference  {row['references'][0]!r}"]
+    card.text = f"{card.text.rstrip()}\n\n" + "\n".join(lines) + "\n"
+    card.save(path)
+
+
+def run(options: Options, arguments: TrainingArguments) -> dict[str, Any]:
+    """Trains, evaluates, writes; returns the figures."""
+    set_seed(arguments.seed)
+    model, tokenizer = load(options)
+    seq2seq = model.config.is_encoder_decoder
+    rows = {"train": read_rows(options.train_data, "--train_data", options, tokenizer, options.train_rows)}
+    if options.validation_data:
+        rows["validation"] = read_rows(options.validation_data, "--validation_data", options, tokenizer, None)
+    test = []
+    if options.test_data:
+        test = read_rows(options.test_data, "--test_data", options, tokenizer, options.test_rows)
+    features = {name: encode(some, options, tokenizer, seq2seq) for name, some in rows.items()}
+    config = peft_config(options, seq2seq)
+    if config is not None:
+        model = get_peft_model(model, config)
+        model.print_trainable_parameters()
+    trainer = make_trainer(model, tokenizer, features, options, arguments)
+    checkpoint = arguments.resume_from_checkpoint
+    if checkpoint == "last":
+        checkpoint = get_last_checkpoint(arguments.output_dir)
+    train_output = trainer.train(resume_from_checkpoint=checkpoint)
+
+    results: dict[str, Any] = {
+        "steps": trainer.state.global_step,
+        "train_loss": train_output.training_loss,
+        "train_seconds": train_output.metrics["train_runtime"],
+        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+    }
+    if "validation" in features:
+        results["validation_loss"] = trainer.evaluate()["eval_loss"]
+    texts = generate(trainer, tokenizer, test, options) if test else []
+    trainer.save_model()  # with FSDP and ZeRO-3, all processes take part
+    if not trainer.is_world_process_zero():
+        return results
+    folder = Path(arguments.output_dir)
+    generations = []
+    if test:
+        import evaluate
+
+        results |= evaluate.load(METRIC).compute(predictions=texts, references=[row.references for row in test])
+        generations = [
+            {"source": row.source, "text": text, "references": row.references}
+            for row, text in zip(test, texts, strict=True)
+        ]
+        lines = "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in generations)
+        (folder / "generations.jsonl").write_text(lines, encoding="utf-8")
+    report = {"options": asdict(options), "results": results, "curve": trainer.state.log_history}
+    (folder / "results.json").write_text(json.dumps(report, indent=1, ensure_ascii=False), encoding="utf-8")
+    plot_curves(trainer.state.log_history, folder / "curves.png")
+    write_card(folder, options, results, generations)
+    print(", ".join(f"{name} {value:.4g}" for name, value in results.items()))
+    return results
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = HfArgumentParser((Options, TrainingArguments), description=__doc__)
+    options, arguments = parser.parse_args_into_dataclasses(argv)
+    try:
+        if options.early_stopping_patience is not None and not arguments.load_best_model_at_end:
+            raise InputError("--early_stopping_patience needs --load_best_model_at_end. Pass it too.")
+        if not options.validation_data and str(arguments.eval_strategy.value) != "no":
+            raise InputError("--eval_strategy needs --validation_data. Pass it too.")
+        run(options, arguments)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

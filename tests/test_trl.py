@@ -1,0 +1,318 @@
+"""TRL's trainers with an `InputTuningConfig`: losses and metrics against values worked out by hand.
+
+The oracle runs the untouched base model on `[prompt ; T(e)]`, one row at a time, and takes logarithms itself.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from itertools import pairwise
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import get_peft_model
+from torch import Tensor
+from torch.nn.functional import log_softmax, logsigmoid
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from adapters import config, randomize
+from families import FAMILIES
+from oracles import adapter_weights, row_output
+
+trl = pytest.importorskip("trl", reason="TRL is not installed: pip install '.[test]'")
+LLAMA = FAMILIES["llama"]
+CLOSE = {"rel": 1e-3, "abs": 1e-4}
+TEMPLATE = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}{{ 'Q ' + m['content'] + '\\n' }}{% else %}"
+    "{% generation %}{{ m['content'] + '</s>' }}{% endgeneration %}{% endif %}{% endfor %}"
+)
+TEXTS = ["count(of Movie())", "the lowest price", "sort(rating asc of Book())[1]"]
+PAIRS = [
+    ("count(of Movie())", "how many movies are there", "find movies"),
+    ("max(price of Hotel())", "what is the highest price", "the lowest"),
+]
+
+
+@pytest.fixture
+def tokenizer(tiny_model):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+@pytest.fixture
+def base(tiny_model):
+    return AutoModelForCausalLM.from_pretrained(tiny_model).eval()
+
+
+def arguments(kind, tmp_path, **more):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        settings = {"use_cpu": True, "bf16": False, "report_to": "none", "learning_rate": 1e-2, "max_steps": 2}
+        settings |= {"per_device_train_batch_size": 4, "logging_steps": 1, "save_strategy": "no"}
+        settings |= {"gradient_checkpointing": False, "disable_tqdm": True}
+        return kind(output_dir=str(tmp_path), **settings | more)
+
+
+def prepared(trainer):
+    """A trainer's model with weights that matter, in eval mode, and the adapter's weights."""
+    randomize(trainer.model)
+    if any(".ref." in name for name, _ in trainer.model.named_parameters()):
+        randomize(trainer.model, "ref")
+    trainer.model.eval()
+    return adapter_weights(trainer.model)
+
+
+def batch_of(trainer) -> dict:
+    return next(iter(trainer.get_train_dataloader()))
+
+
+def rows_of(batch: dict, prefix: str = "") -> list[tuple[Tensor, Tensor]]:
+    """Ids and labels of each sequence of a batch, whether its sequences are padded or packed."""
+    ids, labels = batch[f"{prefix}input_ids"], batch[f"{prefix}labels"]
+    if "attention_mask" in batch:
+        keep = batch["attention_mask"].bool()
+        return [(row[k], label[k]) for row, label, k in zip(ids, labels, keep, strict=True)]
+    rows = []
+    for row, label, positions in zip(ids, labels, batch["position_ids"], strict=True):
+        starts = [*(positions == 0).nonzero().flatten().tolist(), len(row)]
+        rows += [(row[a:b], label[a:b]) for a, b in pairwise(starts)]
+    return rows
+
+
+def by_hand(base, weights, rows) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of all labelled tokens, and whether each is the likeliest."""
+    logps, best = [], []
+    for ids, labels in rows:
+        logits = row_output(base, weights, ids)[:-1]
+        wanted = labels[1:] != -100
+        targets = labels[1:][wanted]
+        logps.append(log_softmax(logits, -1)[wanted].gather(1, targets[:, None])[:, 0])
+        best.append(logits[wanted].argmax(-1) == targets)
+    return torch.cat(logps), torch.cat(best).float()
+
+
+def trains(trainer, base) -> None:
+    """The adapter changes, the base does not."""
+    before = adapter_weights(trainer.model)
+    trainer.train()
+    after = adapter_weights(trainer.model)
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    state = {k.replace(".base_layer", ""): v for k, v in trainer.model.get_base_model().state_dict().items()}
+    for name, value in base.state_dict().items():
+        assert torch.equal(state[name], value), name
+
+
+# ---- SFT ------------------------------------------------------------------------------------------------------------
+
+SFT_DATA = {
+    "text": [{"text": text} for text in TEXTS],
+    "completion": [{"prompt": prompt, "completion": good} for prompt, good, _ in PAIRS],
+    "chat": [
+        {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": good}]}
+        for prompt, good, _ in PAIRS
+    ],
+}
+SFT_CASES = {
+    "nll": ("text", {}),
+    "dft": ("text", {"loss_type": "dft"}),
+    "completion only": ("completion", {}),
+    "completion only, dft": ("completion", {"loss_type": "dft"}),
+    "assistant only": ("chat", {"assistant_only_loss": True}),
+    "padding free": ("completion", {"padding_free": True, "max_length": None}),
+    "packing": ("text", {"packing": True, "max_length": 40}),
+    "packing, dft": ("completion", {"packing": True, "max_length": 60, "loss_type": "dft"}),
+    "gradient checkpointing": ("text", {"gradient_checkpointing": True}),
+    "activation offloading": ("text", {"activation_offloading": True}),
+}
+
+
+@pytest.mark.parametrize("case", SFT_CASES)
+@pytest.mark.parametrize("ready", [False, True], ids=["peft_config", "PeftModel"])
+def test_sft(base, tokenizer, tmp_path, case, ready):
+    data, more = SFT_CASES[case]
+    model = copy.deepcopy(base)
+    if ready:
+        model = get_peft_model(model, config(LLAMA))
+    trainer = trl.SFTTrainer(
+        model=model,
+        args=arguments(trl.SFTConfig, tmp_path, **more),
+        train_dataset=Dataset.from_list(SFT_DATA[data]),
+        processing_class=tokenizer,
+        peft_config=None if ready else config(LLAMA),
+    )
+    weights = prepared(trainer)
+    batch = batch_of(trainer)
+    logps, best = by_hand(base, weights, rows_of(batch))
+    want = -(logps * logps.exp() if "dft" in case else logps).mean()
+    loss = trainer.compute_loss(trainer.model, dict(batch))
+    assert float(loss) == pytest.approx(float(want), **CLOSE)
+    metrics = trainer._metrics["eval"] or trainer._metrics["train"]
+    assert metrics["mean_token_accuracy"][-1] == pytest.approx(float(best.mean()), **CLOSE)
+    trains(trainer, base)
+
+
+# ---- preferences ----------------------------------------------------------------------------------------------------
+
+PREFERENCES = [{"prompt": prompt, "chosen": good, "rejected": bad} for prompt, good, bad in PAIRS]
+
+
+def sums(base, weights, ids: Tensor, mask: Tensor, completion: Tensor) -> Tensor:
+    """Log-probability of each row's completion."""
+    totals = []
+    for row, keep, wanted in zip(ids, mask.bool(), completion.bool(), strict=True):
+        logits = log_softmax(row_output(base, weights, row[keep])[:-1], -1)
+        targets, counted = row[keep][1:], wanted[keep][1:]
+        totals.append(logits.gather(1, targets[:, None])[:, 0][counted].sum())
+    return torch.stack(totals)
+
+
+@pytest.mark.parametrize("ready", [False, True], ids=["peft_config", "PeftModel"])
+def test_dpo(base, tokenizer, tmp_path, ready):
+    model = copy.deepcopy(base)
+    if ready:
+        model = get_peft_model(model, config(LLAMA))
+        randomize(model)
+        start = adapter_weights(model)
+    trainer = trl.DPOTrainer(
+        model=model,
+        args=arguments(trl.DPOConfig, tmp_path, beta=0.3),
+        train_dataset=Dataset.from_list(PREFERENCES),
+        processing_class=tokenizer,
+        peft_config=None if ready else config(LLAMA),
+    )
+    if ready:  # TRL keeps the adapter as it came as a second one, "ref"
+        assert all(torch.equal(value, start[name]) for name, value in adapter_weights(trainer.model, "ref").items())
+        for name, parameter in trainer.model.named_parameters():
+            if ".default." in name:
+                parameter.data.mul_(1.1)
+        reference, weights = start, adapter_weights(trainer.model)
+        trainer.model.eval()
+    else:
+        reference, weights = {}, prepared(trainer)
+    batch = batch_of(trainer)
+    loss = trainer.compute_loss(trainer.model, dict(batch))
+    args = batch["input_ids"], batch["attention_mask"], batch["completion_mask"]
+    policy, ref = sums(base, weights, *args), sums(base, reference, *args)
+    half = len(policy) // 2
+    rewards = 0.3 * (policy - ref)
+    assert float(loss) == pytest.approx(float(-logsigmoid(rewards[:half] - rewards[half:]).mean()), **CLOSE)
+    metrics = trainer._metrics["eval"] or trainer._metrics["train"]
+    assert metrics["logps/chosen"][-1] == pytest.approx(float(policy[:half].mean()), **CLOSE)
+    assert metrics["logps/rejected"][-1] == pytest.approx(float(policy[half:].mean()), **CLOSE)
+    assert metrics["rewards/chosen"][-1] == pytest.approx(float(rewards[:half].mean()), **CLOSE)
+    trains(trainer, base)
+    if ready:
+        assert all(torch.equal(value, start[name]) for name, value in adapter_weights(trainer.model, "ref").items())
+
+
+def test_kto(base, tokenizer, tmp_path):
+    rows = [
+        {"prompt": prompt, "completion": text, "label": text == good}
+        for prompt, good, bad in PAIRS
+        for text in (good, bad)
+    ]
+    trainer = trl.KTOTrainer(
+        model=copy.deepcopy(base),
+        args=arguments(trl.KTOConfig, tmp_path),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        peft_config=config(LLAMA),
+    )
+    weights = prepared(trainer)
+    batch = batch_of(trainer)
+    trainer.compute_loss(trainer.model, dict(batch))
+    metrics = trainer._metrics["eval"] or trainer._metrics["train"]
+    args = batch["input_ids"], batch["attention_mask"], batch["completion_mask"]
+    policy = sums(base, weights, *args)
+    good = torch.tensor(batch["label"], dtype=torch.bool)
+    assert metrics["logps/chosen"][-1] == pytest.approx(float(policy[good].mean()), **CLOSE)
+    assert metrics["logps/rejected"][-1] == pytest.approx(float(policy[~good].mean()), **CLOSE)
+    rewards = 0.1 * (policy - sums(base, {}, *args))
+    assert metrics["rewards/chosen"][-1] == pytest.approx(float(rewards[good].mean()), **CLOSE)
+    trains(trainer, base)
+
+
+@pytest.mark.parametrize("ready", [False, True], ids=["peft_config", "PeftModel"])
+def test_reward(tiny_model, tokenizer, tmp_path, ready):
+    base = AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=1, pad_token_id=0).eval()
+    ours = config(task_type="SEQ_CLS")
+    model = copy.deepcopy(base)
+    trainer = trl.RewardTrainer(
+        model=get_peft_model(model, ours) if ready else model,
+        args=arguments(trl.RewardConfig, tmp_path),
+        train_dataset=Dataset.from_list(PREFERENCES),
+        processing_class=tokenizer,
+        peft_config=None if ready else ours,
+    )
+    weights = prepared(trainer)
+    batch = batch_of(trainer)
+    scores = torch.stack(
+        [
+            row_output(base, weights, row[keep])
+            for row, keep in zip(batch["input_ids"], batch["attention_mask"].bool(), strict=True)
+        ]
+    )[:, 0]
+    half = len(scores) // 2
+    loss = trainer.compute_loss(trainer.model, dict(batch))
+    assert float(loss) == pytest.approx(float(-logsigmoid(scores[:half] - scores[half:]).mean()), **CLOSE)
+    before = adapter_weights(trainer.model)
+    trainer.train()
+    assert any(not torch.equal(before[n], value) for n, value in adapter_weights(trainer.model).items())
+
+
+# ---- online ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["GRPO", "RLOO"])
+@pytest.mark.parametrize("ready", [False, True], ids=["peft_config", "PeftModel"])
+def test_online(base, tokenizer, tmp_path, kind, ready):
+    seen = []
+
+    def reward(completions, **_):
+        seen.extend(completions)
+        return [float(len(text)) for text in completions]
+
+    model = copy.deepcopy(base)
+    settings = {"num_generations": 2, "max_completion_length": 6, "beta": 0.1, "per_device_train_batch_size": 2}
+    trainer = getattr(trl, f"{kind}Trainer")(
+        model=get_peft_model(model, config(LLAMA)) if ready else model,
+        reward_funcs=reward,
+        args=arguments(getattr(trl, f"{kind}Config"), tmp_path, **settings),
+        train_dataset=Dataset.from_list([{"prompt": prompt} for prompt, *_ in PAIRS]),
+        processing_class=tokenizer,
+        peft_config=None if ready else config(LLAMA),
+    )
+    weights = prepared(trainer)
+    # Log-probabilities as the trainer works them out, of a batch that is padded on the left and on the right.
+    rows = [tokenizer(text).input_ids for text in TEXTS[:2]]
+    longest = max(map(len, rows))
+    completion = tokenizer(TEXTS[2]).input_ids[:5]
+    ids = torch.tensor([[0] * (longest - len(row)) + row + completion for row in rows])
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * (len(row) + 5) for row in rows])
+    got = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, logits_to_keep=5)[0]
+    for i, row in enumerate(rows):
+        full = torch.tensor(row + completion)
+        logps = log_softmax(row_output(base, weights, full)[:-1] / trainer.temperature, -1)
+        want = logps.gather(1, full[1:, None])[-5:, 0]
+        torch.testing.assert_close(got[i], want, atol=2e-4, rtol=1e-3)
+    trains(trainer, base)
+    assert len(seen) >= 4
+
+
+def test_distillation(base, tokenizer, tiny_model, tmp_path):
+    """It calls the backbone itself, around PEFT, and so refuses PEFT's own prompt methods."""
+    teacher = copy.deepcopy(base)
+    trainer = trl.DistillationTrainer(
+        model=copy.deepcopy(base),
+        teacher_model=teacher,
+        args=arguments(trl.DistillationConfig, tmp_path, lmbda=0.0, max_completion_length=8),
+        train_dataset=Dataset.from_list(SFT_DATA["chat"]),
+        processing_class=tokenizer,
+        peft_config=config(LLAMA),
+    )
+    randomize(trainer.model)
+    trains(trainer, base)
