@@ -39,8 +39,11 @@ class SoftPrompt(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_virtual_tokens, embedding_dim, device=device, dtype=dtype))
 
     def forward(self) -> Tensor:
-        """Returns the prompt, `(num_virtual_tokens, embedding_dim)`."""
-        return self.weight
+        """Returns the prompt, `(num_virtual_tokens, embedding_dim)`.
+
+        A copy: DeepSpeed ZeRO-3 takes a parameter's data away again when the forward of its module returns.
+        """
+        return self.weight.clone()
 
     def extra_repr(self) -> str:
         return f"num_virtual_tokens={self.weight.shape[0]}, embedding_dim={self.weight.shape[1]}"

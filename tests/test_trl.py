@@ -126,7 +126,6 @@ SFT_CASES = {
     "packing": ("text", {"packing": True, "max_length": 40}),
     "packing, dft": ("completion", {"packing": True, "max_length": 60, "loss_type": "dft"}),
     "gradient checkpointing": ("text", {"gradient_checkpointing": True}),
-    "activation offloading": ("text", {"activation_offloading": True}),
 }
 
 
@@ -238,7 +237,9 @@ def test_kto(base, tokenizer, tmp_path):
 
 @pytest.mark.parametrize("ready", [False, True], ids=["peft_config", "PeftModel"])
 def test_reward(tiny_model, tokenizer, tmp_path, ready):
-    base = AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=1, pad_token_id=0).eval()
+    tokenizer.pad_token = "~"  # of its own: models pool the last token that is no padding
+    pad = tokenizer.pad_token_id
+    base = AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=1, pad_token_id=pad).eval()
     ours = config(task_type="SEQ_CLS")
     model = copy.deepcopy(base)
     trainer = trl.RewardTrainer(
@@ -305,14 +306,28 @@ def test_online(base, tokenizer, tmp_path, kind, ready):
 
 def test_distillation(base, tokenizer, tiny_model, tmp_path):
     """It calls the backbone itself, around PEFT, and so refuses PEFT's own prompt methods."""
-    teacher = copy.deepcopy(base)
     trainer = trl.DistillationTrainer(
         model=copy.deepcopy(base),
-        teacher_model=teacher,
-        args=arguments(trl.DistillationConfig, tmp_path, lmbda=0.0, max_completion_length=8),
-        train_dataset=Dataset.from_list(SFT_DATA["chat"]),
+        teacher_model=copy.deepcopy(base),
+        args=arguments(
+            trl.DistillationConfig,
+            tmp_path,
+            beta=0.0,
+            temperature=1.0,
+            max_completion_length=8,
+            per_device_train_batch_size=2,
+        ),
+        train_dataset=Dataset.from_list([{"prompt": prompt} for prompt, *_ in PAIRS]),
         processing_class=tokenizer,
         peft_config=config(LLAMA),
     )
-    randomize(trainer.model)
+    weights = prepared(trainer)
+    prompt, completion = (tokenizer(text, return_tensors="pt").input_ids for text in PAIRS[0][:2])
+    batch = {"prompt_ids": prompt, "completion_ids": completion}
+    batch |= {"prompt_mask": torch.ones_like(prompt), "completion_mask": torch.ones_like(completion)}
+    row = torch.cat([prompt, completion], dim=1)[0]
+    start = prompt.shape[1] - 1
+    teacher, student = (log_softmax(row_output(base, w, row)[start:-1], -1) for w in ({}, weights))
+    want = (teacher.exp() * (teacher - student)).sum(-1).mean()  # beta = 0 is the Kullback-Leibler divergence
+    assert float(trainer.compute_loss(trainer.model, batch)) == pytest.approx(float(want), **CLOSE)
     trains(trainer, base)
