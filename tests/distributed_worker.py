@@ -135,14 +135,6 @@ def run_zero(options, rank: int, world: int) -> tuple[list[float], nn.Module, di
 
 
 RUN = {"plain": run_plain, "ddp": run_ddp, "fsdp2": run_fsdp2, "zero2": run_zero, "zero3": run_zero}
-    "plain": run_plain,
-    "ddp": run_ddp,
-    "fsdp2": run_fsdp2,
-    "zero0": run_zero,
-    "zero1": run_zero,
-    "zero2": run_zero,
-    "zero3": run_zero,
-}
 
 
 def main() -> None:
