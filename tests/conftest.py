@@ -14,6 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import peft_input_tuning  # noqa: F401  registers the method
 
+pytest_plugins = ["training_table"]  # keeps what became of the tests, for docs/compatibility.md
+
 torch.set_num_threads(1)  # tiny models; the suite runs in one process a core
 
 
