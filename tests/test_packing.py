@@ -100,6 +100,9 @@ def test_bounds_and_positions_are_each_others_inverse():
 ATTENTIONS = [(f, a) for f in PACKING for a in ("sdpa", "eager") if (f.name, a) != ("gemma2", "sdpa")]  # it has none
 
 
+@pytest.mark.trains_with(
+    "Packed and padding-free rows", "each sequence is what it gives alone: eager and sdpa, by positions"
+)
 @pytest.mark.feature("packing")
 @pytest.mark.parametrize(("family", "attention"), ATTENTIONS, ids=lambda x: str(x))
 @pytest.mark.parametrize("use_cache", [None, False])
@@ -134,6 +137,7 @@ def test_rows_with_different_numbers_of_sequences(family):
             assert_close(logits[i, start:end], want, atol=2e-4, rtol=1e-3)
 
 
+@pytest.mark.trains_with("Packed and padding-free rows", "loss and gradients are those of the padded batch")
 @pytest.mark.feature("packing")
 @each
 def test_loss_and_gradients_are_those_of_the_padded_batch(family):
@@ -158,6 +162,7 @@ def test_loss_and_gradients_are_those_of_the_padded_batch(family):
         assert_close(gradients[name], gradient, atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.trains_with("Packed and padding-free rows", "rows with adapters of their own")
 @each
 def test_rows_with_adapters_of_their_own(family):
     model, base, weights = adapted(family)
@@ -173,6 +178,7 @@ def test_rows_with_adapters_of_their_own(family):
             assert_close(logits[i, start:end], want, atol=2e-4, rtol=1e-3)
 
 
+@pytest.mark.trains_with("Packed and padding-free rows", "gradient checkpointing")
 @each
 def test_gradient_checkpointing(family):
     row, positions = pack(sequences_of([5, 3]))
@@ -188,6 +194,9 @@ def test_gradient_checkpointing(family):
         assert_close(got, want)
 
 
+@pytest.mark.trains_with(
+    "Packed and padding-free rows", "flash attention's cu_seq_lens are rewritten (the arguments; no kernel on a CPU)"
+)
 def test_flash_attention_arguments_are_rewritten():
     """Without flash attention here: what reaches the backbone's layers is looked at."""
     model, base, weights = adapted(LLAMA)

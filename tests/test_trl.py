@@ -29,6 +29,7 @@ TEMPLATE = (
     "{% generation %}{{ m['content'] + '</s>' }}{% endgeneration %}{% endif %}{% endfor %}"
 )
 TEXTS = ["count(of Movie())", "the lowest price", "sort(rating asc of Book())[1]"]
+ready_or_not = pytest.mark.parametrize("ready", [False, True], ids=["peft_config", "PeftModel"])
 PAIRS = [
     ("count(of Movie())", "how many movies are there", "find movies"),
     ("max(price of Hotel())", "what is the highest price", "the lowest"),
@@ -129,8 +130,11 @@ SFT_CASES = {
 }
 
 
-@pytest.mark.parametrize("case", SFT_CASES)
-@pytest.mark.parametrize("ready", [False, True], ids=["peft_config", "PeftModel"])
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=pytest.mark.trains_with("TRL", f"SFTTrainer: {case}")) for case in SFT_CASES],
+)
+@ready_or_not
 def test_sft(base, tokenizer, tmp_path, case, ready):
     data, more = SFT_CASES[case]
     model = copy.deepcopy(base)
@@ -169,13 +173,32 @@ def sums(base, weights, ids: Tensor, mask: Tensor, completion: Tensor) -> Tensor
     return torch.stack(totals)
 
 
-@pytest.mark.parametrize("ready", [False, True], ids=["peft_config", "PeftModel"])
+def ready_model(base):
+    """A PeftModel with an adapter of its own, and that adapter's weights."""
+    model = get_peft_model(copy.deepcopy(base), config(LLAMA))
+    randomize(model)
+    return model, adapter_weights(model)
+
+
+def policy_and_reference(trainer, start: dict) -> tuple[dict, dict]:
+    """Weights of the policy and of its reference, both of a kind that matters.
+
+    TRL keeps an adapter that it was given (`start`) as a second one, "ref"; a new one it switches off.
+    """
+    if not start:
+        return prepared(trainer), {}
+    assert all(torch.equal(value, start[name]) for name, value in adapter_weights(trainer.model, "ref").items())
+    for name, parameter in trainer.model.named_parameters():
+        if ".default." in name:
+            parameter.data.mul_(1.1)
+    trainer.model.eval()
+    return adapter_weights(trainer.model), start
+
+
+@pytest.mark.trains_with("TRL", "DPOTrainer; the reference is the adapter switched off, or as it came")
+@ready_or_not
 def test_dpo(base, tokenizer, tmp_path, ready):
-    model = copy.deepcopy(base)
-    if ready:
-        model = get_peft_model(model, config(LLAMA))
-        randomize(model)
-        start = adapter_weights(model)
+    model, start = ready_model(base) if ready else (copy.deepcopy(base), {})
     trainer = trl.DPOTrainer(
         model=model,
         args=arguments(trl.DPOConfig, tmp_path, beta=0.3),
@@ -183,15 +206,7 @@ def test_dpo(base, tokenizer, tmp_path, ready):
         processing_class=tokenizer,
         peft_config=None if ready else config(LLAMA),
     )
-    if ready:  # TRL keeps the adapter as it came as a second one, "ref"
-        assert all(torch.equal(value, start[name]) for name, value in adapter_weights(trainer.model, "ref").items())
-        for name, parameter in trainer.model.named_parameters():
-            if ".default." in name:
-                parameter.data.mul_(1.1)
-        reference, weights = start, adapter_weights(trainer.model)
-        trainer.model.eval()
-    else:
-        reference, weights = {}, prepared(trainer)
+    weights, reference = policy_and_reference(trainer, start)
     batch = batch_of(trainer)
     loss = trainer.compute_loss(trainer.model, dict(batch))
     args = batch["input_ids"], batch["attention_mask"], batch["completion_mask"]
@@ -208,34 +223,38 @@ def test_dpo(base, tokenizer, tmp_path, ready):
         assert all(torch.equal(value, start[name]) for name, value in adapter_weights(trainer.model, "ref").items())
 
 
-def test_kto(base, tokenizer, tmp_path):
+@pytest.mark.trains_with("TRL", "KTOTrainer; the reference is the adapter switched off, or as it came")
+@ready_or_not
+def test_kto(base, tokenizer, tmp_path, ready):
     rows = [
         {"prompt": prompt, "completion": text, "label": text == good}
         for prompt, good, bad in PAIRS
         for text in (good, bad)
     ]
+    model, start = ready_model(base) if ready else (copy.deepcopy(base), {})
     trainer = trl.KTOTrainer(
-        model=copy.deepcopy(base),
+        model=model,
         args=arguments(trl.KTOConfig, tmp_path),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
-        peft_config=config(LLAMA),
+        peft_config=None if ready else config(LLAMA),
     )
-    weights = prepared(trainer)
+    weights, reference = policy_and_reference(trainer, start)
     batch = batch_of(trainer)
     trainer.compute_loss(trainer.model, dict(batch))
     metrics = trainer._metrics["eval"] or trainer._metrics["train"]
     args = batch["input_ids"], batch["attention_mask"], batch["completion_mask"]
     policy = sums(base, weights, *args)
-    good = torch.tensor(batch["label"], dtype=torch.bool)
+    good = torch.as_tensor(batch["label"], dtype=torch.bool)
     assert metrics["logps/chosen"][-1] == pytest.approx(float(policy[good].mean()), **CLOSE)
     assert metrics["logps/rejected"][-1] == pytest.approx(float(policy[~good].mean()), **CLOSE)
-    rewards = 0.1 * (policy - sums(base, {}, *args))
+    rewards = 0.1 * (policy - sums(base, reference, *args))
     assert metrics["rewards/chosen"][-1] == pytest.approx(float(rewards[good].mean()), **CLOSE)
     trains(trainer, base)
 
 
-@pytest.mark.parametrize("ready", [False, True], ids=["peft_config", "PeftModel"])
+@pytest.mark.trains_with("TRL", "RewardTrainer")
+@ready_or_not
 def test_reward(tiny_model, tokenizer, tmp_path, ready):
     tokenizer.pad_token = "~"  # of its own: models pool the last token that is no padding
     pad = tokenizer.pad_token_id
@@ -268,8 +287,14 @@ def test_reward(tiny_model, tokenizer, tmp_path, ready):
 # ---- online ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["GRPO", "RLOO"])
-@pytest.mark.parametrize("ready", [False, True], ids=["peft_config", "PeftModel"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(kind, marks=pytest.mark.trains_with("TRL", f"{kind}Trainer, generation by transformers"))
+        for kind in ("GRPO", "RLOO")
+    ],
+)
+@ready_or_not
 def test_online(base, tokenizer, tmp_path, kind, ready):
     seen = []
 
@@ -304,10 +329,12 @@ def test_online(base, tokenizer, tmp_path, kind, ready):
     assert len(seen) >= 4
 
 
-def test_distillation(base, tokenizer, tiny_model, tmp_path):
+@pytest.mark.trains_with("TRL", "DistillationTrainer")
+@ready_or_not
+def test_distillation(base, tokenizer, tmp_path, ready):
     """It calls the backbone itself, around PEFT, and so refuses PEFT's own prompt methods."""
     trainer = trl.DistillationTrainer(
-        model=copy.deepcopy(base),
+        model=get_peft_model(copy.deepcopy(base), config(LLAMA)) if ready else copy.deepcopy(base),
         teacher_model=copy.deepcopy(base),
         args=arguments(
             trl.DistillationConfig,
@@ -319,7 +346,7 @@ def test_distillation(base, tokenizer, tiny_model, tmp_path):
         ),
         train_dataset=Dataset.from_list([{"prompt": prompt} for prompt, *_ in PAIRS]),
         processing_class=tokenizer,
-        peft_config=config(LLAMA),
+        peft_config=None if ready else config(LLAMA),
     )
     weights = prepared(trainer)
     prompt, completion = (tokenizer(text, return_tensors="pt").input_ids for text in PAIRS[0][:2])
