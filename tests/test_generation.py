@@ -384,6 +384,33 @@ def test_each_row_of_a_mixed_batch_is_what_its_adapter_gives_alone(family, side)
         assert_close(got, want, atol=2e-4, rtol=1e-3)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2", "t5"])
+def test_sixteen_adapters_in_one_forward_pass_each_for_its_rows_only(family):
+    """Two rows each, all prompts of different lengths: one call of the backbone, and of each adapter's W1."""
+    model, base, weights = adapted(FAMILIES[family])
+    adapters = {"default": weights}
+    for number in range(1, 16):
+        name = f"task{number}"
+        adapters[name] = add(model, name, seed=number + 1, num_virtual_tokens=number + 4, adapter_hidden_dim=8)
+    model.eval()
+    names = [name for _ in range(2) for name in adapters]
+    rows = [ids(3 + n % 5, seed=n) for n in range(len(names))]
+    batch, mask = padded(rows, "left")
+    more = {"decoder_input_ids": ids(len(names), 4, seed=9)} if family == "t5" else {}
+    calls, seen = [], {}
+    backbone = model.get_base_model().get_submodule("encoder" if family == "t5" else "model")
+    backbone.register_forward_hook(lambda *_: calls.append(1))
+    for name, fc1 in model.base_model.layer.input_tuning_fc1.items():
+        fc1.register_forward_pre_hook(lambda _, args, name=name: seen.setdefault(name, []).append(args[0].shape[:-1]))
+    out = model(input_ids=batch, attention_mask=mask, adapter_names=names, **more).logits
+    assert len(calls) == 1
+    assert seen == {name: [(2, batch.shape[1])] for name in adapters}
+    for i, (name, row) in enumerate(zip(names, rows, strict=True)):
+        own = {key: value[i : i + 1] for key, value in more.items()}
+        got = out[i] if more else out[i][mask[i] == 1]
+        assert_close(got, row_output(base, adapters[name], row, **own), atol=2e-4, rtol=1e-3)
+
+
 @pytest.mark.feature("mixed batch")
 @pytest.mark.parametrize("family", list(FAMILIES.values()), ids=str)
 def test_mixed_batch_without_a_mask(family):
