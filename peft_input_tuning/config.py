@@ -13,6 +13,7 @@ from .model_card import update_model_card
 from .registration import add_peft_type
 
 MAX_VIRTUAL_TOKENS = 65_536
+ADAPTER_SCOPES = ("all", "input")
 
 
 def _check_count(name: str, value: Any, zero_means: str) -> None:
@@ -40,6 +41,9 @@ class InputTuningConfig(PeftConfig):
         adapter_activation: any activation that transformers knows (`transformers.activations.ACT2FN`).
         adapter_bias: whether W1 and W2 have biases; the paper draws none.
         adapter_dropout: dropout over the adapter's activations, in [0, 1).
+        adapter_scope: which tokens of a decoder-only language model the adapter changes: "all" that enter it, or those
+            of the "input" only, as the paper draws it: in training those without a label, in `generate` those that it
+            was given. Other models read input only, so that both are the same.
         init_weights: True starts with W2 = 0, so that training begins as plain prompt-tuning; False starts with a
             random W2, for tests.
         modules_to_save: further modules to train and save, as in PEFT; never the embedding.
@@ -73,6 +77,10 @@ class InputTuningConfig(PeftConfig):
     )
     adapter_bias: bool = field(default=False, metadata={"help": "Whether the input-adapter has biases."})
     adapter_dropout: float = field(default=0.0, metadata={"help": "Dropout over the input-adapter's activations."})
+    adapter_scope: str = field(
+        default="all",
+        metadata={"help": 'Which tokens of a decoder-only language model are adapted: "all", or the "input" only.'},
+    )
     init_weights: bool = field(
         default=True,
         metadata={"help": "True: W2 = 0, training starts from plain prompt-tuning. False: random, for tests."},
@@ -145,6 +153,8 @@ class InputTuningConfig(PeftConfig):
         dropout = self.adapter_dropout
         if isinstance(dropout, bool) or not isinstance(dropout, Real) or not 0 <= dropout < 1:
             raise ValueError(f"`adapter_dropout` must be a number in [0, 1), got {dropout!r}. Use 0.0 for none.")
+        if self.adapter_scope not in ADAPTER_SCOPES:
+            raise ValueError(f"`adapter_scope` must be one of {list(ADAPTER_SCOPES)}, got {self.adapter_scope!r}.")
         if isinstance(self.modules_to_save, str):
             raise ValueError(
                 f"`modules_to_save` must be a list of names, got the string {self.modules_to_save!r}. "

@@ -76,7 +76,8 @@ def export_model(
         The ids of the virtual tokens, and the largest difference found when the folder was loaded again.
 
     Raises:
-        ValueError: a model that a plain checkpoint cannot hold, or a target that is in use; nothing is written.
+        ValueError: a model or an adapter that a plain checkpoint cannot hold, or a target that is in use; nothing is
+            written.
         RuntimeError: the reloaded model gives other outputs; nothing is left at the target.
     """
     target = Path(output_dir)
@@ -85,6 +86,7 @@ def export_model(
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     path, layer = named_layer(base)
     name = _adapter_name(layer, adapter_name)
+    layer.check_foldable(name)
     count = layer.prompt_length(name)
     _refuse_what_no_checkpoint_holds(base, layer, count)
     words = layer.num_embeddings

@@ -39,6 +39,7 @@ from .calls import (
 from .layer import InputTuningLayer
 from .refusals import refuse_what_cannot_be_packed, refuse_what_cannot_be_spliced
 from .row_adapters import current_row_adapters, is_prompt_in_place
+from .scope import adapt_input_only
 from .splice import PromptLayout, count_left_pads
 
 
@@ -179,7 +180,7 @@ def take_prompt_out_of_encoder_output(
 
 # ---- installing and removing ---------------------------------------------------------------------------------------
 
-_PRE_HOOKS = (put_prompt_in, show_prompt_to_decoder, ask_for_named_outputs)
+_PRE_HOOKS = (put_prompt_in, show_prompt_to_decoder, ask_for_named_outputs, adapt_input_only)
 _POST_HOOKS = (take_prompt_out, take_prompt_out_of_encoder_output)
 
 
@@ -190,6 +191,10 @@ def install_hooks(model: nn.Module, backbone_path: str, embedding_path: str) -> 
         return
     site = describe_backbone(model, backbone_path, embedding_path)
     layer = find_layer(backbone, site)
+    if backbone is not model:
+        path = ".".join(filter(None, (backbone_path, embedding_path)))
+        scope = partial(adapt_input_only, embedding_path=path, parameters=forward_parameters(model))
+        model.register_forward_pre_hook(scope, with_kwargs=True)
     backbone.register_forward_pre_hook(partial(put_prompt_in, site=site), with_kwargs=True)
     backbone.register_forward_hook(partial(take_prompt_out, site=site), with_kwargs=True)
     decoder_path = find_decoder(model, backbone)

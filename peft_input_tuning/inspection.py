@@ -29,6 +29,7 @@ _FACTS = (
     "adapter_activation",
     "adapter_bias",
     "adapter_dropout",
+    "adapter_scope",
     "modules_to_save",
 )
 

@@ -26,6 +26,13 @@ from .initialization import execution_device, initial_prompt
 from .modules import SoftPrompt, adapt
 from .row_adapters import BASE, current_row_adapters
 
+IsOutput = Tensor | bool  # which tokens are the output's: `(batch, length)` booleans, or one for all
+
+CANNOT_TELL = (
+    '`adapter_scope` is "input", but nothing tells the tokens of the input from those of the output. Pass `labels` '
+    "(-100 at the input's tokens) to the model, or call `generate` of the PeftModel with `input_ids`. Where that is "
+    'impossible (a trainer with a loss of its own, embeddings, a compiled decoding step), use adapter_scope="all".'
+)
 INSTEAD_OF_MERGING = (
     "Keep the adapter, or write a plain checkpoint with peft_input_tuning.export_model, which needs neither PEFT nor "
     "this package."
@@ -52,6 +59,7 @@ class InputTuningLayer(nn.Module, BaseTunerLayer):
         self.input_tuning_activation = nn.ModuleDict()
         self.input_tuning_dropout = nn.ModuleDict()
         self.awaiting_weights: set[str] = set()  # adapters whose file has still to be read
+        self.input_only: set[str] = set()  # adapters that leave the output's tokens alone, see scope.py
         self.merged_adapters: list[str] = []
         self._unmerged_weight: tuple[nn.Parameter, ...] = ()  # in a tuple, or it would be a parameter of this module
         self.prompt_states: dict[str, Any] = {}
@@ -95,14 +103,22 @@ class InputTuningLayer(nn.Module, BaseTunerLayer):
         name = self.enabled_adapter
         return 0 if name is None else self.prompt_length(name)
 
+    @property
+    def adapts_input_only(self) -> bool:
+        """Whether the call under way has an adapter that leaves the output's tokens alone."""
+        if not self.input_only or self.disable_adapters:
+            return False
+        rows = current_row_adapters(self)
+        return not self.input_only.isdisjoint([self.enabled_adapter] if rows is None else rows.names)
+
     def prompt_length(self, name: str) -> int:
         """Number of virtual tokens of an adapter; 0 for `"__base__"`."""
         return self.input_tuning_prompt[name].weight.shape[0] if name in self.input_tuning_prompt else 0
 
     # ---- making and removing adapters ---------------------------------------------------------------------------
 
-    def update_layer(self, adapter_name: str, config: InputTuningConfig) -> None:
-        """Adds an adapter with its first weights.
+    def update_layer(self, adapter_name: str, config: InputTuningConfig, input_only: bool = False) -> None:
+        """Adds an adapter with its first weights; `input_only` for one that leaves the output's tokens alone.
 
         An adapter that will be read from a file gets NaN instead: what the file does not hold is then noticed at the
         first use, not silently random.
@@ -128,6 +144,10 @@ class InputTuningLayer(nn.Module, BaseTunerLayer):
             self.input_tuning_fc2[adapter_name] = nn.Linear(hidden, width, bias=config.adapter_bias)
             self.input_tuning_activation[adapter_name] = ACT2FN[config.adapter_activation]
             self.input_tuning_dropout[adapter_name] = nn.Dropout(config.adapter_dropout)
+        if input_only and hidden:
+            self.input_only.add(adapter_name)
+        else:
+            self.input_only.discard(adapter_name)
         if from_file or (prompt is not None and prompt.is_meta):  # a base on "meta" has no embeddings to start from
             self.awaiting_weights.add(adapter_name)
         self._reset_adapter(adapter_name, prompt, config.init_weights)
@@ -190,6 +210,7 @@ class InputTuningLayer(nn.Module, BaseTunerLayer):
 
     def delete_adapter(self, adapter_name: str) -> None:
         self.awaiting_weights.discard(adapter_name)
+        self.input_only.discard(adapter_name)
         self.prompt_states.pop(adapter_name, None)
         super().delete_adapter(adapter_name)
 
@@ -201,11 +222,21 @@ class InputTuningLayer(nn.Module, BaseTunerLayer):
     def fold_into(self, table: Tensor, name: str, progress: Progress | None = None) -> None:
         """Writes one adapter's T(E) / scale into the first rows of `table`, `(>= num_embeddings, embedding_dim)`."""
         self.check_weights_have_come(name)
+        self.check_foldable(name)
         if self.merged:
             raise ValueError(
                 f"Adapter {self.merged_adapters[0]!r} is merged into the embedding. Call unmerge_adapter() first."
             )
         fold(table, self.base_layer, self.float32_adapter(name), self.num_embeddings, self.embed_scale, progress)
+
+    def check_foldable(self, name: str) -> None:
+        """Raises where a table cannot hold what an adapter does."""
+        if name in self.input_only:
+            raise ValueError(
+                f'Adapter {name!r} has adapter_scope="input": a token has one embedding in the input and another in '
+                "the output, and a table holds one for each. Keep the adapter, or train one with "
+                'adapter_scope="all".'
+            )
 
     @property
     def embed_scale(self) -> Tensor:
@@ -232,6 +263,7 @@ class InputTuningLayer(nn.Module, BaseTunerLayer):
         if len(names) > 1:
             raise ValueError(f"Only one input-tuning adapter can be merged at a time, got {names}.")
         for name in names:
+            self.check_foldable(name)
             if self.prompt_length(name):
                 raise ValueError(
                     f"Adapter {name!r} cannot be merged into the base model: its {self.prompt_length(name)} virtual "
@@ -296,8 +328,11 @@ class InputTuningLayer(nn.Module, BaseTunerLayer):
 
     # ---- forward ------------------------------------------------------------------------------------------------
 
-    def forward(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """`(batch, length)` ids → `(batch, length, embedding_dim)` adapted embeddings."""
+    def forward(self, input_ids: Tensor, *args: Any, is_output: IsOutput | None = None, **kwargs: Any) -> Tensor:
+        """`(batch, length)` ids → `(batch, length, embedding_dim)` adapted embeddings.
+
+        `is_output` is asked for by adapters with `adapter_scope="input"` (`scope.py`).
+        """
         if self.merged and self.disable_adapters:
             self.unmerge()  # as PEFT's other methods do
         embeddings = self.base_layer(input_ids, *args, **kwargs)
@@ -305,9 +340,19 @@ class InputTuningLayer(nn.Module, BaseTunerLayer):
             return embeddings
         rows = None if self.disable_adapters else current_row_adapters(self)
         if rows is not None:
-            return self._adapt_rows(embeddings, rows.names_of(embeddings.shape[0]))
+            return self._adapt_rows(embeddings, rows.names_of(embeddings.shape[0]), is_output)
         name = self.enabled_adapter
-        return embeddings if name is None else self.adapt(embeddings, name)
+        return embeddings if name is None else self.adapt_in_scope(embeddings, name, is_output)
+
+    def adapt_in_scope(self, embeddings: Tensor, name: str, is_output: IsOutput | None) -> Tensor:
+        """One adapter's T(e) of the tokens that it is for, `(batch, length, embedding_dim)` → the same shape."""
+        if name not in self.input_only or is_output is False:
+            return self.adapt(embeddings, name)
+        if is_output is None:
+            raise ValueError(CANNOT_TELL)
+        if is_output is True:
+            return embeddings
+        return torch.where(is_output.unsqueeze(-1), embeddings, self.adapt(embeddings, name))
 
     def adapt(self, embeddings: Tensor, name: str) -> Tensor:
         """One adapter's T(e), `(..., embedding_dim)` → `(..., embedding_dim)` (paper, figure 4)."""
@@ -322,14 +367,15 @@ class InputTuningLayer(nn.Module, BaseTunerLayer):
             self.input_tuning_fc2[name],
         )
 
-    def _adapt_rows(self, embeddings: Tensor, names: list[str]) -> Tensor:
+    def _adapt_rows(self, embeddings: Tensor, names: list[str], is_output: IsOutput | None) -> Tensor:
         """Each row with its own adapter; an adapter's work is done for its rows only."""
         adapted = embeddings.clone()
         for name in dict.fromkeys(names):
             if name == BASE:
                 continue
             rows = torch.tensor([i for i, other in enumerate(names) if other == name], device=embeddings.device)
-            adapted[rows] = self.adapt(embeddings[rows], name)
+            of_rows = is_output[rows] if isinstance(is_output, Tensor) else is_output
+            adapted[rows] = self.adapt_in_scope(embeddings[rows], name, of_rows)
         return adapted
 
     def prompt_rows(self, batch: int, slots: int) -> Tensor:

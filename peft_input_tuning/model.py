@@ -30,6 +30,7 @@ from .layer import InputTuningLayer
 from .modules import base_embedding
 from .refusals import refuse_full_ids
 from .row_adapters import BASE, RowAdapters, current_row_adapters, prompt_in_place, use_row_adapters
+from .scope import input_of_generate, tells_input_from_output
 from .static_cache import input_with_prompt, uses_static_cache
 
 MAX_HIDDEN_RATIO = 64  # an input-adapter wider than this many embeddings is a mistake, not a choice
@@ -61,6 +62,8 @@ class InputTuningModel(BaseTuner):
         self._backbone_paths = backbone_path, embedding_path
         if not isinstance(embedding, InputTuningLayer) and _holds_our_layer(embedding):
             refuse_changed_embedding(backbone, embedding_path, embedding)
+        if config.adapter_scope == "input":
+            tells_input_from_output(self.model)
         _check_modules_to_save(config, self.model, self.embedding_path)
         _check_sizes(
             config, base_embedding(embedding).embedding_dim, getattr(backbone.config, "max_position_embeddings", None)
@@ -102,12 +105,13 @@ class InputTuningModel(BaseTuner):
     def _create_and_replace(
         self, peft_config, adapter_name, target, target_name, parent, current_key, parameter_name=None
     ) -> None:
+        input_only = peft_config.adapter_scope == "input" and tells_input_from_output(self.model)
         if isinstance(target, InputTuningLayer):
-            target.update_layer(adapter_name, peft_config)
+            target.update_layer(adapter_name, peft_config, input_only)
             return
         layer = InputTuningLayer(target)
         layer._active_adapter = adapter_name
-        layer.update_layer(adapter_name, peft_config)
+        layer.update_layer(adapter_name, peft_config, input_only)
         self._replace_module(parent, target_name, layer, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
@@ -227,6 +231,8 @@ class InputTuningModel(BaseTuner):
         with ExitStack() as stack:
             if rows is not None:
                 stack.enter_context(use_row_adapters(layer, replace(rows, in_generate=True)))
+            if layer.adapts_input_only:
+                stack.enter_context(input_of_generate(layer, ids, cache))
             if uses_static_cache(self.model, kwargs):
                 prepared = input_with_prompt(self.model, layer, args, kwargs)
                 if prepared is not None:

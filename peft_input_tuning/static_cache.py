@@ -67,7 +67,7 @@ def input_with_prompt(
     kwargs.pop("position_ids", None)  # generate derives them from the mask, for the prompt too
     if ids is None and x is None:
         raise ValueError("`generate` needs `input_ids` or `inputs_embeds`, got neither.")
-    x = layer(ids.to(layer.weight.device)) if x is None else x
+    x = layer(ids.to(layer.weight.device), is_output=False) if x is None else x
     batch, length = x.shape[:2]
     mask = kwargs.get("attention_mask")
     mask = _mask_of(model, ids, kwargs) if mask is None else mask
