@@ -8,8 +8,9 @@ As a plugin of pytest (`conftest.py`), this file keeps the outcome of every such
 As a script, it makes the table of these outcomes. A row is ticked where all of its tests have run and passed, on the
 CPU or on a GPU; everything else is named for what it is.
 
-    make test-all                          run the tests
-    python tests/training_table.py         write the table from what became of them (`make compatibility`)
+    make test-all                            run the tests
+    python tests/training_table.py           write the table from what became of them (`make compatibility`)
+    python tests/training_table.py --check   say whether the page has the rows that the tests have
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import io
 import platform
+import re
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -160,11 +162,23 @@ def machine() -> str:
     for name in PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
             versions.append(f"{name} {version(name)}")
-    return f"Run on {platform.system()} {platform.machine()}, Python {platform.python_version()}: {', '.join(versions)}."
+    return (
+        f"Run on {platform.system()} {platform.machine()}, Python {platform.python_version()}: {', '.join(versions)}."
+    )
+
+
+def row_texts(page: str) -> list[str]:
+    """The first cells of a page's rows."""
+    return re.findall(r"^\| ([^|:].*?) \|", page, re.MULTILINE)
 
 
 def main() -> None:
     collected = collect()
+    if "--check" in sys.argv[1:]:
+        written = TABLE.read_text(encoding="utf-8") if TABLE.exists() else ""
+        if row_texts(written) != row_texts(page(collected.rows, {}, "")):
+            raise SystemExit("docs/compatibility.md has other rows than the tests. Run `make compatibility`.")
+        return
     if not any(row.nodeid in collected.outcomes for row in collected.rows):
         raise SystemExit("No test of the table has run here. Run `make test-all` first.")
     TABLE.write_text(page(collected.rows, collected.outcomes, machine()), encoding="utf-8")
