@@ -35,9 +35,17 @@ def encoder_of(base: nn.Module) -> nn.Module:
     return base.get_encoder() if base.config.is_encoder_decoder else base
 
 
-def embed(base: nn.Module, weights: dict[str, Tensor], row: Tensor, activation: str = "relu") -> Tensor:
-    """`(length,)` ids → `(1, P + length, dim)`: the prompt, then the adapted embeddings."""
-    e = transform(weights, encoder_of(base).get_input_embeddings()(row), activation)
+def embed(
+    base: nn.Module,
+    weights: dict[str, Tensor],
+    row: Tensor,
+    activation: str = "relu",
+    input_length: int | None = None,
+) -> Tensor:
+    """`(length,)` ids → `(1, P + length, dim)`: the prompt, then the embeddings, adapted up to `input_length`."""
+    e = encoder_of(base).get_input_embeddings()(row)
+    count = len(row) if input_length is None else input_length
+    e = torch.cat([transform(weights, e[:count], activation), e[count:]])
     prompt = weights.get("prompt.weight")
     return (e if prompt is None else torch.cat([prompt.to(e.dtype), e])).unsqueeze(0)
 
@@ -47,9 +55,19 @@ def prompt_length(weights: dict[str, Tensor]) -> int:
 
 
 @torch.no_grad()
-def row_output(base: nn.Module, weights: dict[str, Tensor], row: Tensor, activation: str = "relu", **kwargs) -> Tensor:
-    """Logits, or the last hidden state of a model without a head, for one row of ids: `(length, ...)`."""
-    x = embed(base, weights, row, activation)
+def row_output(
+    base: nn.Module,
+    weights: dict[str, Tensor],
+    row: Tensor,
+    activation: str = "relu",
+    input_length: int | None = None,
+    **kwargs,
+) -> Tensor:
+    """Logits, or the last hidden state of a model without a head, for one row of ids: `(length, ...)`.
+
+    Tokens from `input_length` on are not adapted (`adapter_scope="input"`); None adapts all.
+    """
+    x = embed(base, weights, row, activation, input_length)
     out = base(inputs_embeds=x, **kwargs)
     main = out.logits if "logits" in out else out.last_hidden_state
     if base.config.is_encoder_decoder or main.ndim == 2:

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 
 from adapters import adapted, add, config
 from families import DECODERS, ENCODERS, FAMILIES, PAD, SEQ2SEQ, build, ids, padded
-from oracles import row_output, transform
+from oracles import embed, row_output, transform
 from peft_input_tuning import InputTuningConfig, export_model
 
 LLAMA = FAMILIES["llama"]
@@ -23,25 +23,10 @@ CLOSE = {"atol": 2e-4, "rtol": 1e-3}
 each_decoder = pytest.mark.parametrize("family", DECODERS, ids=str)
 
 
-def embeddings_by_hand(base, weights, row: Tensor, input_length: int) -> Tensor:
-    """`[prompt ; T(e) of the input ; e of the output]`, `(1, P + length, dim)`."""
-    e = base.get_input_embeddings()(row)
-    parts = [transform(weights, e[:input_length]), e[input_length:]]
-    if "prompt.weight" in weights:
-        parts.insert(0, weights["prompt.weight"])
-    return torch.cat(parts).unsqueeze(0)
-
-
-@torch.no_grad()
-def logits_by_hand(base, weights, row: Tensor, input_length: int) -> Tensor:
-    x = embeddings_by_hand(base, weights, row, input_length)
-    return base(inputs_embeds=x, use_cache=False).logits[0, -len(row) :]
-
-
 def greedy_by_hand(base, weights, row: Tensor, new_tokens: int) -> list[int]:
     whole = row
     for _ in range(new_tokens):
-        best = logits_by_hand(base, weights, whole, len(row))[-1].argmax()
+        best = row_output(base, weights, whole, input_length=len(row))[-1].argmax()
         whole = torch.cat([whole, best[None]])
     return whole[len(row) :].tolist()
 
@@ -69,9 +54,11 @@ def test_tokens_with_a_label_are_left_as_they_are(family, side):
         more["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
     out = model(input_ids=batch, attention_mask=mask, labels=labels, **more)
     for i, (row, length) in enumerate(zip(rows, inputs, strict=True)):
-        assert_close(out.logits[i][mask[i] == 1], logits_by_hand(base, weights, row, length), **CLOSE)
+        assert_close(out.logits[i][mask[i] == 1], row_output(base, weights, row, input_length=length), **CLOSE)
     everywhere = row_output(base, weights, rows[0])
-    assert (everywhere - logits_by_hand(base, weights, rows[0], 4)).abs().max() > 1e-2, "the case shows nothing"
+    assert (everywhere - row_output(base, weights, rows[0], input_length=4)).abs().max() > 1e-2, (
+        "the case shows nothing"
+    )
 
 
 @each_decoder
@@ -81,7 +68,7 @@ def test_gradients_are_those_of_the_formula(family):
     labels = row.clone()
     labels[:length] = -100
     weights = {name: value.requires_grad_() for name, value in weights.items()}
-    x = embeddings_by_hand(base, weights, row, length)
+    x = embed(base, weights, row, input_length=length)
     logits = base(inputs_embeds=x, use_cache=False).logits[0, -len(row) :]
     cross_entropy(logits[length - 1 : -1], row[length:]).backward()
     out = model.train()(input_ids=row[None], labels=labels[None])
@@ -102,7 +89,7 @@ def test_rows_of_a_mixed_batch_have_scopes_of_their_own():
     out = model(
         input_ids=batch, attention_mask=mask, labels=labels, adapter_names=["default", "all", "__base__"]
     ).logits
-    assert_close(out[0], logits_by_hand(base, weights, rows[0], 3), **CLOSE)
+    assert_close(out[0], row_output(base, weights, rows[0], input_length=3), **CLOSE)
     assert_close(out[1], row_output(base, everywhere, rows[1]), **CLOSE)
     assert_close(out[2], row_output(base, {}, rows[2]), **CLOSE)
 
@@ -113,7 +100,7 @@ def test_packed_rows():
     labels = torch.cat([torch.cat([torch.full((n,), -100), row[n:]]) for row, n in zip(rows, inputs, strict=True)])
     positions = torch.cat([torch.arange(len(row)) for row in rows])
     out = model(input_ids=torch.cat(rows)[None], position_ids=positions[None], labels=labels[None], use_cache=False)
-    want = torch.cat([logits_by_hand(base, weights, row, n) for row, n in zip(rows, inputs, strict=True)])
+    want = torch.cat([row_output(base, weights, row, input_length=n) for row, n in zip(rows, inputs, strict=True)])
     assert_close(out.logits[0], want, **CLOSE)
 
 

@@ -84,11 +84,12 @@ def rows_of(batch: dict, prefix: str = "") -> list[tuple[Tensor, Tensor]]:
     return rows
 
 
-def by_hand(base, weights, rows) -> tuple[Tensor, Tensor]:
+def by_hand(base, weights, rows, input_only: bool = False) -> tuple[Tensor, Tensor]:
     """Log-probabilities of all labelled tokens, and whether each is the likeliest."""
     logps, best = [], []
     for ids, labels in rows:
-        logits = row_output(base, weights, ids)[:-1]
+        unlabelled = int((labels == -100).sum()) if input_only else None
+        logits = row_output(base, weights, ids, input_length=unlabelled)[:-1]
         wanted = labels[1:] != -100
         targets = labels[1:][wanted]
         logps.append(log_softmax(logits, -1)[wanted].gather(1, targets[:, None])[:, 0])
@@ -155,6 +156,26 @@ def test_sft(base, tokenizer, tmp_path, case, ready):
     assert float(loss) == pytest.approx(float(want), **CLOSE)
     metrics = trainer._metrics["eval"] or trainer._metrics["train"]
     assert metrics["mean_token_accuracy"][-1] == pytest.approx(float(best.mean()), **CLOSE)
+    trains(trainer, base)
+
+
+@pytest.mark.trains_with("TRL", "SFTTrainer: adapter_scope input")
+@pytest.mark.parametrize("more", [{}, {"loss_type": "dft"}, {"padding_free": True, "max_length": None}], ids=str)
+def test_sft_with_an_adapter_for_the_input_only(base, tokenizer, tmp_path, more):
+    trainer = trl.SFTTrainer(
+        model=copy.deepcopy(base),
+        args=arguments(trl.SFTConfig, tmp_path, **more),
+        train_dataset=Dataset.from_list(SFT_DATA["completion"]),
+        processing_class=tokenizer,
+        peft_config=config(LLAMA, adapter_scope="input"),
+    )
+    weights = prepared(trainer)
+    batch = batch_of(trainer)
+    logps, _ = by_hand(base, weights, rows_of(batch), input_only=True)
+    everywhere, _ = by_hand(base, weights, rows_of(batch))
+    assert (logps - everywhere).abs().max() > 1e-2, "the case shows nothing"
+    want = -(logps * logps.exp() if "loss_type" in more else logps).mean()
+    assert float(trainer.compute_loss(trainer.model, dict(batch))) == pytest.approx(float(want), **CLOSE)
     trains(trainer, base)
 
 
