@@ -87,10 +87,10 @@ def test_rows_of_a_mixed_batch_have_scopes_of_their_own():
     rows, inputs = [ids(7, seed=n) for n in range(3)], [3, 4, 5]
     batch, mask, labels = labelled(rows, inputs, "right")
     out = model(
-        input_ids=batch, attention_mask=mask, labels=labels, adapter_names=["default", "all", "__base__"]
+        input_ids=batch, attention_mask=mask, labels=labels, adapter_names=["all", "default", "__base__"]
     ).logits
-    assert_close(out[0], row_output(base, weights, rows[0], input_length=3), **CLOSE)
-    assert_close(out[1], row_output(base, everywhere, rows[1]), **CLOSE)
+    assert_close(out[0], row_output(base, everywhere, rows[0]), **CLOSE)
+    assert_close(out[1], row_output(base, weights, rows[1], input_length=4), **CLOSE)
     assert_close(out[2], row_output(base, {}, rows[2]), **CLOSE)
 
 
