@@ -4,8 +4,11 @@ Importing this package registers the method INPUT_TUNING with PEFT. From then on
 a `PeftConfig` goes.
 """
 
+from .bigrams import BigramCounts
 from .config import InputTuningConfig
 from .export import ExportReport, export_model
+from .familiarity_measure import Familiarity, familiarity
+from .familiarity_regression import FamiliarityRegression
 from .inspection import AdapterInspection, inspect_adapter
 from .layer import InputTuningLayer
 from .model import InputTuningModel
@@ -19,13 +22,17 @@ register("input_tuning", InputTuningConfig, InputTuningModel)
 
 __all__ = [
     "AdapterInspection",
+    "BigramCounts",
     "ExportReport",
+    "Familiarity",
+    "FamiliarityRegression",
     "InputTuningConfig",
     "InputTuningLayer",
     "InputTuningModel",
     "__version__",
     "create_input_tuning_optimizer",
     "export_model",
+    "familiarity",
     "from_prompt_tuning",
     "input_tuning_parameter_groups",
     "inspect_adapter",

@@ -1,0 +1,48 @@
+"""Everyday English to compare inputs with, written for this package.
+
+It stands for "what the model can read". Its limits: forty short sentences of one language and one style, so that a
+tenth of a bit more or less says nothing; and a model of another language wants prose of that language: pass your own.
+"""
+
+PLAIN_PROSE = (
+    "The baker opens her shop at six, and by half past seven most of the warm rolls are already gone.",
+    "We took the slow train along the coast because my father wanted to see the lighthouse once more.",
+    "Nobody had told the new teacher that the heating in the old classroom never worked before noon.",
+    "If you water the tomatoes in the evening, the soil stays moist until the sun comes up again.",
+    "The meeting was moved to Thursday, so there is still time to read the report and write down your questions.",
+    "She found her keys in the fridge, next to the butter, and decided that it was time to go to bed.",
+    "A good chair costs a lot of money, but a bad one costs you your back in the end.",
+    "The children built a boat out of two doors and a rope, and it carried them nearly to the other side.",
+    "When the power failed, the whole street came out with candles and somebody brought a guitar.",
+    "He had promised to call as soon as he landed, but his phone had been flat since the morning.",
+    "The doctor said that the knee would heal by itself if I stopped running on hard roads for a month.",
+    "Our neighbours keep three hens, and every Sunday they leave a small box of eggs at our door.",
+    "It rained so hard during the match that the players could hardly see who had the ball.",
+    "Most of the letters in the drawer were bills, yet one of them was from a sister he had never met.",
+    "The museum is free on the first Monday of the month, which is why we waited in line for an hour.",
+    "You can borrow the ladder as long as you bring it back before the painters come on Friday.",
+    "My grandmother never measured the flour; she said that her hands knew when there was enough.",
+    "The bridge has been closed since spring, and people on the east bank now drive around the lake to get to work.",
+    "There was only one seat left on the bus, beside a man with a very large and very quiet dog.",
+    "The company sold fewer cars than last year, although it had spent twice as much on advertising.",
+    "After dinner they played cards until the youngest fell asleep with an ace still in his hand.",
+    "The new library has tall windows on every floor, so that you can read there without a lamp until late.",
+    "I asked for directions three times, and each time I was sent towards a different church.",
+    "The storm took part of the roof, but the apple tree behind the barn did not lose a single branch.",
+    "He learned to swim at sixty, because his grandson would not go into the water alone.",
+    "The soup needs more salt, less pepper and at least another twenty minutes on a low flame.",
+    "They had agreed to split the rent evenly until one of them started to bring home a drum kit.",
+    "At the end of the street there is a small cinema that shows old films on Wednesday nights.",
+    "The letter arrived two weeks after the wedding and apologised for not being able to come.",
+    "Scientists who study bees say that a mild winter can be harder on a hive than a cold one.",
+    "Her first job was to fold shirts in a shop window while people on the pavement watched her do it.",
+    "The river is lower than it was last summer, and the stones that we used to dive from stand dry.",
+    "Please leave your shoes at the door, the floor was polished this morning and it is still slippery.",
+    "The printer works again, but only if you lift the lid and knock twice on the left side.",
+    "We planned to paint the kitchen yellow, then green, and in the end we left it as it was.",
+    "The city council wants to plant a thousand trees, most of them along roads where there is no shade today.",
+    "He spoke so softly that the people in the back rows thought the speech had not begun yet.",
+    "The cat sleeps on the warm engine of the van, so the driver always looks twice before he starts it.",
+    "Every winter the lake freezes for a few days, and everyone who owns skates takes the afternoon off.",
+    "She closed the book a few pages before the end, because she did not want the story to be over.",
+)
