@@ -1,4 +1,5 @@
-"""The command line: `peft-input-tuning export ADAPTER OUTPUT` and `peft-input-tuning inspect ADAPTER`.
+"""The command line: `peft-input-tuning export ADAPTER OUTPUT`, `peft-input-tuning inspect ADAPTER` and
+`peft-input-tuning familiarity DATA.jsonl --model MODEL`.
 
 Heavy imports stand inside the commands, so that `--help` answers at once.
 """
@@ -10,6 +11,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from . import familiarity_command
+from .unfinished_file import check_file_to_write, unfinished
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -56,6 +60,14 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--most", type=int, default=10, help="words that are moved most and least (default: 10)")
     inspect.add_argument("--no-tokenizer", action="store_true", help="show ids instead of words")
     inspect.set_defaults(run=_inspect)
+    familiarity = commands.add_parser(
+        "familiarity",
+        help="measure how familiar inputs are to a frozen model",
+        description="Measures how familiar inputs are to a frozen model: the model's own bits per byte and the "
+        "tokenizer's tokens per byte, beside plain prose, and how frequent the inputs' bigrams are in a corpus.",
+    )
+    familiarity_command.add_arguments(familiarity, DTYPES)
+    familiarity.set_defaults(run=familiarity_command.run)
     return parser
 
 
@@ -100,8 +112,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
     from .inspection_page import inspection_page
 
     page: Path | None = arguments.html
-    if page is not None and (page.is_dir() or not page.absolute().parent.is_dir()):
-        raise ValueError(f"--html: {str(page)!r} is a folder, or in a folder that does not exist. Name a file.")
+    check_file_to_write("--html", page)
     model, tokenizer = _load(arguments)
     with tqdm(desc="Reading the table", unit=" rows", leave=False) as bar:
 
@@ -111,9 +122,8 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
         found = inspect_adapter(model, tokenizer, nearest=arguments.nearest, most=arguments.most, progress=progress)
     if page is not None:
-        unfinished = page.with_name(f".{page.name}.unfinished")
-        unfinished.write_text(inspection_page(found), encoding="utf-8")
-        unfinished.replace(page)
+        with unfinished(page) as scratch:
+            scratch.write_text(inspection_page(found), encoding="utf-8")
     console = Console()
     for table in _tables(found):
         console.print(table)
