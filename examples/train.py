@@ -6,10 +6,11 @@
 Data are JSON lines, or a dataset's name for `datasets`: a source and a target column, or chat messages of which the
 last one is the target. The loss is on the target only. Decoder-only and encoder-decoder models are told apart by their
 configuration. All options of `TrainingArguments` can be given too (--max_steps, --learning_rate, --save_steps,
---load_best_model_at_end, --bf16, ...); `--resume_from_checkpoint last` goes on where a run was interrupted.
+--load_best_model_at_end, --bf16, ...); `--resume_from_checkpoint last` goes on from the last complete checkpoint of a
+run that was interrupted.
 
-What comes out in --output_dir: the adapter with a model card that holds the figures, results.json, curves.png, and
-generations.jsonl.
+What comes out in --output_dir: the adapter with a model card that holds the figures, generations.jsonl, curves.png,
+and results.json, which is written last: a run without it did not end.
 """
 
 from __future__ import annotations
@@ -39,8 +40,15 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
+from checkpoints import (
+    RESUME,
+    StopAtNonFinite,
+    TrainingError,
+    is_out_of_room,
+    last_complete_checkpoint,
+    write_whole,
+)
 from packaged_model import PACKAGED, find_model
 from peft_input_tuning import InputTuningConfig, input_tuning_parameter_groups
 from task_data import InputError
@@ -184,6 +192,7 @@ def make_trainer(
     arguments: TrainingArguments,
 ) -> Trainer:
     arguments.remove_unused_columns = False
+    arguments.logging_nan_inf_filter = False  # StopAtNonFinite has to see them
     arguments.label_names = ["labels"]
     arguments.prediction_loss_only = True  # PEFT's prompt-tuning gives logits that are longer than the labels
     optimizer = None
@@ -193,7 +202,7 @@ def make_trainer(
             model, arguments.learning_rate, options.prompt_learning_rate, arguments.weight_decay
         )
         optimizer = (torch.optim.AdamW, {"params": groups, "lr": arguments.learning_rate})
-    callbacks = []
+    callbacks: list = [StopAtNonFinite()]
     if options.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(options.early_stopping_patience))
     return Trainer(
@@ -270,11 +279,24 @@ def write_card(folder: Path, options: Options, results: dict[str, Any], generati
         lines += ["", f"    input      {row['source']!r}", f"    generated  {row['text']!r}"]
         lines += [f"    reference  {row['references'][0]!r}"]
     card.text = f"{card.text.rstrip()}\n\n" + "\n".join(lines) + "\n"
-    card.save(path)
+    write_whole(path, str(card))
+
+
+def find_checkpoint(trainer: Trainer) -> str | None:
+    """The last complete checkpoint, for `--resume_from_checkpoint last`; None starts from the beginning."""
+    found, incomplete = last_complete_checkpoint(trainer.args.output_dir, trainer.args.world_size)
+    if trainer.is_world_process_zero():
+        for path in incomplete:
+            print(f"{path} is incomplete: passed over")
+        print(f"Going on from {found}" if found else "No complete checkpoint: starting from the beginning")
+    return str(found) if found else None
 
 
 def run(options: Options, arguments: TrainingArguments) -> dict[str, Any]:
     """Trains, evaluates, writes; returns the figures."""
+    done = Path(arguments.output_dir) / "results.json"
+    if done.exists() and not arguments.resume_from_checkpoint:
+        raise InputError(f"--output_dir: {arguments.output_dir!r} holds a run that ended. Choose another folder.")
     set_seed(arguments.seed)
     model, tokenizer = load(options)
     seq2seq = model.config.is_encoder_decoder
@@ -292,7 +314,9 @@ def run(options: Options, arguments: TrainingArguments) -> dict[str, Any]:
     trainer = make_trainer(model, tokenizer, features, options, arguments)
     checkpoint = arguments.resume_from_checkpoint
     if checkpoint == "last":
-        checkpoint = get_last_checkpoint(arguments.output_dir)
+        checkpoint = find_checkpoint(trainer)
+    if trainer.is_world_process_zero():
+        done.unlink(missing_ok=True)  # this run has not ended yet
     train_output = trainer.train(resume_from_checkpoint=checkpoint)
 
     results: dict[str, Any] = {
@@ -318,11 +342,11 @@ def run(options: Options, arguments: TrainingArguments) -> dict[str, Any]:
             for row, text in zip(test, texts, strict=True)
         ]
         lines = "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in generations)
-        (folder / "generations.jsonl").write_text(lines, encoding="utf-8")
-    report = {"options": asdict(options), "results": results, "curve": trainer.state.log_history}
-    (folder / "results.json").write_text(json.dumps(report, indent=1, ensure_ascii=False), encoding="utf-8")
+        write_whole(folder / "generations.jsonl", lines)
     plot_curves(trainer.state.log_history, folder / "curves.png")
     write_card(folder, options, results, generations)
+    report = {"options": asdict(options), "results": results, "curve": trainer.state.log_history}
+    write_whole(folder / "results.json", json.dumps(report, indent=1, ensure_ascii=False))
     print(", ".join(f"{name} {value:.4g}" for name, value in results.items()))
     return results
 
@@ -339,6 +363,17 @@ def main(argv: list[str] | None = None) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except TrainingError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except Exception as error:
+        if not is_out_of_room(error):
+            raise
+        where = arguments.output_dir
+        print(
+            f"error: --output_dir: no room left to write in {where!r} ({error}). Free some; {RESUME}.", file=sys.stderr
+        )
+        return 1
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()

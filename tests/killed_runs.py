@@ -1,0 +1,61 @@
+"""A run of `examples/train.py` that is killed again and again, started by `tests/test_faults.py`.
+
+    python tests/killed_runs.py KILLS SEED OPTION...
+
+Each life of the run is a fork of this process, which has imported everything already, and is ended with SIGKILL at a
+random moment; the last one is let alone. Prints one line of JSON: how each life ended, and which checkpoints were
+incomplete after it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+
+import torch
+
+import train
+from checkpoints import last_complete_checkpoint
+
+torch.set_num_threads(1)
+SHORTEST, LONGEST = 0.5, 2.0  # seconds; loading the model takes about the shortest
+
+
+def live(options: list[str]) -> int:
+    """One life of the run, in a process of its own; returns its pid."""
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 1
+    with contextlib.suppress(SystemExit), open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        status = train.main([*options, "--resume_from_checkpoint", "last"])
+    os._exit(status)
+
+
+def main() -> None:
+    kills, seed, *options = sys.argv[1:]
+    output_dir = Path(options[options.index("--output_dir") + 1])
+    moments, lives = random.Random(int(seed)), []
+    for number in range(int(kills) + 1):
+        pid = live(options)
+        if number < int(kills):
+            time.sleep(moments.uniform(SHORTEST, LONGEST))
+            os.kill(pid, signal.SIGKILL)
+        _, status = os.waitpid(pid, 0)
+        complete, incomplete = last_complete_checkpoint(output_dir)
+        how = f"signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else f"exit {os.WEXITSTATUS(status)}"
+        left = {"complete": complete and complete.name, "incomplete": [path.name for path in incomplete]}
+        lives.append({"ended": how, **left})
+    print(json.dumps(lives))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,344 @@
+"""What goes wrong while training: kills, a full disk, NaN, a rank that dies. With `examples/train.py` as it is."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+sys.path.insert(0, str(EXAMPLES))
+
+import logic_to_text  # noqa: E402
+import train  # noqa: E402
+from checkpoints import (  # noqa: E402
+    StopAtNonFinite,
+    TrainingError,
+    is_complete,
+    is_out_of_room,
+    last_complete_checkpoint,
+    write_whole,
+)
+
+faults = pytest.mark.trains_with
+ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def options(tiny_model, tmp_path_factory) -> list[str]:
+    """A run of six steps that saves the third and the last."""
+    file = tmp_path_factory.mktemp("data") / "train.jsonl"
+    rows = logic_to_text.make_splits(48, 10, 7)["train"]
+    file.write_text("".join(json.dumps({"source": r.source, "references": [r.reference]}) + "\n" for r in rows))
+    settings = {"max_steps": 6, "save_steps": 3, "logging_steps": 1, "learning_rate": 1e-2, "report_to": "none"}
+    settings |= {"per_device_train_batch_size": 4, "disable_tqdm": "true", "use_cpu": "true"}
+    named = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    return ["--model", str(tiny_model), "--train_data", str(file), *named]
+
+
+@pytest.fixture(scope="module")
+def whole(options, tmp_path_factory) -> Path:
+    """The run without any fault."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert train.main([*options, "--output_dir", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture
+def half(whole, tmp_path) -> Path:
+    """A run that got as far as its third step."""
+    shutil.copytree(whole / "checkpoint-3", tmp_path / "half" / "checkpoint-3")
+    return tmp_path / "half"
+
+
+def curve(folder: Path) -> dict[int, float]:
+    logs = json.loads((folder / "results.json").read_text())["curve"]
+    return {log["step"]: log["loss"] for log in logs if "loss" in log}
+
+
+def assert_same_run(got: Path, want: Path) -> None:
+    """Bit for bit."""
+    assert curve(got) == curve(want)
+    ours, theirs = (load_file(folder / "adapter_model.safetensors") for folder in (got, want))
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        assert torch.equal(ours[name], value), name
+
+
+def resume(options: list[str], folder: Path) -> int:
+    return train.main([*options, "--output_dir", str(folder), "--resume_from_checkpoint", "last"])
+
+
+# ---- which checkpoint is complete -----------------------------------------------------------------------------------
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+@faults("Faults", "a checkpoint with a file missing or cut off is passed over")
+@pytest.mark.parametrize("harm", [Path.unlink, cut], ids=["missing", "cut off"])
+@pytest.mark.parametrize(
+    "name", ["adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"]
+)
+def test_a_checkpoint_that_is_not_whole_is_passed_over(whole, tmp_path, name, harm):
+    run = tmp_path / "run"
+    for number in (3, 6):
+        shutil.copytree(whole / f"checkpoint-{number}", run / f"checkpoint-{number}")
+    assert last_complete_checkpoint(run) == (run / "checkpoint-6", [])
+    if harm is Path.unlink and name in ("optimizer.pt", "scheduler.pt"):
+        (run / "checkpoint-6" / "trainer_state.json").unlink()  # which is written after them
+    harm(run / "checkpoint-6" / name)
+    assert last_complete_checkpoint(run) == (run / "checkpoint-3", [run / "checkpoint-6"])
+
+
+def test_a_checkpoint_of_several_processes_has_all_their_random_states(whole, tmp_path):
+    folder = tmp_path / "checkpoint-6"
+    shutil.copytree(whole / "checkpoint-6", folder)
+    (folder / "rng_state.pth").rename(folder / "rng_state_0.pth")
+    assert not is_complete(folder, 6, processes=2)
+    shutil.copy(folder / "rng_state_0.pth", folder / "rng_state_1.pth")
+    assert is_complete(folder, 6, processes=2)
+    assert not is_complete(folder, 6, processes=3)
+    assert not is_complete(folder, 5, processes=2)
+
+
+def test_there_may_be_no_checkpoint(tmp_path):
+    assert last_complete_checkpoint(tmp_path / "nowhere") == (None, [])
+
+
+# ---- killed ---------------------------------------------------------------------------------------------------------
+
+
+def test_resuming_passes_an_incomplete_checkpoint_over(options, whole, half, capsys):
+    shutil.copytree(whole / "checkpoint-6", half / "checkpoint-6")
+    cut(half / "checkpoint-6" / "adapter_model.safetensors")
+    assert resume(options, half) == 0
+    said = capsys.readouterr().out
+    assert "checkpoint-6 is incomplete: passed over" in said
+    assert f"Going on from {half / 'checkpoint-3'}" in said
+    assert_same_run(half, whole)
+
+
+def test_resuming_without_any_checkpoint_starts_anew(options, whole, tmp_path, capsys):
+    assert resume(options, tmp_path / "new") == 0
+    assert "No complete checkpoint: starting from the beginning" in capsys.readouterr().out
+    assert_same_run(tmp_path / "new", whole)
+
+
+@faults("Faults", "SIGKILL at 20 random moments, in training and in saving: the same run in the end")
+@pytest.mark.slow
+def test_twenty_kills_at_random_moments(options, tmp_path):
+    longer = [*options, "--max_steps", "700", "--save_steps", "1", "--save_total_limit", "3"]
+    killed, alone = tmp_path / "killed", tmp_path / "alone"
+    command = [sys.executable, str(Path(__file__).with_name("killed_runs.py")), "20", "0", *longer]
+    done = subprocess.run(
+        [*command, "--output_dir", str(killed)], env=ENVIRONMENT, capture_output=True, text=True, timeout=400
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    lives = json.loads(done.stdout.splitlines()[-1])
+    assert [life["ended"] for life in lives] == ["signal 9"] * 20 + ["exit 0"]
+    assert any(life["incomplete"] for life in lives), "no kill hit a checkpoint that was being written"
+    assert len({life["complete"] for life in lives}) > 5, "the run hardly went on between the kills"
+    assert train.main([*longer, "--output_dir", str(alone)]) == 0
+    assert len(curve(alone)) == 700
+    assert_same_run(killed, alone)
+
+
+@faults("Faults", "a rank that dies: the launcher ends, the next launch goes on to the same numbers")
+@pytest.mark.slow
+def test_a_rank_that_dies(options, tmp_path):
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0", "--config_file"]
+    command += [str(EXAMPLES / "accelerate_configs" / "ddp_cpu.yaml"), str(EXAMPLES / "train.py"), *options]
+    command += ["--per_device_train_batch_size", "2", "--max_steps", "40", "--save_steps", "5"]
+    run, alone = tmp_path / "run", tmp_path / "alone"
+    launcher = subprocess.Popen(
+        [*command, "--output_dir", str(run)], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
+    )
+    ranks = []
+    try:
+        deadline = time.monotonic() + 120
+        while not (run / "checkpoint-10").exists():
+            assert launcher.poll() is None, "it ended by itself"
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        ranks = [
+            p for p in psutil.Process(launcher.pid).children(recursive=True) if "train.py" in " ".join(p.cmdline())
+        ]
+        assert len(ranks) == 2
+        second = next(p for p in ranks if p.environ()["RANK"] == "1")
+        os.kill(second.pid, signal.SIGKILL)
+        launcher.communicate(timeout=60)
+    finally:
+        launcher.kill()
+        launcher.communicate()
+    assert launcher.returncode != 0
+    assert not [p for p in ranks if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+    assert not (run / "results.json").exists()
+    for folder, more in ((run, ["--resume_from_checkpoint", "last"]), (alone, [])):
+        done = subprocess.run(
+            [*command, "--output_dir", str(folder), *more],
+            env=ENVIRONMENT,
+            capture_output=True,
+            text=True,
+            timeout=200,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert ("Going on from" in done.stdout) == (folder == run)
+    assert_same_run(run, alone)
+
+
+def test_a_run_that_ended_is_not_written_over(options, whole, capsys):
+    before = {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()}
+    assert train.main([*options, "--output_dir", str(whole)]) == 2
+    assert "--output_dir" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()} == before
+
+
+# ---- a full disk ----------------------------------------------------------------------------------------------------
+
+
+@faults("Faults", "a full disk: a clear error, the older checkpoint intact")
+def test_files_that_cannot_grow(options, whole, half, capsys):
+    """The limit is on a file's size, and any user can set it: the optimizer's file is the one that does not fit."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    room = (half / "checkpoint-3" / "optimizer.pt").stat().st_size - 1000
+    assert all(f.stat().st_size < room for f in (half / "checkpoint-3").glob("*") if f.name != "optimizer.pt")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+    try:
+        assert resume(options, half) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    said = capsys.readouterr().err
+    assert "--output_dir: no room left to write in" in said
+    assert "--resume_from_checkpoint last" in said
+    assert_goes_on(options, half, whole)
+
+
+def assert_goes_on(options, run: Path, whole: Path) -> None:
+    assert not (run / "results.json").exists()
+    assert last_complete_checkpoint(run)[0] == run / "checkpoint-3"
+    for path in (whole / "checkpoint-3").iterdir():
+        assert (run / "checkpoint-3" / path.name).read_bytes() == path.read_bytes(), path.name
+    assert resume(options, run) == 0
+    assert_same_run(run, whole)
+
+
+@faults("Faults", "a full file system")
+def test_a_file_system_that_is_full(options, whole, half, tmp_path, capsys):
+    small = tmp_path / "small"
+    small.mkdir()
+    needed = sum(path.stat().st_size for path in (half / "checkpoint-3").iterdir())
+    size = needed + needed // 2
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(small)], capture_output=True
+    ).returncode:
+        pytest.skip("mounting a file system needs root")
+    try:
+        shutil.copytree(half, small / "run")
+        assert resume(options, small / "run") == 1
+        assert "--output_dir: no room left to write in" in capsys.readouterr().err
+        shutil.copytree(small / "run", tmp_path / "moved")
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+    assert_goes_on(options, tmp_path / "moved", whole)
+
+
+def test_other_errors_are_not_taken_for_a_full_disk():
+    assert is_out_of_room(OSError(28, "No space left on device"))
+    wrapped = RuntimeError("outer")
+    wrapped.__cause__ = OSError(122, "Disk quota exceeded")
+    assert is_out_of_room(wrapped)
+    for other in (OSError(13, "Permission denied"), RuntimeError("shapes do not fit"), KeyError("No space left")):
+        assert not is_out_of_room(other)
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    write_whole(tmp_path / "results.json", "old")
+
+    def fails(self, *args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", fails)
+    with pytest.raises(OSError, match="No space"):
+        write_whole(tmp_path / "results.json", "new")
+    assert (tmp_path / "results.json").read_text() == "old"
+
+
+# ---- NaN ------------------------------------------------------------------------------------------------------------
+
+
+def all_finite(folder: Path) -> bool:
+    return all(torch.isfinite(v).all() for f in folder.rglob("*.safetensors") for v in load_file(f).values())
+
+
+@faults("Faults", "a loss that becomes NaN is named, and not saved")
+@pytest.mark.parametrize("logged", [1, 100], ids=["seen in the log", "seen in the weights"])
+def test_a_loss_that_becomes_nan(options, tmp_path, monkeypatch, capsys, logged):
+    compute = train.Trainer.compute_loss
+
+    def poisoned(self, *args, **kwargs):
+        loss = compute(self, *args, **kwargs)
+        return loss * float("nan") if self.state.global_step == 4 else loss
+
+    monkeypatch.setattr(train.Trainer, "compute_loss", poisoned)
+    out = tmp_path / "out"
+    more = ["--logging_steps", str(logged), "--save_steps", "1" if logged == 1 else "3"]
+    assert train.main([*options, *more, "--output_dir", str(out)]) == 1
+    said = capsys.readouterr().err
+    assert ("At step 5 " if logged == 1 else "At step 6 ") in said.replace("(", " (")
+    assert "Lower --learning_rate" in said
+    assert {path.name for path in out.glob("checkpoint-*")} == (
+        {f"checkpoint-{n}" for n in (1, 2, 3, 4)} if logged == 1 else {"checkpoint-3"}
+    )
+    assert all_finite(out)
+    assert not (out / "results.json").exists()
+
+
+@faults("Faults", "a validation loss of NaN is named, and not chosen as the best")
+def test_a_validation_loss_of_nan(options, tmp_path, monkeypatch, capsys):
+    predict = train.Trainer.prediction_step
+
+    def poisoned(self, *args, **kwargs):
+        loss, *rest = predict(self, *args, **kwargs)
+        return (loss * float("nan") if self.state.global_step == 4 else loss, *rest)
+
+    monkeypatch.setattr(train.Trainer, "prediction_step", poisoned)
+    out, data = tmp_path / "out", options[options.index("--train_data") + 1]
+    more = ["--validation_data", data, "--eval_strategy", "steps", "--eval_steps", "2", "--save_steps", "2"]
+    assert train.main([*options, *more, "--load_best_model_at_end", "true", "--output_dir", str(out)]) == 1
+    assert "At step 4" in (said := capsys.readouterr().err)
+    assert "eval_loss is nan" in said
+    assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert json.loads((out / "checkpoint-2" / "trainer_state.json").read_text())["best_global_step"] == 2
+
+
+def test_what_is_not_finite_is_named():
+    state = SimpleNamespace(global_step=7, log_history=[{"learning_rate": 0.5}])
+    with pytest.raises(TrainingError, match=r"At step 7 \(learning rate 0.5\) grad_norm is inf"):
+        StopAtNonFinite().on_log(None, state, None, {"loss": 1.0, "grad_norm": float("inf")})
+    StopAtNonFinite().on_log(None, state, None, {"loss": 1.0, "eval_loss": 2.0})
+    model = torch.nn.Linear(2, 2)
+    model.weight.data[0, 0] = float("nan")
+    saving = SimpleNamespace(should_save=True, should_evaluate=False)
+    with pytest.raises(TrainingError, match="`weight` holds NaN"):
+        StopAtNonFinite().on_step_end(None, state, saving, model=model)
+    model.weight.requires_grad_(False)
+    StopAtNonFinite().on_step_end(None, state, saving, model=model)
+
+
+def test_weights_of_another_kind_are_checked_by_their_length(tmp_path):
+    save_file({"a": torch.ones(4)}, tmp_path / "model.safetensors")
+    assert not is_complete(tmp_path, 0)  # there is no state beside them
