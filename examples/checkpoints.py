@@ -1,78 +1,83 @@
-"""Faults in training: which checkpoint can be gone on from, and when to stop before a bad one is written.
+"""Checkpoints of transformers' Trainer: which can be gone on from, and how they are kept from harm.
 
-A checkpoint of transformers' Trainer is a folder that is written file by file, `trainer_state.json` last. A process
-that is killed meanwhile, or a disk that is full, leaves a folder that looks like the newest checkpoint and is none.
+A checkpoint is a folder that Trainer writes file by file, `trainer_state.json` last; of several processes, each adds
+its random state when it comes to it. A process that is killed meanwhile, or a disk that is full, leaves a folder that
+looks like the newest checkpoint and is none. `CheckpointFolders` marks a folder until all have written; where another
+script has trained, the files themselves tell.
 """
 
 from __future__ import annotations
 
-import errno
 import json
-import math
 import re
+import shutil
 import zipfile
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
+
+from task_data import InputError
 
 RESUME = "go on from the last complete checkpoint with --resume_from_checkpoint last"
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_NO_ROOM_WORDS = re.compile(
-    r"no space left|disk quota|file too large|\bos error (27|28|122)\b"  # of the system, Python and Rust
-    r"|file write failed|PytorchStreamWriter failed|iostream error",  # of torch, which does not say why
-    re.IGNORECASE,
+_STATE = "trainer_state.json"
+_MARK = "unfinished"
+# What a checkpoint must have, by the names of Trainer, or of FSDP and DeepSpeed, which write theirs in folders.
+_NEEDED = (
+    ("*.safetensors", "pytorch_model_fsdp*", "global_step*"),
+    ("optimizer*", "global_step*"),
+    ("scheduler.pt", "global_step*"),
+    ("rng_state*.pth",),
 )
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on; the message says why, and what to do."""
 
 
 # ---- which checkpoint is complete -----------------------------------------------------------------------------------
 
 
-def last_complete_checkpoint(output_dir: str | Path, processes: int = 1) -> tuple[Path | None, list[Path]]:
+def last_complete_checkpoint(output_dir: str | Path) -> tuple[Path | None, list[Path]]:
     """The newest checkpoint that can be gone on from.
 
     Args:
         output_dir: the folder that has `checkpoint-N` folders; it need not exist.
-        processes: how many are to go on from it.
 
     Returns:
         The folder, or None; and the newer folders that are incomplete, newest first.
     """
-    numbered = [
-        (int(match[1]), path)
-        for path in Path(output_dir).glob("*")
-        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
-    ]
     incomplete = []
-    for step, path in sorted(numbered, reverse=True):
-        if is_complete(path, step, processes):
+    for path in checkpoints_in(output_dir):
+        if is_complete(path):
             return path, incomplete
         incomplete.append(path)
     return None, incomplete
 
 
-def is_complete(checkpoint: Path, step: int, processes: int = 1) -> bool:
-    """Whether everything that Trainer writes is there and whole: its state, which it writes last, the random states
-    of all processes, and weights and optimizers whose files are not cut off."""
+def checkpoints_in(output_dir: str | Path) -> list[Path]:
+    """Complete or not, newest first."""
+    numbered = ((_step_of(path), path) for path in Path(output_dir).glob("checkpoint-*"))
+    return [path for _, path in sorted((pair for pair in numbered if pair[0] is not None), reverse=True)]
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """Whether everything that Trainer writes is there and whole: its state, which it writes last, random states, and
+    weights and optimizers whose files are not cut off."""
     try:
-        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        state = json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    if state.get("global_step") != step:
+    if (checkpoint / _MARK).exists() or _step_of(checkpoint) not in (None, state.get("global_step")):
         return False
-    random_states = list(checkpoint.glob("rng_state*.pth"))
-    of_several = [path for path in random_states if path.name != "rng_state.pth"]
-    if not random_states or (of_several and len(of_several) < max(2, processes)):
+    if not all(any(any(checkpoint.glob(name)) for name in names) for names in _NEEDED):
         return False
     files = [path for path in checkpoint.rglob("*") if path.is_file()]
     weights = [path for path in files if path.suffix == ".safetensors"]
-    pickles = [path for path in files if path.suffix in (".pt", ".pth")]
-    return bool(weights) and all(map(_is_whole, weights)) and all(map(zipfile.is_zipfile, pickles))
+    pickles = [path for path in files if path.suffix in (".bin", ".pt", ".pth")]
+    return all(map(_is_whole, weights)) and all(map(zipfile.is_zipfile, pickles))
+
+
+def _step_of(checkpoint: Path) -> int | None:
+    match = re.fullmatch(r"checkpoint-(\d+)", checkpoint.name)
+    return int(match[1]) if match else None
 
 
 def _is_whole(path: Path) -> bool:
@@ -84,56 +89,88 @@ def _is_whole(path: Path) -> bool:
         return False
 
 
-# ---- when to stop ---------------------------------------------------------------------------------------------------
+def find_checkpoint(arguments: TrainingArguments) -> str | None:
+    """What to go on from; None is the beginning.
+
+    Raises:
+        InputError: the checkpoint is incomplete, or the run would write over another one.
+    """
+    folder, wanted = arguments.output_dir, arguments.resume_from_checkpoint
+    last, incomplete = last_complete_checkpoint(folder)
+    if not wanted:
+        if (Path(folder) / "results.json").exists() or checkpoints_in(folder):
+            raise InputError(f"--output_dir: {folder!r} holds a run already. Choose another folder, or {RESUME}.")
+        return None
+    if wanted == "last":
+        if arguments.process_index == 0:
+            for path in incomplete:
+                print(f"{path} is incomplete: passed over")
+            print(f"Going on from {last}" if last else "No complete checkpoint: starting from the beginning")
+        return str(last) if last else None
+    if not is_complete(Path(wanted)):
+        raise InputError(f"--resume_from_checkpoint: {wanted!r} is no complete checkpoint. Pass last, or another one.")
+    if last and last.resolve() != Path(wanted).resolve():
+        raise InputError(
+            f"--resume_from_checkpoint: {str(last)!r} would be written over by a run that goes on from {wanted!r}. "
+            "Pass last, or choose another --output_dir."
+        )
+    return wanted
 
 
-class StopAtNonFinite(TrainerCallback):
-    """Ends training where a loss, a gradient or a trained weight is NaN or infinite, before it is saved or taken for
-    the best.
+class CheckpointFolders(TrainerCallback):
+    """Marks a checkpoint until all processes have written it, and keeps older ones until then.
 
-    Trainer's `logging_nan_inf_filter` must be off: it replaces such losses in the logs.
+    Trainer itself writes into a folder that an earlier life of the run left there. And it deletes older checkpoints
+    (`save_total_limit`, which must be None here) while other processes may still be writing the newest one.
+
+    Args:
+        keep: how many checkpoints to keep, the best one included; None keeps all.
     """
 
-    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
-        for name in ("loss", "grad_norm", "eval_loss"):
-            value = (logs or {}).get(name)
-            if value is not None and not math.isfinite(value):
-                self._stop(state, f"{name} is {value}")
+    def __init__(self, keep: int | None = None) -> None:
+        self.keep = keep
 
-    def on_step_end(self, args, state, control, model=None, **kwargs) -> None:
-        if not (control.should_save or control.should_evaluate) or model is None:
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        if not control.should_save:
             return
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad and not torch.isfinite(_local(parameter)).all():
-                self._stop(state, f"`{name}` holds NaN or infinite values")
+        if args.should_save:
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            _remove(folder)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / _MARK).touch()
+        _wait_for_all()
 
-    def _stop(self, state, what: str) -> None:
-        rates = [log["learning_rate"] for log in state.log_history if "learning_rate" in log]
-        rate = f" (learning rate {rates[-1]:.3g})" if rates else ""
-        raise TrainingError(
-            f"At step {state.global_step}{rate} {what}. Nothing was saved of this step. Lower --learning_rate or "
-            f"--max_grad_norm, look for broken rows in --train_data, or train in float32; then {RESUME}."
-        )
+    on_epoch_end = on_step_end
 
+    def on_save(self, args, state, control, **kwargs) -> None:
+        _wait_for_all()
+        if not args.should_save:
+            return
+        (Path(args.output_dir) / f"checkpoint-{state.global_step}" / _MARK).unlink(missing_ok=True)
+        if self.keep:
+            self._remove_older(checkpoints_in(args.output_dir), state.best_global_step)
 
-def _local(parameter: torch.nn.Parameter) -> torch.Tensor:
-    return parameter.to_local() if hasattr(parameter, "to_local") else parameter.detach()  # this process's shard
-
-
-def is_out_of_room(error: BaseException) -> bool:
-    """Whether a write failed because the disk or the quota is full. Libraries wrap the error of the system."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, OSError) and seen.errno in _NO_ROOM:
-            return True
-        if isinstance(seen, OSError | RuntimeError | SafetensorError) and _NO_ROOM_WORDS.search(str(seen)):
-            return True
-        seen = seen.__cause__ or seen.__context__
-    return False
+    def _remove_older(self, newest_first: list[Path], best: int | None) -> None:
+        complete = [path for path in newest_first if is_complete(path)]
+        kept = [*complete[:1], *(path for path in complete[1:] if _step_of(path) == best)]
+        kept += [path for path in complete if path not in kept][: max(0, self.keep - len(kept))]
+        for path in newest_first[newest_first.index(complete[0]) :] if complete else []:
+            if path not in kept:
+                _remove(path)
 
 
-def write_whole(path: Path, text: str) -> None:
+def _remove(folder: Path) -> None:
+    (folder / _STATE).unlink(missing_ok=True)  # first, lest what is left is taken for a checkpoint
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _wait_for_all() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
     """Writes a file that is there whole or not at all."""
     unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text(text, encoding="utf-8")
+    unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
     unfinished.replace(path)

@@ -15,6 +15,7 @@ and results.json, which is written last: a run without it did not end.
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from dataclasses import asdict, dataclass, field
@@ -41,14 +42,8 @@ from transformers import (
     set_seed,
 )
 
-from checkpoints import (
-    RESUME,
-    StopAtNonFinite,
-    TrainingError,
-    is_out_of_room,
-    last_complete_checkpoint,
-    write_whole,
-)
+from checkpoints import CheckpointFolders, find_checkpoint, write_whole
+from faults import StopAtNonFinite, TrainingError, is_out_of_room, out_of_room
 from packaged_model import PACKAGED, find_model
 from peft_input_tuning import InputTuningConfig, input_tuning_parameter_groups
 from task_data import InputError
@@ -202,7 +197,8 @@ def make_trainer(
             model, arguments.learning_rate, options.prompt_learning_rate, arguments.weight_decay
         )
         optimizer = (torch.optim.AdamW, {"params": groups, "lr": arguments.learning_rate})
-    callbacks: list = [StopAtNonFinite()]
+    callbacks: list = [StopAtNonFinite(), CheckpointFolders(arguments.save_total_limit)]
+    arguments.save_total_limit = None  # CheckpointFolders sees to it
     if options.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(options.early_stopping_patience))
     return Trainer(
@@ -264,7 +260,9 @@ def plot_curves(history: list[dict[str, float]], path: Path) -> None:
     axes.set(xlabel="step", ylabel="loss per target token")
     axes.legend()
     figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=150)
+    write_whole(path, image.getvalue())
     plt.close(figure)
 
 
@@ -282,21 +280,9 @@ def write_card(folder: Path, options: Options, results: dict[str, Any], generati
     write_whole(path, str(card))
 
 
-def find_checkpoint(trainer: Trainer) -> str | None:
-    """The last complete checkpoint, for `--resume_from_checkpoint last`; None starts from the beginning."""
-    found, incomplete = last_complete_checkpoint(trainer.args.output_dir, trainer.args.world_size)
-    if trainer.is_world_process_zero():
-        for path in incomplete:
-            print(f"{path} is incomplete: passed over")
-        print(f"Going on from {found}" if found else "No complete checkpoint: starting from the beginning")
-    return str(found) if found else None
-
-
 def run(options: Options, arguments: TrainingArguments) -> dict[str, Any]:
     """Trains, evaluates, writes; returns the figures."""
-    done = Path(arguments.output_dir) / "results.json"
-    if done.exists() and not arguments.resume_from_checkpoint:
-        raise InputError(f"--output_dir: {arguments.output_dir!r} holds a run that ended. Choose another folder.")
+    checkpoint = find_checkpoint(arguments)
     set_seed(arguments.seed)
     model, tokenizer = load(options)
     seq2seq = model.config.is_encoder_decoder
@@ -312,11 +298,8 @@ def run(options: Options, arguments: TrainingArguments) -> dict[str, Any]:
         model = get_peft_model(model, config)
         model.print_trainable_parameters()
     trainer = make_trainer(model, tokenizer, features, options, arguments)
-    checkpoint = arguments.resume_from_checkpoint
-    if checkpoint == "last":
-        checkpoint = find_checkpoint(trainer)
     if trainer.is_world_process_zero():
-        done.unlink(missing_ok=True)  # this run has not ended yet
+        (Path(arguments.output_dir) / "results.json").unlink(missing_ok=True)  # this run has not ended yet
     train_output = trainer.train(resume_from_checkpoint=checkpoint)
 
     results: dict[str, Any] = {
@@ -369,10 +352,7 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         if not is_out_of_room(error):
             raise
-        where = arguments.output_dir
-        print(
-            f"error: --output_dir: no room left to write in {where!r} ({error}). Free some; {RESUME}.", file=sys.stderr
-        )
+        print(f"error: {out_of_room(error, arguments.output_dir)}", file=sys.stderr)
         return 1
     finally:
         if torch.distributed.is_initialized():

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
@@ -24,13 +24,13 @@ sys.path.insert(0, str(EXAMPLES))
 import logic_to_text  # noqa: E402
 import train  # noqa: E402
 from checkpoints import (  # noqa: E402
-    StopAtNonFinite,
-    TrainingError,
+    CheckpointFolders,
+    checkpoints_in,
     is_complete,
-    is_out_of_room,
     last_complete_checkpoint,
     write_whole,
 )
+from faults import StopAtNonFinite, TrainingError, is_out_of_room  # noqa: E402
 
 faults = pytest.mark.trains_with
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
@@ -98,21 +98,41 @@ def test_a_checkpoint_that_is_not_whole_is_passed_over(whole, tmp_path, name, ha
     for number in (3, 6):
         shutil.copytree(whole / f"checkpoint-{number}", run / f"checkpoint-{number}")
     assert last_complete_checkpoint(run) == (run / "checkpoint-6", [])
-    if harm is Path.unlink and name in ("optimizer.pt", "scheduler.pt"):
-        (run / "checkpoint-6" / "trainer_state.json").unlink()  # which is written after them
     harm(run / "checkpoint-6" / name)
     assert last_complete_checkpoint(run) == (run / "checkpoint-3", [run / "checkpoint-6"])
 
 
-def test_a_checkpoint_of_several_processes_has_all_their_random_states(whole, tmp_path):
-    folder = tmp_path / "checkpoint-6"
-    shutil.copytree(whole / "checkpoint-6", folder)
-    (folder / "rng_state.pth").rename(folder / "rng_state_0.pth")
-    assert not is_complete(folder, 6, processes=2)
-    shutil.copy(folder / "rng_state_0.pth", folder / "rng_state_1.pth")
-    assert is_complete(folder, 6, processes=2)
-    assert not is_complete(folder, 6, processes=3)
-    assert not is_complete(folder, 5, processes=2)
+def test_a_checkpoint_is_complete_when_all_processes_have_written_it(whole, tmp_path):
+    """While it is saved it is marked, with all of the main process's files there."""
+    shutil.copytree(whole / "checkpoint-6", tmp_path / "aside")
+    args = SimpleNamespace(output_dir=str(tmp_path), should_save=True)
+    state, saving = SimpleNamespace(global_step=6, best_global_step=None), SimpleNamespace(should_save=True)
+    CheckpointFolders().on_step_end(args, state, saving)
+    shutil.copytree(tmp_path / "aside", tmp_path / "checkpoint-6", dirs_exist_ok=True)
+    assert not is_complete(tmp_path / "checkpoint-6")
+    CheckpointFolders().on_save(args, state, saving)
+    assert is_complete(tmp_path / "checkpoint-6")
+    (tmp_path / "checkpoint-6").rename(tmp_path / "checkpoint-5")
+    assert not is_complete(tmp_path / "checkpoint-5"), "its state is of another step"
+
+
+@faults("Faults", "save_total_limit deletes no complete checkpoint in favour of an incomplete one")
+@pytest.mark.parametrize(
+    ("keep", "best", "left"),
+    [(1, None, [9, 7]), (2, None, [9, 7, 5]), (2, 3, [9, 7, 3]), (1, 3, [9, 7, 3]), (9, None, [9, 7, 5, 3])],
+)
+def test_incomplete_checkpoints_do_not_count(whole, tmp_path, keep, best, left):
+    """The ninth and the sixth are incomplete, the seventh has just been saved."""
+    for step in (3, 5, 6, 7, 9):
+        folder = tmp_path / f"checkpoint-{step}"
+        shutil.copytree(whole / "checkpoint-3", folder)
+        state = json.loads((folder / "trainer_state.json").read_text())
+        (folder / "trainer_state.json").write_text(json.dumps(state | {"global_step": step}))
+    for step in (6, 9):
+        (tmp_path / f"checkpoint-{step}" / "optimizer.pt").unlink()
+    args = SimpleNamespace(output_dir=str(tmp_path), should_save=True)
+    CheckpointFolders(keep).on_save(args, SimpleNamespace(global_step=7, best_global_step=best), None)
+    assert [path.name for path in checkpoints_in(tmp_path)] == [f"checkpoint-{step}" for step in left]
 
 
 def test_there_may_be_no_checkpoint(tmp_path):
@@ -125,11 +145,13 @@ def test_there_may_be_no_checkpoint(tmp_path):
 def test_resuming_passes_an_incomplete_checkpoint_over(options, whole, half, capsys):
     shutil.copytree(whole / "checkpoint-6", half / "checkpoint-6")
     cut(half / "checkpoint-6" / "adapter_model.safetensors")
+    (half / "checkpoint-6" / "left-over").touch()
     assert resume(options, half) == 0
     said = capsys.readouterr().out
     assert "checkpoint-6 is incomplete: passed over" in said
     assert f"Going on from {half / 'checkpoint-3'}" in said
     assert_same_run(half, whole)
+    assert not (half / "checkpoint-6" / "left-over").exists(), "files of two lives in one checkpoint"
 
 
 def test_resuming_without_any_checkpoint_starts_anew(options, whole, tmp_path, capsys):
@@ -200,11 +222,25 @@ def test_a_rank_that_dies(options, tmp_path):
     assert_same_run(run, alone)
 
 
-def test_a_run_that_ended_is_not_written_over(options, whole, capsys):
-    before = {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()}
-    assert train.main([*options, "--output_dir", str(whole)]) == 2
-    assert "--output_dir" in capsys.readouterr().err
-    assert {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()} == before
+def test_a_run_is_not_written_over(options, whole, half, capsys):
+    before = {path: path.read_bytes() for folder in (whole, half) for path in folder.rglob("*") if path.is_file()}
+    older = str(whole / "checkpoint-3")
+    for folder, more, named in (
+        (whole, [], "--output_dir"),
+        (half, [], "--output_dir"),
+        (whole, ["--resume_from_checkpoint", older], "checkpoint-6' would be written over"),
+        (half, ["--resume_from_checkpoint", str(half)], "is no complete checkpoint"),
+    ):
+        assert train.main([*options, *more, "--output_dir", str(folder)]) == 2
+        assert named in capsys.readouterr().err
+    for path, content in before.items():
+        assert path.read_bytes() == content, path
+
+
+def test_another_folder_goes_on_from_a_checkpoint(options, whole, tmp_path):
+    more = ["--resume_from_checkpoint", str(whole / "checkpoint-3")]
+    assert train.main([*options, *more, "--output_dir", str(tmp_path / "other")]) == 0
+    assert_same_run(tmp_path / "other", whole)
 
 
 # ---- a full disk ----------------------------------------------------------------------------------------------------
@@ -222,7 +258,8 @@ def test_files_that_cannot_grow(options, whole, half, capsys):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     said = capsys.readouterr().err
-    assert "--output_dir: no room left to write in" in said
+    assert f"--output_dir: no room left to write in {str(half)!r}" in said
+    assert f"{half / 'checkpoint-6'}: incomplete, can be deleted" in said
     assert "--resume_from_checkpoint last" in said
     assert_goes_on(options, half, whole)
 
@@ -284,27 +321,42 @@ def all_finite(folder: Path) -> bool:
     return all(torch.isfinite(v).all() for f in folder.rglob("*.safetensors") for v in load_file(f).values())
 
 
-@faults("Faults", "a loss that becomes NaN is named, and not saved")
-@pytest.mark.parametrize("logged", [1, 100], ids=["seen in the log", "seen in the weights"])
-def test_a_loss_that_becomes_nan(options, tmp_path, monkeypatch, capsys, logged):
+@faults("Faults", "a loss that becomes NaN ends training at that step, and nothing of it is saved")
+@pytest.mark.parametrize("accumulate", [1, 2], ids=["", "accumulated"])
+def test_a_loss_that_becomes_nan(options, whole, tmp_path, monkeypatch, capsys, accumulate):
     compute = train.Trainer.compute_loss
 
     def poisoned(self, *args, **kwargs):
         loss = compute(self, *args, **kwargs)
         return loss * float("nan") if self.state.global_step == 4 else loss
 
-    monkeypatch.setattr(train.Trainer, "compute_loss", poisoned)
     out = tmp_path / "out"
-    more = ["--logging_steps", str(logged), "--save_steps", "1" if logged == 1 else "3"]
-    assert train.main([*options, *more, "--output_dir", str(out)]) == 1
+    more = ["--save_steps", "2", "--logging_steps", "100", "--gradient_accumulation_steps", str(accumulate)]
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Trainer, "compute_loss", poisoned)
+        assert train.main([*options, *more, "--output_dir", str(out)]) == 1
     said = capsys.readouterr().err
-    assert ("At step 5 " if logged == 1 else "At step 6 ") in said.replace("(", " (")
+    assert "At step 5 (learning rate 0.00333 and 0.0333) the loss, or its gradient, is NaN" in said
     assert "Lower --learning_rate" in said
-    assert {path.name for path in out.glob("checkpoint-*")} == (
-        {f"checkpoint-{n}" for n in (1, 2, 3, 4)} if logged == 1 else {"checkpoint-3"}
-    )
+    assert {path.name for path in out.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
     assert all_finite(out)
     assert not (out / "results.json").exists()
+    if accumulate == 1:
+        assert resume([*options, "--save_steps", "2"], out) == 0
+        assert all_finite(out)
+        ours, theirs = (load_file(folder / "adapter_model.safetensors") for folder in (out, whole))
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@faults("Faults", "a learning rate that is far too high is named, and no weight that is not finite is saved")
+@pytest.mark.parametrize("method", ["input-tuning", "lora", "full"])
+def test_a_learning_rate_that_is_too_high(options, tmp_path, capsys, method):
+    """In a real run, with nothing replaced."""
+    more = ["--method", method, "--learning_rate", "1e38", "--save_steps", "1", "--output_dir", str(tmp_path / "out")]
+    assert train.main([*options, *more]) == 1
+    assert "Lower --learning_rate" in capsys.readouterr().err
+    assert all_finite(tmp_path)
+    assert not (tmp_path / "out" / "results.json").exists()
 
 
 @faults("Faults", "a validation loss of NaN is named, and not chosen as the best")
@@ -315,30 +367,49 @@ def test_a_validation_loss_of_nan(options, tmp_path, monkeypatch, capsys):
         loss, *rest = predict(self, *args, **kwargs)
         return (loss * float("nan") if self.state.global_step == 4 else loss, *rest)
 
-    monkeypatch.setattr(train.Trainer, "prediction_step", poisoned)
     out, data = tmp_path / "out", options[options.index("--train_data") + 1]
     more = ["--validation_data", data, "--eval_strategy", "steps", "--eval_steps", "2", "--save_steps", "2"]
-    assert train.main([*options, *more, "--load_best_model_at_end", "true", "--output_dir", str(out)]) == 1
+    more += ["--load_best_model_at_end", "true"]
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Trainer, "prediction_step", poisoned)
+        assert train.main([*options, *more, "--output_dir", str(out)]) == 1
     assert "At step 4" in (said := capsys.readouterr().err)
     assert "eval_loss is nan" in said
-    assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert last_complete_checkpoint(out)[0] == out / "checkpoint-2"
     assert json.loads((out / "checkpoint-2" / "trainer_state.json").read_text())["best_global_step"] == 2
+    assert resume([*options, *more], out) == 0
+    assert all_finite(out)
 
 
-def test_what_is_not_finite_is_named():
-    state = SimpleNamespace(global_step=7, log_history=[{"learning_rate": 0.5}])
-    with pytest.raises(TrainingError, match=r"At step 7 \(learning rate 0.5\) grad_norm is inf"):
-        StopAtNonFinite().on_log(None, state, None, {"loss": 1.0, "grad_norm": float("inf")})
-    StopAtNonFinite().on_log(None, state, None, {"loss": 1.0, "eval_loss": 2.0})
+def named_model(value: float) -> torch.nn.Module:
+    """With one value, in the weight and its gradient, that is not one."""
     model = torch.nn.Linear(2, 2)
-    model.weight.data[0, 0] = float("nan")
-    saving = SimpleNamespace(should_save=True, should_evaluate=False)
-    with pytest.raises(TrainingError, match="`weight` holds NaN"):
-        StopAtNonFinite().on_step_end(None, state, saving, model=model)
-    model.weight.requires_grad_(False)
-    StopAtNonFinite().on_step_end(None, state, saving, model=model)
+    model.weight.grad = torch.ones(2, 2)
+    model.weight.data[0, 0] = model.weight.grad[0, 0] = value
+    return model
 
 
-def test_weights_of_another_kind_are_checked_by_their_length(tmp_path):
-    save_file({"a": torch.ones(4)}, tmp_path / "model.safetensors")
-    assert not is_complete(tmp_path, 0)  # there is no state beside them
+STATE = SimpleNamespace(global_step=7)
+SAVING = SimpleNamespace(should_save=True, should_evaluate=False, should_training_stop=False)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_is_named(value):
+    stop, model = StopAtNonFinite(), named_model(value)
+    optimizer = SimpleNamespace(param_groups=[{"lr": 0.5}])
+    with pytest.raises(TrainingError, match=r"At step 7 \(learning rate 0.5\) eval_loss is"):
+        stop.on_log(None, STATE, None, {"loss": 1.0, "eval_loss": value}, optimizer)
+    with pytest.raises(TrainingError, match=r"At step 8 the loss, or its gradient, is NaN or infinite \(`weight`\)"):
+        stop.on_pre_optimizer_step(SimpleNamespace(fp16=False), STATE, None, model)
+    with pytest.raises(TrainingError, match="At step 7 the weight `weight` is NaN or infinite"):
+        stop.on_step_end(None, STATE, SAVING, model)
+
+
+def test_what_is_finite_goes_on():
+    stop, model = StopAtNonFinite(), named_model(3e38)  # the norm of which is not finite in float32
+    stop.on_log(None, STATE, None, {"loss": 1.0, "grad_norm": float("inf"), "eval_loss": 2.0})
+    stop.on_pre_optimizer_step(SimpleNamespace(fp16=False), STATE, None, model)
+    stop.on_step_end(None, STATE, SAVING, model)
+    stop.on_pre_optimizer_step(SimpleNamespace(fp16=True), STATE, None, named_model(float("inf")))  # its scaler
+    frozen = named_model(float("nan")).requires_grad_(False)
+    stop.on_step_end(None, STATE, SAVING, frozen)
