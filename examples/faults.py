@@ -8,7 +8,7 @@ import re
 
 import torch
 from safetensors import SafetensorError
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from checkpoints import RESUME, last_complete_checkpoint
 
@@ -24,41 +24,44 @@ class TrainingError(RuntimeError):
     """Training cannot go on; the message says why, and what to do."""
 
 
-class StopAtNonFinite(TrainerCallback):
-    """Ends training where a loss, a gradient or a trained weight is NaN or infinite, before it is saved or taken for
-    the best.
+class CheckedTrainer(Trainer):
+    """Ends training at the step whose loss is NaN or infinite, before the optimizer uses it.
 
-    Trainer's `logging_nan_inf_filter` must be off: it replaces such losses in the logs.
+    `logging_nan_inf_filter` must be off: it replaces such losses. Both look at each loss, and a GPU is waited for.
     """
 
-    def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs) -> None:
-        if args.fp16:
-            return  # its scaler tries which scale does not overflow, and skips the steps that do
-        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-        if name := _first_not_finite(gradients):
-            self._stop(state.global_step + 1, optimizer, f"the loss, or its gradient, is NaN or infinite (`{name}`)")
+    def training_step(self, *args, **kwargs) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        if not torch.isfinite(loss):
+            _stop(self.state.global_step + 1, self.optimizer, f"the loss is {loss.item()}")
+        return loss
+
+
+class StopAtNonFinite(TrainerCallback):
+    """Ends training where a validation loss or a trained weight is NaN or infinite, before it is saved or taken for
+    the best."""
 
     def on_log(self, args, state, control, logs=None, optimizer=None, **kwargs) -> None:
-        for name in ("loss", "eval_loss", "train_loss"):
-            value = (logs or {}).get(name)
-            if value is not None and not math.isfinite(value):
-                self._stop(state.global_step, optimizer, f"{name} is {value}")
+        loss = (logs or {}).get("eval_loss", 0.0)
+        if not math.isfinite(loss):
+            _stop(state.global_step, optimizer, f"eval_loss is {loss}")
 
     def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs) -> None:
         if control.should_save or control.should_evaluate or control.should_training_stop:
             trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
             if name := _first_not_finite(trained):
-                self._stop(state.global_step, optimizer, f"the weight `{name}` is NaN or infinite")
+                _stop(state.global_step, optimizer, f"the weight `{name}` is NaN or infinite")
 
     on_epoch_end = on_step_end
 
-    def _stop(self, step: int, optimizer, what: str) -> None:
-        rates = sorted({group["lr"] for group in optimizer.param_groups}) if optimizer else []
-        at = f" (learning rate {' and '.join(f'{rate:.3g}' for rate in rates)})" if rates else ""
-        raise TrainingError(
-            f"At step {step}{at} {what}. Nothing was saved of this step. Lower --learning_rate or --max_grad_norm, "
-            f"look for broken rows in the data, or train in float32; then {RESUME}."
-        )
+
+def _stop(step: int, optimizer: torch.optim.Optimizer | None, what: str) -> None:
+    rates = sorted({group["lr"] for group in optimizer.param_groups}) if optimizer else []
+    at = f" (learning rate {' and '.join(f'{rate:.3g}' for rate in rates)})" if rates else ""
+    raise TrainingError(
+        f"At step {step}{at} {what}. Nothing was saved of this step. Lower --learning_rate or --max_grad_norm, "
+        f"look for broken rows in the data, or train in float32; then {RESUME}."
+    )
 
 
 def _first_not_finite(tensors: dict[str, torch.Tensor]) -> str | None:

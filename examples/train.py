@@ -43,7 +43,7 @@ from transformers import (
 )
 
 from checkpoints import CheckpointFolders, find_checkpoint, write_whole
-from faults import StopAtNonFinite, TrainingError, is_out_of_room, out_of_room
+from faults import CheckedTrainer, StopAtNonFinite, TrainingError, is_out_of_room, out_of_room
 from packaged_model import PACKAGED, find_model
 from peft_input_tuning import InputTuningConfig, input_tuning_parameter_groups
 from task_data import InputError
@@ -187,7 +187,7 @@ def make_trainer(
     arguments: TrainingArguments,
 ) -> Trainer:
     arguments.remove_unused_columns = False
-    arguments.logging_nan_inf_filter = False  # StopAtNonFinite has to see them
+    arguments.logging_nan_inf_filter = False  # CheckedTrainer has to see them
     arguments.label_names = ["labels"]
     arguments.prediction_loss_only = True  # PEFT's prompt-tuning gives logits that are longer than the labels
     optimizer = None
@@ -201,7 +201,7 @@ def make_trainer(
     arguments.save_total_limit = None  # CheckpointFolders sees to it
     if options.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(options.early_stopping_patience))
-    return Trainer(
+    return CheckedTrainer(
         model=model,
         args=arguments,
         data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED),

@@ -336,7 +336,7 @@ def test_a_loss_that_becomes_nan(options, whole, tmp_path, monkeypatch, capsys, 
         patch.setattr(train.Trainer, "compute_loss", poisoned)
         assert train.main([*options, *more, "--output_dir", str(out)]) == 1
     said = capsys.readouterr().err
-    assert "At step 5 (learning rate 0.00333 and 0.0333) the loss, or its gradient, is NaN" in said
+    assert "At step 5 (learning rate 0.00333 and 0.0333) the loss is nan" in said
     assert "Lower --learning_rate" in said
     assert {path.name for path in out.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
     assert all_finite(out)
@@ -349,10 +349,11 @@ def test_a_loss_that_becomes_nan(options, whole, tmp_path, monkeypatch, capsys, 
 
 
 @faults("Faults", "a learning rate that is far too high is named, and no weight that is not finite is saved")
-@pytest.mark.parametrize("method", ["input-tuning", "lora", "full"])
+@pytest.mark.parametrize("method", ["input-tuning", "prompt-tuning", "lora", "full"])
 def test_a_learning_rate_that_is_too_high(options, tmp_path, capsys, method):
     """In a real run, with nothing replaced."""
-    more = ["--method", method, "--learning_rate", "1e38", "--save_steps", "1", "--output_dir", str(tmp_path / "out")]
+    more = ["--method", method, "--learning_rate", "1e30", "--weight_decay", "0.01", "--save_steps", "1"]
+    more += ["--output_dir", str(tmp_path / "out")]
     assert train.main([*options, *more]) == 1
     assert "Lower --learning_rate" in capsys.readouterr().err
     assert all_finite(tmp_path)
@@ -381,11 +382,9 @@ def test_a_validation_loss_of_nan(options, tmp_path, monkeypatch, capsys):
     assert all_finite(out)
 
 
-def named_model(value: float) -> torch.nn.Module:
-    """With one value, in the weight and its gradient, that is not one."""
+def model_with(value: float) -> torch.nn.Module:
     model = torch.nn.Linear(2, 2)
-    model.weight.grad = torch.ones(2, 2)
-    model.weight.data[0, 0] = model.weight.grad[0, 0] = value
+    model.weight.data[0, 0] = value
     return model
 
 
@@ -395,21 +394,17 @@ SAVING = SimpleNamespace(should_save=True, should_evaluate=False, should_trainin
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_what_is_not_finite_is_named(value):
-    stop, model = StopAtNonFinite(), named_model(value)
+    stop, model = StopAtNonFinite(), model_with(value)
     optimizer = SimpleNamespace(param_groups=[{"lr": 0.5}])
     with pytest.raises(TrainingError, match=r"At step 7 \(learning rate 0.5\) eval_loss is"):
         stop.on_log(None, STATE, None, {"loss": 1.0, "eval_loss": value}, optimizer)
-    with pytest.raises(TrainingError, match=r"At step 8 the loss, or its gradient, is NaN or infinite \(`weight`\)"):
-        stop.on_pre_optimizer_step(SimpleNamespace(fp16=False), STATE, None, model)
     with pytest.raises(TrainingError, match="At step 7 the weight `weight` is NaN or infinite"):
         stop.on_step_end(None, STATE, SAVING, model)
 
 
 def test_what_is_finite_goes_on():
-    stop, model = StopAtNonFinite(), named_model(3e38)  # the norm of which is not finite in float32
+    stop, model = StopAtNonFinite(), model_with(3e38)  # the norm of which is not finite in float32
     stop.on_log(None, STATE, None, {"loss": 1.0, "grad_norm": float("inf"), "eval_loss": 2.0})
-    stop.on_pre_optimizer_step(SimpleNamespace(fp16=False), STATE, None, model)
     stop.on_step_end(None, STATE, SAVING, model)
-    stop.on_pre_optimizer_step(SimpleNamespace(fp16=True), STATE, None, named_model(float("inf")))  # its scaler
-    frozen = named_model(float("nan")).requires_grad_(False)
+    frozen = model_with(float("nan")).requires_grad_(False)
     stop.on_step_end(None, STATE, SAVING, frozen)
