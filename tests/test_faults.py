@@ -222,6 +222,16 @@ def test_a_rank_that_dies(options, tmp_path):
     assert_same_run(run, alone)
 
 
+@faults("Faults", "killed while the results are written: they are written anew")
+def test_killed_behind_the_last_step(options, whole, tmp_path):
+    """Both checkpoints are there, the adapter is cut off, and results.json would have come last."""
+    shutil.copytree(whole, tmp_path / "run")
+    cut(tmp_path / "run" / "adapter_model.safetensors")
+    (tmp_path / "run" / "results.json").unlink()
+    assert resume(options, tmp_path / "run") == 0
+    assert_same_run(tmp_path / "run", whole)
+
+
 def test_a_run_is_not_written_over(options, whole, half, capsys):
     before = {path: path.read_bytes() for folder in (whole, half) for path in folder.rglob("*") if path.is_file()}
     older = str(whole / "checkpoint-3")
@@ -295,6 +305,7 @@ def test_a_file_system_that_is_full(options, whole, half, tmp_path, capsys):
 
 def test_other_errors_are_not_taken_for_a_full_disk():
     assert is_out_of_room(OSError(28, "No space left on device"))
+    assert is_out_of_room(OSError(28, "in another language"))
     wrapped = RuntimeError("outer")
     wrapped.__cause__ = OSError(122, "Disk quota exceeded")
     assert is_out_of_room(wrapped)
