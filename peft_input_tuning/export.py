@@ -28,6 +28,7 @@ from .exported_tokenizer import tokenizer_with_prompt
 from .folding import Progress
 from .layer import InputTuningLayer, named_layer
 from .model_card import write_export_card
+from .modules import is_quantized
 from .plain_state import folded_table, grow_vocabulary, plain_state_dict
 
 CHECKED_ROWS, CHECKED_LENGTH = 3, 12
@@ -139,7 +140,7 @@ def _adapter_name(layer: InputTuningLayer, wanted: str | None) -> str:
 def _refuse_what_no_checkpoint_holds(base: nn.Module, layer: InputTuningLayer, count: int) -> None:
     # transformers calls a model from a GGUF file quantized, but it has dequantized the weights while reading them.
     quantized = getattr(base, "is_quantized", False) and base.quantization_method != QuantizationMethod.GGUF
-    if quantized or not all(weight.is_floating_point() for weight in base.parameters()):
+    if quantized or any(is_quantized(weight) for weight in base.parameters()):
         raise ValueError(
             "`model` is quantized: its weights are not those of a plain checkpoint. Load the adapter on the base "
             "model in bfloat16 or float32, export that, and quantize the result."

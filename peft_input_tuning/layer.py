@@ -23,7 +23,7 @@ from transformers.activations import ACT2FN
 from .config import InputTuningConfig
 from .folding import Progress, fold
 from .initialization import execution_device, initial_prompt
-from .modules import SoftPrompt, adapt
+from .modules import SoftPrompt, adapt, is_quantized
 from .row_adapters import BASE, current_row_adapters
 
 IsOutput = Tensor | bool  # which tokens are the output's: `(batch, length)` booleans, or one for all
@@ -270,7 +270,7 @@ class InputTuningLayer(nn.Module, BaseTunerLayer):
                     f"tokens are not weights of the base. {INSTEAD_OF_MERGING}"
                 )
             self.check_weights_have_come(name)
-        if self.weight.is_meta or not self.weight.is_floating_point() or isinstance(self.base_layer, BaseTunerLayer):
+        if self.weight.is_meta or is_quantized(self.weight) or isinstance(self.base_layer, BaseTunerLayer):
             raise ValueError(
                 "The embedding is quantized, offloaded, or has an adapter of another method: nothing can be merged "
                 "into it. Load the base model in its own dtype on one device, with this adapter alone."

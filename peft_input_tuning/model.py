@@ -65,6 +65,7 @@ class InputTuningModel(BaseTuner):
         if config.adapter_scope == "input":
             tells_input_from_output(self.model)
         _check_modules_to_save(config, self.model, self.embedding_path)
+        _check_can_be_saved(base_embedding(embedding))
         _check_sizes(
             config, base_embedding(embedding).embedding_dim, getattr(backbone.config, "max_position_embeddings", None)
         )
@@ -296,6 +297,17 @@ def _check_modules_to_save(config: InputTuningConfig, model: nn.Module, embeddin
                 f"`modules_to_save` names {name!r}, which is the word embedding that the input-adapter wraps. Remove "
                 "it: the adapter changes the embeddings of all tokens already."
             )
+
+
+def _check_can_be_saved(embedding: nn.Module) -> None:
+    """Saving an adapter asks all modules for their tensors; the quantized embeddings of bitsandbytes refuse."""
+    try:
+        embedding.state_dict()
+    except NotImplementedError as error:
+        raise ValueError(
+            f"The word embedding of `model` is a {type(embedding).__name__}, around which no adapter could be saved "
+            f"({error}). Leave the embedding in its own dtype and quantize the rest of the model."
+        ) from error
 
 
 def _check_sizes(config: InputTuningConfig, embedding_dim: int, max_positions: int | None) -> None:

@@ -29,6 +29,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from .initialization import execution_device
 from .layer import InputTuningLayer, named_layer
+from .modules import inner_tensors
 from .row_adapters import RowAdapters, current_row_adapters, prompt_in_place, use_row_adapters
 from .splice import PromptLayout, count_left_pads
 
@@ -152,7 +153,9 @@ def _keys_and_values(backbone: nn.Module, layer: InputTuningLayer, name: str, or
 @torch.no_grad()
 def _compute(backbone: nn.Module, layer: InputTuningLayer, name: str) -> KeysAndValues:
     layer.check_weights_have_come(name)
-    prompt = layer.input_tuning_prompt[name]().unsqueeze(0).to(layer.weight.dtype)
+    # The dtype of embeddings, which is not that of a quantized table.
+    word = layer.unadapted(torch.zeros(1, 1, dtype=torch.long, device=execution_device(layer.base_layer)))
+    prompt = layer.input_tuning_prompt[name]().unsqueeze(0).to(word.dtype)
     with ExitStack() as stack:
         stack.enter_context(prompt_in_place(layer))
         if current_row_adapters(layer) is not None:  # modules_to_save inside the backbone ask for the rows
@@ -189,6 +192,8 @@ def _origin(backbone: nn.Module, layer: InputTuningLayer) -> Origin | None:
     for weight in weights:
         if weight.is_meta or isinstance(weight, DTensor) or hasattr(weight, "ds_id"):  # ds_id: DeepSpeed's ZeRO-3
             return None
+    weights = [inner for weight in weights for inner in inner_tensors(weight)]
+    for weight in weights:
         version = None if weight.is_inference() else weight._version
         settings += [weight.data_ptr(), version, weight.dtype]
     device = execution_device(layer.base_layer)
