@@ -25,10 +25,17 @@ class TrainingError(RuntimeError):
 
 
 class CheckedTrainer(Trainer):
-    """Ends training at the step whose loss is NaN or infinite, before the optimizer uses it.
+    """Ends training at the step whose loss is NaN or infinite, before the optimizer uses it; and makes no step more
+    when it goes on from the last one.
 
     `logging_nan_inf_filter` must be off: it replaces such losses. Both look at each loss, and a GPU is waited for.
     """
+
+    def _run_epoch(self, *args, **kwargs) -> None:  # Trainer's, as of transformers 5.23: it counts after a step only
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
 
     def training_step(self, *args, **kwargs) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)

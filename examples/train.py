@@ -20,6 +20,7 @@ import json
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import datasets
@@ -199,6 +200,7 @@ def make_trainer(
         optimizer = (torch.optim.AdamW, {"params": groups, "lr": arguments.learning_rate})
     callbacks: list = [StopAtNonFinite(), CheckpointFolders(arguments.save_total_limit)]
     arguments.save_total_limit = None  # CheckpointFolders sees to it
+    arguments.restore_callback_states_from_checkpoint = True  # how long early stopping has been patient
     if options.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(options.early_stopping_patience))
     return CheckedTrainer(
@@ -302,9 +304,10 @@ def run(options: Options, arguments: TrainingArguments) -> dict[str, Any]:
         (Path(arguments.output_dir) / "results.json").unlink(missing_ok=True)  # this run has not ended yet
     train_output = trainer.train(resume_from_checkpoint=checkpoint)
 
+    losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
     results: dict[str, Any] = {
         "steps": trainer.state.global_step,
-        "train_loss": train_output.training_loss,
+        "train_loss": fmean(losses) if losses else train_output.training_loss,  # its own is of this life only
         "train_seconds": train_output.metrics["train_runtime"],
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
     }

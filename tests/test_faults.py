@@ -63,6 +63,11 @@ def half(whole, tmp_path) -> Path:
     return tmp_path / "half"
 
 
+def results(folder: Path) -> dict[str, float]:
+    found = json.loads((folder / "results.json").read_text())["results"]
+    return {name: value for name, value in found.items() if name != "train_seconds"}
+
+
 def curve(folder: Path) -> dict[int, float]:
     logs = json.loads((folder / "results.json").read_text())["curve"]
     return {log["step"]: log["loss"] for log in logs if "loss" in log}
@@ -71,6 +76,7 @@ def curve(folder: Path) -> dict[int, float]:
 def assert_same_run(got: Path, want: Path) -> None:
     """Bit for bit."""
     assert curve(got) == curve(want)
+    assert results(got) == results(want)
     ours, theirs = (load_file(folder / "adapter_model.safetensors") for folder in (got, want))
     assert ours.keys() == theirs.keys()
     for name, value in theirs.items():
@@ -230,6 +236,28 @@ def test_killed_behind_the_last_step(options, whole, tmp_path):
     (tmp_path / "run" / "results.json").unlink()
     assert resume(options, tmp_path / "run") == 0
     assert_same_run(tmp_path / "run", whole)
+
+
+@faults("Faults", "early stopping after a kill: at the same step as without")
+def test_killed_while_early_stopping_waits(options, tmp_path, monkeypatch):
+    """No evaluation is better than the first: it is the third one after it that ends the run, at the eighth step."""
+    predict = train.Trainer.prediction_step
+
+    def worse_and_worse(self, *args, **kwargs):
+        loss, *rest = predict(self, *args, **kwargs)
+        return (loss + self.state.global_step, *rest)
+
+    monkeypatch.setattr(train.Trainer, "prediction_step", worse_and_worse)
+    data = options[options.index("--train_data") + 1]
+    more = ["--validation_data", data, "--eval_strategy", "steps", "--eval_steps", "2", "--save_steps", "2"]
+    more += ["--load_best_model_at_end", "true", "--early_stopping_patience", "3", "--max_steps", "20"]
+    run, alone = tmp_path / "run", tmp_path / "alone"
+    assert train.main([*options, *more, "--output_dir", str(alone)]) == 0
+    assert results(alone)["steps"] == 8
+    shutil.copytree(alone / "checkpoint-2", run / "checkpoint-2")
+    shutil.copytree(alone / "checkpoint-4", run / "checkpoint-4")
+    assert resume([*options, *more], run) == 0
+    assert_same_run(run, alone)
 
 
 def test_a_run_is_not_written_over(options, whole, half, capsys):
