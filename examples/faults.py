@@ -9,6 +9,7 @@ import re
 import torch
 from safetensors import SafetensorError
 from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import ExportableState
 
 from checkpoints import RESUME, last_complete_checkpoint
 
@@ -25,8 +26,8 @@ class TrainingError(RuntimeError):
 
 
 class CheckedTrainer(Trainer):
-    """Ends training at the step whose loss is NaN or infinite, before the optimizer uses it; and makes no step more
-    when it goes on from the last one.
+    """Ends training at the step whose loss is NaN or infinite, before the optimizer uses it. And goes on where Trainer
+    does not: from the last step without one more, and with early stopping that the checkpoint knows nothing of.
 
     `logging_nan_inf_filter` must be off: it replaces such losses. Both look at each loss, and a GPU is waited for.
     """
@@ -35,6 +36,9 @@ class CheckedTrainer(Trainer):
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, ExportableState):  # Trainer's next save raises KeyError where its name is missing
+                self.state.stateful_callbacks.setdefault(type(callback).__name__, callback.state())
         super()._run_epoch(*args, **kwargs)
 
     def training_step(self, *args, **kwargs) -> torch.Tensor:

@@ -260,6 +260,13 @@ def test_killed_while_early_stopping_waits(options, tmp_path, monkeypatch):
     assert_same_run(run, alone)
 
 
+def test_early_stopping_can_be_added_when_going_on(options, half):
+    data = options[options.index("--train_data") + 1]
+    more = ["--validation_data", data, "--eval_strategy", "steps", "--eval_steps", "3"]
+    assert resume([*options, *more, "--load_best_model_at_end", "true", "--early_stopping_patience", "2"], half) == 0
+    assert results(half)["steps"] == 6
+
+
 def test_a_run_is_not_written_over(options, whole, half, capsys):
     before = {path: path.read_bytes() for folder in (whole, half) for path in folder.rglob("*") if path.is_file()}
     older = str(whole / "checkpoint-3")
