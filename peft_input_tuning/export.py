@@ -28,8 +28,8 @@ from .exported_tokenizer import tokenizer_with_prompt
 from .folding import Progress
 from .layer import InputTuningLayer, named_layer
 from .model_card import write_export_card
-from .modules import is_quantized
 from .plain_state import folded_table, grow_vocabulary, plain_state_dict
+from .quantized import is_quantized
 
 CHECKED_ROWS, CHECKED_LENGTH = 3, 12
 # Of the largest output; what rounding makes of random weights, which are worse than trained ones.

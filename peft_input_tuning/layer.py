@@ -23,7 +23,8 @@ from transformers.activations import ACT2FN
 from .config import InputTuningConfig
 from .folding import Progress, fold
 from .initialization import execution_device, initial_prompt
-from .modules import SoftPrompt, adapt, is_quantized
+from .modules import SoftPrompt, adapt
+from .quantized import is_quantized
 from .row_adapters import BASE, current_row_adapters
 
 IsOutput = Tensor | bool  # which tokens are the output's: `(batch, length)` booleans, or one for all

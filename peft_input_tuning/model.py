@@ -28,6 +28,7 @@ from .config import InputTuningConfig
 from .hooks import install_hooks, remove_hooks
 from .layer import InputTuningLayer
 from .modules import base_embedding
+from .quantized import check_can_be_saved, keep_unpacked
 from .refusals import refuse_full_ids
 from .row_adapters import BASE, RowAdapters, current_row_adapters, prompt_in_place, use_row_adapters
 from .scope import input_of_generate, tells_input_from_output
@@ -65,10 +66,11 @@ class InputTuningModel(BaseTuner):
         if config.adapter_scope == "input":
             tells_input_from_output(self.model)
         _check_modules_to_save(config, self.model, self.embedding_path)
-        _check_can_be_saved(base_embedding(embedding))
+        check_can_be_saved(base_embedding(embedding))
         _check_sizes(
             config, base_embedding(embedding).embedding_dim, getattr(backbone.config, "max_position_embeddings", None)
         )
+        keep_unpacked(self.model)
 
     def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         try:
@@ -297,17 +299,6 @@ def _check_modules_to_save(config: InputTuningConfig, model: nn.Module, embeddin
                 f"`modules_to_save` names {name!r}, which is the word embedding that the input-adapter wraps. Remove "
                 "it: the adapter changes the embeddings of all tokens already."
             )
-
-
-def _check_can_be_saved(embedding: nn.Module) -> None:
-    """Saving an adapter asks all modules for their tensors; the quantized embeddings of bitsandbytes refuse."""
-    try:
-        embedding.state_dict()
-    except NotImplementedError as error:
-        raise ValueError(
-            f"The word embedding of `model` is a {type(embedding).__name__}, around which no adapter could be saved "
-            f"({error}). Leave the embedding in its own dtype and quantize the rest of the model."
-        ) from error
 
 
 def _check_sizes(config: InputTuningConfig, embedding_dim: int, max_positions: int | None) -> None:

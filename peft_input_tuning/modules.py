@@ -23,19 +23,6 @@ def base_embedding(embedding: nn.Module) -> nn.Module:
     return embedding
 
 
-def inner_tensors(tensor: Tensor) -> list[Tensor]:
-    """The plain tensors that a tensor is made of: itself, but for torchao's and quanto's quantized weights."""
-    if not hasattr(tensor, "__tensor_flatten__"):
-        return [tensor]
-    return [one for name in tensor.__tensor_flatten__()[0] for one in inner_tensors(getattr(tensor, name))]
-
-
-def is_quantized(weight: Tensor) -> bool:
-    """Whether a weight is kept in other numbers than those it stands for; torchao's and quanto's say that they are
-    floating point."""
-    return any(not one.is_floating_point() for one in inner_tensors(weight))
-
-
 class SoftPrompt(nn.Module):
     """The virtual tokens of one adapter.
 

@@ -29,7 +29,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from .initialization import execution_device
 from .layer import InputTuningLayer, named_layer
-from .modules import inner_tensors
+from .quantized import inner_tensors
 from .row_adapters import RowAdapters, current_row_adapters, prompt_in_place, use_row_adapters
 from .splice import PromptLayout, count_left_pads
 
