@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from accelerate import Accelerator, DataLoaderConfiguration
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -24,6 +25,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 
 from adapters import adapted, add
 from families import FAMILIES, ids
@@ -96,7 +98,13 @@ def run_fsdp2(options, rank: int, world: int) -> tuple[list[float], nn.Module, d
     start = 0
     trained = StateDictOptions(ignore_frozen_params=True, strict=False)
     checkpoint = Path(options.folder) / "checkpoint"
-    if options.resume:
+    if options.resume and options.full:
+        state = torch.load(checkpoint, weights_only=True) if rank == 0 else {"model": {}, "optimizer": {}, "step": 0}
+        whole = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
+        set_model_state_dict(model, state["model"], options=whole)
+        set_optimizer_state_dict(model, optimizer, state["optimizer"], options=whole)
+        start = options.steps // 2
+    elif options.resume:
         state = {
             "model": get_model_state_dict(model, options=trained),
             "optimizer": get_optimizer_state_dict(model, optimizer, options=trained),
@@ -107,7 +115,13 @@ def run_fsdp2(options, rank: int, world: int) -> tuple[list[float], nn.Module, d
         set_optimizer_state_dict(model, optimizer, state["optimizer"], options=trained)
         start = state["step"]
     losses = train(model, optimizer, range(start, options.steps), rank, world)
-    if options.checkpoint:
+    full = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if options.checkpoint and options.full:
+        whole = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+        moments = get_optimizer_state_dict(model, optimizer, options=whole)
+        if rank == 0:
+            torch.save({"model": full, "optimizer": moments}, checkpoint)
+    elif options.checkpoint:
         state = {
             "model": get_model_state_dict(model, options=trained),
             "optimizer": get_optimizer_state_dict(model, optimizer, options=trained),
@@ -115,8 +129,34 @@ def run_fsdp2(options, rank: int, world: int) -> tuple[list[float], nn.Module, d
         }
         assert all("input_tuning_" in name for name in state["model"]), "the base model is in the checkpoint"
         dcp.save(state, checkpoint_id=checkpoint)
-    full = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     return losses, model, full
+
+
+def run_accelerate(options, rank: int, world: int) -> tuple[list[float], nn.Module, dict | None]:
+    parts = 2 if options.accumulate else 1
+    accelerator = Accelerator(
+        cpu=True,
+        gradient_accumulation_steps=parts,
+        dataloader_config=DataLoaderConfiguration(dispatch_batches=options.dispatch),
+    )
+    model = make_model(options.second)
+    rows = [row for step in range(options.steps) for row in rows_of_step(step, 0, 1)]
+    # Without shuffling each process gets every second batch, or, where batches are dispatched, half of each.
+    wrapped, optimizer, batches = accelerator.prepare(
+        model, optimizer_of(model), DataLoader(rows, ROWS // world // parts)
+    )
+    losses, micro = [], []
+    for batch in batches:
+        with accelerator.accumulate(wrapped):
+            loss = wrapped(input_ids=batch, labels=batch).loss
+            accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+        micro.append(float(accelerator.reduce(loss.detach(), reduction="mean")))
+        if accelerator.sync_gradients:
+            losses.append(sum(micro) / len(micro))
+            micro = []
+    return losses, model, None
 
 
 def run_zero(options, rank: int, world: int) -> tuple[list[float], nn.Module, dict | None]:
@@ -134,7 +174,14 @@ def run_zero(options, rank: int, world: int) -> tuple[list[float], nn.Module, di
     return losses, model, full
 
 
-RUN = {"plain": run_plain, "ddp": run_ddp, "fsdp2": run_fsdp2, "zero2": run_zero, "zero3": run_zero}
+RUN = {
+    "plain": run_plain,
+    "ddp": run_ddp,
+    "accelerate": run_accelerate,
+    "fsdp2": run_fsdp2,
+    "zero2": run_zero,
+    "zero3": run_zero,
+}
 
 
 def main() -> None:
@@ -146,6 +193,9 @@ def main() -> None:
     parser.add_argument("--find-unused", action="store_true")
     parser.add_argument("--checkpoint", action="store_true")
     parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--full", action="store_true", help="checkpoints hold the whole model, in one file")
+    parser.add_argument("--accumulate", action="store_true", help="gradients of two halves of a batch")
+    parser.add_argument("--dispatch", action="store_true", help="the first process reads for all")
     options = parser.parse_args()
     torch.set_num_threads(1)
     dist.init_process_group("gloo")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -10,17 +9,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from adapters import adapted
-from families import FAMILIES
+from families import FAMILIES, build
 
 TESTS = Path(__file__).parent
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
-needs_deepspeed = pytest.mark.skipif(
-    importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed: make test-all installs it"
-)
 
 
 def launch(processes: int, *arguments: str) -> None:
@@ -60,31 +57,64 @@ def test_one_process_learns(alone):
         assert (value - start[f"{head}.default.{tail}"]).abs().max() > 1e-3, name
 
 
-CASES = {
-    "ddp": ["ddp"],
-    "ddp, an unused adapter": ["ddp", "--second"],
-    "ddp, an unused adapter, find_unused_parameters": ["ddp", "--second", "--find-unused"],
-    "ddp, find_unused_parameters": ["ddp", "--find-unused"],
-    "fsdp2": ["fsdp2"],
-    "fsdp2, an unused adapter": ["fsdp2", "--second"],
-    "zero2": ["zero2"],
-    "zero3": ["zero3"],
+CASES = {  # what the table calls it, and the worker's arguments
+    "ddp": ("DDP", ["ddp"]),
+    "ddp-unused": ("DDP, an unused second adapter", ["ddp", "--second"]),
+    "ddp-unused-find": (
+        "DDP, an unused second adapter, find_unused_parameters",
+        ["ddp", "--second", "--find-unused"],
+    ),
+    "ddp-find": ("DDP, find_unused_parameters", ["ddp", "--find-unused"]),
+    "accelerate": ("accelerate's loop", ["accelerate"]),
+    "accelerate-accumulate": ("accelerate's loop, gradient accumulation", ["accelerate", "--accumulate"]),
+    "accelerate-dispatch": ("accelerate's loop, dispatch_batches", ["accelerate", "--dispatch"]),
+    "fsdp2": ("FSDP2 (torch's fully_shard)", ["fsdp2"]),
+    "fsdp2-unused": ("FSDP2, an unused second adapter", ["fsdp2", "--second"]),
+    "zero2": ("DeepSpeed ZeRO-2", ["zero2"]),
+    "zero3": ("DeepSpeed ZeRO-3", ["zero3"]),
 }
 
 
 @pytest.mark.parametrize(
-    "case", [pytest.param(c, marks=[pytest.mark.slow, needs_deepspeed] if "zero" in c else []) for c in CASES]
+    "case",
+    [
+        pytest.param(
+            case,
+            marks=[
+                pytest.mark.trains_with("accelerate and processes", f"two processes: {words}"),
+                *([pytest.mark.slow] if "zero" in case else []),
+            ],
+        )
+        for case, (words, _) in CASES.items()
+    ],
 )
 def test_two_processes_train_like_one(alone, tmp_path, case):
-    mode, *more = CASES[case]
+    mode, *more = CASES[case][1]
     launch(2, mode, str(tmp_path), *more)
     assert_same(result_of(tmp_path), alone)
 
 
+@pytest.mark.trains_with(
+    "accelerate and processes", "FSDP2: the adapter's state alone, resumed with another number of processes"
+)
 @pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2)])
 def test_fsdp2_resumes_with_another_number_of_processes(alone, tmp_path, first, then):
-    launch(first, "fsdp2", str(tmp_path), "--steps", "2", "--checkpoint")
-    before, _ = result_of(tmp_path)
-    launch(then, "fsdp2", str(tmp_path), "--steps", "4", "--resume")
-    after, weights = result_of(tmp_path)
+    resumes(alone, tmp_path, first, then)
+
+
+@pytest.mark.trains_with("accelerate and processes", "FSDP2: the full state dict in one file, saved and loaded")
+def test_fsdp2_resumes_from_a_full_state_dict(alone, tmp_path):
+    resumes(alone, tmp_path, 2, 2, "--full")
+    state = torch.load(tmp_path / "checkpoint", weights_only=True)["model"]
+    base = build(FAMILIES["llama"]).state_dict()
+    held = {key.removeprefix("base_model.model.").replace(".base_layer", ""): value for key, value in state.items()}
+    assert base.keys() <= held.keys()
+    assert all(torch.equal(held[key], value) for key, value in base.items())
+
+
+def resumes(alone: tuple, folder: Path, first: int, then: int, *more: str) -> None:
+    launch(first, "fsdp2", str(folder), "--steps", "2", "--checkpoint", *more)
+    before, _ = result_of(folder)
+    launch(then, "fsdp2", str(folder), "--steps", "4", "--resume", *more)
+    after, weights = result_of(folder)
     assert_same((before + after, weights), alone)

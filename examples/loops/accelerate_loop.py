@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from packaged_model import PACKAGED, find_model
 from peft_input_tuning import InputTuningConfig, create_input_tuning_optimizer
 from task_data import load_task
-from train_and_generate import encode_rows, load_base, pad_rows
+from train_and_generate import IGNORED, encode_rows, load_base, pad_rows
 
 
 def main(argv: list[str] | None = None) -> list[float]:
@@ -47,9 +47,8 @@ def main(argv: list[str] | None = None) -> list[float]:
         while len(losses) < options.steps:
             for batch in batches:
                 # A mean over this process's targets, weighed so that the processes' mean is that of all targets.
-                targets = (batch["labels"][:, 1:] != -100).sum()
-                share = targets * accelerator.num_processes / accelerator.reduce(targets)
-                loss = model(**batch).loss * share
+                targets = (batch["labels"][:, 1:] != IGNORED).sum()
+                loss = model(**batch).loss * targets / accelerator.reduce(targets.float(), reduction="mean")
                 accelerator.backward(loss)
                 optimizer.step()
                 optimizer.zero_grad()

@@ -6,6 +6,7 @@ python examples/loops/lightning_loop.py --devices 2
 from __future__ import annotations
 
 import argparse
+import random
 import sys
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from torch.utils.data import DataLoader
 from packaged_model import PACKAGED, find_model
 from peft_input_tuning import InputTuningConfig, create_input_tuning_optimizer
 from task_data import load_task
-from train_and_generate import encode_rows, load_base, pad_rows
+from train_and_generate import IGNORED, encode_rows, load_base, pad_rows
 
 
 class InputTuning(lightning.LightningModule):
@@ -31,7 +32,9 @@ class InputTuning(lightning.LightningModule):
         self.losses: list[float] = []
 
     def training_step(self, batch: dict[str, torch.Tensor], _: int) -> torch.Tensor:
-        loss = self.model(**batch).loss
+        # A mean over this process's targets, weighed so that the processes' mean is that of all targets.
+        targets = (batch["labels"][:, 1:] != IGNORED).sum()
+        loss = self.model(**batch).loss * targets / self.all_gather(targets).float().mean()
         self.losses.append(self.all_gather(loss.detach()).mean().item())
         self.log("loss", loss, prog_bar=True)
         return loss
@@ -51,23 +54,19 @@ def main(argv: list[str] | None = None) -> list[float]:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--batch-size", type=int, default=8, help="rows a step, of all devices together")
     parser.add_argument("--devices", type=int, default=1)
-    parser.add_argument("--accelerator", default="auto")
     parser.add_argument("--output-dir", default="outputs/lightning-loop")
     options = parser.parse_args(argv)
 
     lightning.seed_everything(0)
     base, tokenizer = load_base(*find_model(options.model), torch.float32)
     rows = encode_rows(tokenizer, load_task(None, None, None, 48, 0)["train"])
+    random.Random(0).shuffle(rows)
     module = InputTuning(base)
-    trainer = lightning.Trainer(
-        max_steps=options.steps,
-        accelerator=options.accelerator,
-        devices=options.devices,
-        strategy="ddp" if options.devices > 1 else "auto",
-        default_root_dir=options.output_dir,
-        logger=False,
-    )
-    trainer.fit(module, DataLoader(rows, options.batch_size // options.devices, shuffle=True, collate_fn=pad_rows))
+    strategy = "ddp" if options.devices > 1 else "auto"
+    more = {"default_root_dir": options.output_dir, "logger": False, "use_distributed_sampler": False}
+    trainer = lightning.Trainer(max_steps=options.steps, devices=options.devices, strategy=strategy, **more)
+    rows = rows[trainer.global_rank :: options.devices]  # Lightning's sampler would shuffle otherwise than one process
+    trainer.fit(module, DataLoader(rows, options.batch_size // options.devices, collate_fn=pad_rows))
     if trainer.is_global_zero:
         module.model.save_pretrained(str(Path(options.output_dir) / "adapter"))
     return module.losses
