@@ -6,9 +6,11 @@ import warnings
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
 from transformers import Trainer, TrainingArguments
 
@@ -19,6 +21,7 @@ from oracles import adapter_weights, greedy, transform
 from peft_input_tuning import export_model
 from peft_input_tuning.layer import named_layer
 from quantized_bases import BASES, numbers, write_plain
+from tokenizers_of_families import tokenizer_of
 
 pytestmark = pytest.mark.slow
 LLAMA = FAMILIES["llama"]
@@ -244,6 +247,35 @@ def test_trainer(load, folder, tmp_path):
     assert got == pytest.approx(want, rel=1e-3)
     for name, value in adapter_weights(trainer.model).items():
         assert_close(value, adapter_weights(model)[name], atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.trains_with(
+    "Quantized bases", "TRL's SFTTrainer on bitsandbytes, 4-bit: it casts the adapter to bfloat16"
+)
+def test_sft_trainer(folder, tmp_path):
+    trl = pytest.importorskip("trl")
+    data = Dataset.from_list([{"input_ids": row.tolist()} for row in ids(8, 7)])
+    settings = {"use_cpu": True, "bf16": False, "report_to": "none", "save_strategy": "no", "disable_tqdm": True}
+    settings |= {"per_device_train_batch_size": 4, "max_steps": 4, "learning_rate": 1e-2, "logging_steps": 1}
+    trainer = trl.SFTTrainer(
+        model=quantized_bases.bitsandbytes_4bit(folder),
+        args=trl.SFTConfig(str(tmp_path), **settings),
+        train_dataset=data,
+        processing_class=tokenizer_of(LLAMA),
+        peft_config=config(LLAMA),
+    )
+    randomize(trainer.model)
+    weights = adapter_weights(trainer.model)
+    assert {value.dtype for value in weights.values()} == {torch.bfloat16}
+    batch = next(iter(trainer.get_train_dataloader()))
+    weights = {name: value.float() for name, value in weights.items()}
+    logits = by_hand(quantized_bases.bitsandbytes_4bit(folder).train(), weights, batch["input_ids"])
+    want = cross_entropy(logits[:, :-1].flatten(0, 1), batch["input_ids"][:, 1:].flatten())
+    trainer.model.train()
+    assert float(trainer.compute_loss(trainer.model, dict(batch))) == pytest.approx(float(want), rel=1e-2)
+    trainer.train()
+    losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+    assert losses[-1] < losses[0]
 
 
 # ---- CPUs with bfloat16 instructions, where bitsandbytes packs 4-bit weights at inference --------------------------
