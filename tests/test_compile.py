@@ -39,6 +39,7 @@ def test_forward_in_one_graph(family):
 
 
 @pytest.mark.feature("torch.compile")
+@pytest.mark.trains_with("Memory", "torch.compile: forward and backward in one graph")
 def test_training_step_in_one_graph():
     family = FAMILIES["llama"]
     model, _, _ = adapted(family)

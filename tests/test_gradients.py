@@ -50,6 +50,7 @@ def test_gradients_are_those_of_the_formula(family):
         assert_close(got[name], leaf.grad, atol=1e-4, rtol=2e-3)
 
 
+@pytest.mark.trains_with("Memory", "gradient checkpointing, reentrant or not: the same gradients")
 @pytest.mark.feature("gradient checkpointing")
 @pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
 @each_family
@@ -74,6 +75,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(family, reentrant):
         assert_close(got[name], grad, atol=1e-4, rtol=2e-3)
 
 
+@pytest.mark.trains_with("Memory", "bfloat16 base, adapter in float32")
 @pytest.mark.feature("bf16")
 @each_family
 def test_bf16_base_with_float32_adapter(family):
@@ -95,6 +97,7 @@ def test_bf16_base_with_float32_adapter(family):
     assert all(torch.isfinite(grad).all() and grad.abs().sum() > 0 for grad in gradients(model).values())
 
 
+@pytest.mark.trains_with("Memory", "bfloat16 base and adapter")
 @pytest.mark.feature("bf16")
 @each_family
 def test_bf16_adapter_without_autocast(family):

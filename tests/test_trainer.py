@@ -271,7 +271,12 @@ def test_tensorboard_gets_the_losses(tmp_path, monkeypatch):
     assert all("INPUT_TUNING" in str(event) for event in text)
 
 
-@pytest.mark.parametrize("setting", [{"bf16": True}, {"gradient_checkpointing": True}, {"torch_compile": True}])
+@pytest.mark.trains_with(
+    "transformers Trainer", "bf16, gradient_checkpointing, torch_compile (its graph, run eagerly)"
+)
+@pytest.mark.parametrize(
+    "setting", [{"bf16": True}, {"gradient_checkpointing": True}, {"torch_compile": True}], ids=str
+)
 def test_what_saves_memory_or_time_trains_the_same(tmp_path, setting):
     ran = []
     for more in ({}, setting):

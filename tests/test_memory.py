@@ -1,0 +1,107 @@
+"""What saves memory or time in training gives the numbers of plain training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import pytest
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
+from torch.testing import assert_close
+from transformers import Trainer, TrainingArguments
+
+from adapters import adapted, config, randomize
+from families import ENCODERS, FAMILIES, build, ids
+from oracles import adapter_weights
+from tokenizers_of_families import tokenizer_of
+
+LLAMA = FAMILIES["llama"]
+GENERATORS = [family for family in FAMILIES.values() if family not in ENCODERS]
+
+
+class OnDisk(torch.autograd.graph.saved_tensors_hooks):
+    """Keeps what the backward pass needs in files: nothing of it may be looked at in between."""
+
+    def __init__(self, folder) -> None:
+        self.count = 0
+
+        def pack(tensor: Tensor):
+            if isinstance(tensor, nn.Parameter):
+                return tensor
+            self.count += 1
+            torch.save(tensor, folder / f"{self.count}.pt")
+            return folder / f"{self.count}.pt"
+
+        super().__init__(pack, lambda kept: kept if isinstance(kept, Tensor) else torch.load(kept))
+
+
+def gradients(model: nn.Module, around: Callable[[], AbstractContextManager]) -> dict[str, Tensor]:
+    batch = ids(2, 7)
+    model.train().zero_grad()
+    with around():
+        loss = model(input_ids=batch, labels=batch).loss
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.trains_with("Memory", "activation offloading: torch's save_on_cpu, and to files")
+@pytest.mark.parametrize("family", GENERATORS, ids=str)
+def test_offloaded_activations_give_the_same_gradients(family, tmp_path):
+    model, *_ = adapted(family)
+    want = gradients(model, torch.enable_grad)
+    on_disk = OnDisk(tmp_path)
+    assert len(want) == 3
+    for around in (save_on_cpu, lambda: on_disk):
+        got = gradients(model, around)
+        assert got.keys() == want.keys()
+        for name, value in want.items():
+            assert torch.equal(got[name], value), name
+    assert on_disk.count > 10
+
+
+def trained(folder, **more) -> tuple[list[float], dict[str, Tensor]]:
+    model, *_ = adapted(LLAMA)
+    rows = [{"input_ids": row, "labels": row} for row in ids(16, 6)]
+    settings = {"per_device_train_batch_size": 4, "max_steps": 4, "learning_rate": 1e-2, "logging_steps": 1}
+    settings |= {"use_cpu": True, "report_to": "none", "save_strategy": "no", "disable_tqdm": True}
+    trainer = Trainer(model=model, args=TrainingArguments(str(folder), **settings, **more), train_dataset=rows)
+    trainer.train()
+    return [log["loss"] for log in trainer.state.log_history if "loss" in log], adapter_weights(model)
+
+
+@pytest.mark.trains_with("Memory", "torch.compile with inductor, in transformers' Trainer")
+@pytest.mark.slow
+def test_a_compiled_step_trains_the_same(tmp_path):
+    want, weights = trained(tmp_path / "eager")
+    got, compiled = trained(tmp_path / "compiled", torch_compile=True, torch_compile_backend="inductor")
+    assert got == pytest.approx(want, rel=1e-4)
+    for name, value in weights.items():
+        assert_close(compiled[name], value, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.trains_with("Memory", "TRL's activation_offloading")
+def test_trl_offloads_activations(tmp_path):
+    """It moves them to the CPU on a stream of its own, so that it needs a GPU."""
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU on this machine")
+    import trl
+    from peft import get_peft_model
+
+    losses = []
+    for offloading in (False, True):
+        model = get_peft_model(build(LLAMA), config(LLAMA))
+        randomize(model)
+        settings = {"report_to": "none", "save_strategy": "no", "max_steps": 4, "logging_steps": 1, "bf16": False}
+        trainer = trl.SFTTrainer(
+            model=model,
+            args=trl.SFTConfig(str(tmp_path / str(offloading)), activation_offloading=offloading, **settings),
+            train_dataset=Dataset.from_list([{"input_ids": row.tolist()} for row in ids(16, 7)]),
+            processing_class=tokenizer_of(LLAMA),
+        )
+        trainer.train()
+        losses.append([log["loss"] for log in trainer.state.log_history if "loss" in log])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
