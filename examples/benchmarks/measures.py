@@ -5,12 +5,14 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
 import transformers
-from memory import peak_of, resident
+from memory import offloaded_activations, peak_of, resident
 from models import Bench, input_tuning, lora, prompt_tuning
 from rounds import Measure
 from torch import nn
@@ -29,18 +31,32 @@ def training_step(bench: Bench) -> Measure:
     return Measure("training step", "ms", steps, [(INPUT_TUNING, PROMPT_TUNING, 1.03), (INPUT_TUNING, LORA, None)])
 
 
-def training_memory(bench: Bench) -> Measure:
-    """Weights, optimizer state and the highest point of one step."""
+def training_memory(
+    bench: Bench, checkpointing: bool = False, bf16: bool = False, offloading: bool = False
+) -> Measure:
+    """Weights, optimizer state and the highest point of one step.
+
+    Args:
+        bench: where and on what.
+        checkpointing: activations are computed again in the backward pass (gradient checkpointing).
+        bf16: the frozen base in bfloat16, what is trained in float32.
+        offloading: activations are put elsewhere until the backward pass (`memory.py`).
+    """
+    choices = {"gradient checkpointing": checkpointing, "bfloat16 base": bf16, "activation offloading": offloading}
+    settings = [name for name, on in choices.items() if on]
+    bench = replace(bench, dtype=torch.bfloat16) if bf16 else bench
 
     def measured(config) -> float:
-        step, model, optimizer = _step(bench, config)
+        step, model, optimizer = _step(bench, config, checkpointing)
         step()  # the optimizer's state is made in the first step
         optimizer.zero_grad()
-        return float(resident(model, optimizer) + peak_of(step, bench.device))
+        with offloaded_activations(model, bench.device) if offloading else nullcontext():
+            return float(resident(model, optimizer) + peak_of(step, bench.device))
 
     variants = {name: partial(measured, config) for name, config in _methods().items()}
     compared: list = [(INPUT_TUNING, PROMPT_TUNING, 1.02), (INPUT_TUNING, LORA, None)]
-    return Measure("training memory", "MB", variants, compared, rounds_matter=False)
+    name = ", ".join(["training memory", *settings])
+    return Measure(name, "MB", variants, compared, rounds_matter=False)
 
 
 def _methods() -> dict:
@@ -51,8 +67,13 @@ def _methods() -> dict:
     }
 
 
-def _step(bench: Bench, config) -> tuple[Callable[[], None], nn.Module, torch.optim.Optimizer]:
+def _step(
+    bench: Bench, config, checkpointing: bool = False
+) -> tuple[Callable[[], None], nn.Module, torch.optim.Optimizer]:
     model = bench.adapted(config).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+        model.enable_input_require_grads()
     ids = bench.ids(BATCH, LENGTH)
     mask = torch.ones_like(ids)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
@@ -204,6 +225,9 @@ def _discard(_: object) -> None:
 MEASURES: dict[str, Callable[[Bench], Measure]] = {
     "training-step": training_step,
     "training-memory": training_memory,
+    "training-memory-checkpointing": partial(training_memory, checkpointing=True),
+    "training-memory-bf16": partial(training_memory, bf16=True),
+    "training-memory-offloading": partial(training_memory, offloading=True),
     "decode": decode,
     "exported": exported,
     "first-token-100": partial(first_token, virtual_tokens=100, target=0.5),
