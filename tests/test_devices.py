@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from accelerate import cpu_offload, disk_offload, dispatch_model
+from accelerate import (
+    cpu_offload,
+    disk_offload,
+    dispatch_model,
+    init_empty_weights,
+    load_checkpoint_and_dispatch,
+)
 from peft import PeftModel, get_peft_model
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from adapters import adapted, config, randomize
 from families import ALL, FAMILIES, PAD, build, ids, padded
@@ -15,6 +21,7 @@ from oracles import adapter_weights, greedy, row_output
 
 llama = FAMILIES["llama"]
 TOLERANCE = {"atol": 2e-4, "rtol": 1e-3}
+PROCESSES = "accelerate and processes"
 each_family = pytest.mark.parametrize("family", ALL, ids=str)
 
 
@@ -82,6 +89,7 @@ OFFLOADS = {
 }
 
 
+@pytest.mark.trains_with(PROCESSES, "a base whose weights are offloaded: the same logits and generation")
 @pytest.mark.parametrize("offload", OFFLOADS.values(), ids=OFFLOADS)
 def test_offloaded_base(offload, tmp_path):
     """The weights of the base are on "meta" between calls; the adapter is not, and starts from real embeddings."""
@@ -99,6 +107,89 @@ def test_offloaded_base(offload, tmp_path):
     assert torch.equal(out[0, 7:], greedy(base, weights, row, 4))
 
 
+def gradients(model) -> dict[str, torch.Tensor]:
+    batch = ids(2, 7)
+    model.train()(input_ids=batch, labels=batch).loss.backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert len(found) == 3
+    return found
+
+
+def trained(model, steps: int = 3) -> dict[str, torch.Tensor]:
+    """The adapter after some steps, and the base's logits after that."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        gradients(model)
+        optimizer.step()
+    with torch.no_grad(), model.eval().disable_adapter():
+        return {**adapter_weights(model), "base": model(input_ids=ids(2, 7)).logits}
+
+
+@pytest.mark.trains_with(PROCESSES, "a base whose weights are offloaded, CPU and disk: training is the same")
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "gradient checkpointing"])
+@pytest.mark.parametrize("offload", OFFLOADS.values(), ids=OFFLOADS)
+def test_training_on_an_offloaded_base(offload, checkpointing, tmp_path):
+    model, *_ = adapted(llama)
+    offloaded = get_peft_model(offload(build(llama), str(tmp_path)), config(llama))
+    randomize(offloaded)
+    if checkpointing:
+        offloaded.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    assert any(p.is_meta for p in offloaded.parameters())
+    got, want = gradients(offloaded), gradients(model)
+    for name, grad in want.items():
+        assert_close(got[name], grad, atol=1e-5, rtol=1e-4)
+    got, want = trained(offloaded), trained(model)
+    for name, value in want.items():
+        assert_close(got[name], value, atol=1e-4, rtol=1e-3)
+
+
+def dispatched(folder, way: str):
+    """A saved base in big-model loading: nothing is in memory twice, and much of it on the disk."""
+    offload = {"offload_folder": str(folder / "offload")}
+    if way == "device_map":
+        return AutoModelForCausalLM.from_pretrained(folder, device_map="auto", max_memory={"cpu": 45_000}, **offload)
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    return load_checkpoint_and_dispatch(
+        model,
+        str(folder / "model.safetensors"),
+        device_map="auto",
+        max_memory={"cpu": 45_000},
+        no_split_module_classes=["LlamaDecoderLayer"],
+        **offload,
+    )
+
+
+@pytest.mark.trains_with(
+    PROCESSES, "big-model loading (device_map, load_checkpoint_and_dispatch): training is the same"
+)
+@pytest.mark.parametrize("way", ["device_map", "load_checkpoint_and_dispatch"])
+def test_training_on_a_base_of_big_model_loading(way, tmp_path):
+    model, *_ = adapted(llama)
+    build(llama).save_pretrained(tmp_path)
+    other = get_peft_model(dispatched(tmp_path, way), config(llama))
+    randomize(other)
+    assert "disk" in other.get_base_model().hf_device_map.values()
+    got, want = trained(other), trained(model)
+    for name, value in want.items():
+        assert_close(got[name], value, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.trains_with(PROCESSES, "low_cpu_mem_usage: an adapter that is loaded without being made first")
+def test_adapter_is_loaded_without_being_made_first(tmp_path):
+    model, base, weights = adapted(llama)
+    model.save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(build(llama), tmp_path, low_cpu_mem_usage=True, is_trainable=True).eval()
+    model.load_adapter(tmp_path, "other", low_cpu_mem_usage=True)
+    row = ids(7)
+    for name in ("default", "other"):
+        model.set_adapter(name)
+        assert_close(model(input_ids=row[None]).logits[0], row_output(base, weights, row), **TOLERANCE)
+    gradients(model)
+
+
+@pytest.mark.trains_with(PROCESSES, "an adapter is loaded on a dispatched base, partly on disk")
 def test_adapter_is_loaded_on_a_base_with_a_device_map(tmp_path):
     model, base, weights = adapted(llama)
     model.save_pretrained(tmp_path / "adapter")
@@ -116,6 +207,7 @@ def partly_on_disk(folder):
     )
 
 
+@pytest.mark.trains_with(PROCESSES, "an adapter is loaded on a dispatched base, partly on disk")
 @pytest.mark.parametrize("memory", [45_000, 80_000], ids=["adapter on disk too", "adapter in memory"])
 def test_adapter_is_loaded_on_a_base_that_is_partly_on_disk(memory, tmp_path, monkeypatch):
     """PEFT takes accelerate's hooks off, loads, and dispatches the model again within `max_memory` bytes."""
@@ -136,6 +228,7 @@ def test_adapter_is_loaded_on_a_base_that_is_partly_on_disk(memory, tmp_path, mo
     assert_close(model(input_ids=row[None]).logits[0], row_output(base, weights, row), **TOLERANCE)
 
 
+@pytest.mark.trains_with(PROCESSES, "an adapter is loaded on a dispatched base, partly on disk")
 def test_adapter_of_transformers_on_a_base_that_is_partly_on_disk(tmp_path):
     model, base, weights = adapted(llama)
     model.save_pretrained(tmp_path / "adapter")
@@ -146,6 +239,7 @@ def test_adapter_of_transformers_on_a_base_that_is_partly_on_disk(tmp_path):
     assert_close(loaded(input_ids=row[None]).logits[0], row_output(base, weights, row), **TOLERANCE)
 
 
+@pytest.mark.trains_with(PROCESSES, "an adapter on a base without weights, which come later")
 def test_adapter_on_a_base_without_weights(tmp_path):
     """A base on "meta" (big-model loading) takes an adapter; it is not used before its weights have come."""
     model, base, weights = adapted(llama)
