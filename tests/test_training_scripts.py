@@ -15,6 +15,7 @@ import pytest
 import sacrebleu
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
+from datasets import Dataset
 from peft import AutoPeftModelForCausalLM
 from rouge_score.rouge_scorer import RougeScorer
 from safetensors.torch import load_file
@@ -210,6 +211,20 @@ def test_each_method_runs(options, tmp_path, method):
     saved = "model.safetensors" if method == "full" else "adapter_model.safetensors"
     assert (tmp_path / saved).is_file()
     assert "## Results" in (tmp_path / "README.md").read_text()
+
+
+@train_py("a dataset of `datasets`, its splits by name, columns of other names")
+def test_a_dataset_by_its_name(tiny_model, tmp_path):
+    """A folder of Parquet files here; a name on a hub is read by the same call."""
+    for split, count in (("train", 8), ("test", 3)):
+        table = {"question": [f"number {n}" for n in range(count)], "answer": [f"it is {n}" for n in range(count)]}
+        Dataset.from_dict(table).to_parquet(tmp_path / "data" / f"{split}.parquet")
+    files = [f"--{name}_data={tmp_path / 'data'}" for name in ("train", "test")]
+    call = ["--model", str(tiny_model), *files, *SMALL, "--source_column", "question", "--target_column", "answer"]
+    assert train.main([*call, "--max_steps", "1", "--output_dir", str(tmp_path / "out")]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "out" / "generations.jsonl").read_text().splitlines()]
+    assert [row["source"] for row in rows] == [f"number {n}\n" for n in range(3)]
+    assert [row["references"] for row in rows] == [[f"it is {n}"] for n in range(3)]
 
 
 @train_py("chat messages")
