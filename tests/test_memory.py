@@ -82,6 +82,40 @@ def test_a_compiled_step_trains_the_same(tmp_path):
         assert_close(compiled[name], value, atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.trains_with(
+    "Memory", "torch.compile: forward, backward (compiled autograd) and optimizer of several steps"
+)
+@pytest.mark.slow
+def test_a_step_compiled_as_a_whole_trains_the_same():
+    torch.compiler.reset()
+    batches = [{"input_ids": rows, "labels": rows} for rows in ids(8, 6).split(2)]
+
+    def losses_and_weights(compiled: bool) -> tuple[list[float], dict[str, Tensor]]:
+        model, *_ = adapted(LLAMA)
+        model.train()
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+
+        def step(batch) -> Tensor:
+            loss = model(**batch, use_cache=False).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            return loss.detach()
+
+        run = torch.compile(step, backend="aot_eager") if compiled else step
+        return [float(run(batch)) for batch in batches], adapter_weights(model)
+
+    want, weights = losses_and_weights(compiled=False)
+    torch._dynamo.utils.counters.clear()
+    with torch._dynamo.config.patch(compiled_autograd=True):
+        got, compiled = losses_and_weights(compiled=True)
+    assert torch._dynamo.utils.counters["compiled_autograd"]["captures"] > 0
+    assert got == pytest.approx(want, rel=1e-4)
+    for key, value in weights.items():
+        assert_close(compiled[key], value, atol=1e-3, rtol=1e-3)
+    torch.compiler.reset()
+
+
 @pytest.mark.gpu
 @pytest.mark.trains_with("Memory", "TRL's activation_offloading")
 def test_trl_offloads_activations(tmp_path):
