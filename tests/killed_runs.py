@@ -3,8 +3,8 @@
     python tests/killed_runs.py KILLS SEED OPTION...
 
 Each life of the run is a fork of this process, which has imported everything already, and is ended with SIGKILL at a
-random moment; the last one is let alone. Prints one line of JSON: how each life ended, and which checkpoints were
-incomplete after it.
+random moment after its first new checkpoint was begun; every fourth at one after its start, mostly while it loads; the
+last one is let alone. Prints one line of JSON: how each life ended, and which checkpoints were incomplete after it.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import torch
 
 import train
-from checkpoints import last_complete_checkpoint
+from checkpoints import checkpoints_in, last_complete_checkpoint
 
 torch.set_num_threads(1)
-SHORTEST, LONGEST = 0.5, 2.0  # seconds; loading the model takes about the shortest
+LONGEST = 0.6  # seconds until a kill
+PATIENCE = 60.0  # seconds; a life that has begun no checkpoint by then is killed all the same
 
 
 def live(options: list[str]) -> int:
@@ -40,14 +41,23 @@ def live(options: list[str]) -> int:
     os._exit(status)
 
 
+def wait_for_a_checkpoint(output_dir: Path, before: list[Path]) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while set(checkpoints_in(output_dir)) <= set(before) and time.monotonic() < deadline:
+        time.sleep(0.005)
+
+
 def main() -> None:
     kills, seed, *options = sys.argv[1:]
     output_dir = Path(options[options.index("--output_dir") + 1])
     moments, lives = random.Random(int(seed)), []
     for number in range(int(kills) + 1):
+        before = checkpoints_in(output_dir)
         pid = live(options)
         if number < int(kills):
-            time.sleep(moments.uniform(SHORTEST, LONGEST))
+            if number % 4 < 3:
+                wait_for_a_checkpoint(output_dir, before)
+            time.sleep(moments.uniform(0, LONGEST))
             os.kill(pid, signal.SIGKILL)
         _, status = os.waitpid(pid, 0)
         complete, incomplete = last_complete_checkpoint(output_dir)
