@@ -23,7 +23,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import datasets
+import evaluate
 import torch
 from accelerate.utils import gather_object
 from huggingface_hub import ModelCard
@@ -44,11 +44,13 @@ from transformers import (
 )
 
 from checkpoints import CheckpointFolders, find_checkpoint, write_whole
-from faults import CheckedTrainer, StopAtNonFinite, TrainingError, is_out_of_room, out_of_room
+from faults import StopAtNonFinite, TrainingError, is_out_of_room, out_of_room
 from packaged_model import PACKAGED, find_model
 from peft_input_tuning import InputTuningConfig, input_tuning_parameter_groups
 from task_data import InputError
-from train_and_generate import IGNORED, SEPARATOR
+from train_and_generate import IGNORED
+from training_rows import Columns, Row, encode, read_rows
+from validation_loss import TokenMeanTrainer, filled_up
 
 METHODS = ("input-tuning", "prompt-tuning", "lora", "full")
 METRIC = str(Path(__file__).resolve().parent / "metrics" / "generation_metrics.py")
@@ -82,96 +84,73 @@ class Options:
         default=None, metadata={"help": "evaluations without a better loss; needs --load_best_model_at_end"}
     )
 
-
-# ---- data -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Row:
-    """Texts of one row; `source` ends where the target begins."""
-
-    source: str
-    target: str
-    references: list[str]
+    @property
+    def columns(self) -> Columns:
+        return Columns(self.source_column, self.target_column, self.messages_column)
 
 
-def read_rows(name: str, argument: str, options: Options, tokenizer: PreTrainedTokenizerBase, most: int | None):
-    """The rows of a file or a dataset.
-
-    Raises:
-        InputError: no such file or columns.
-    """
-    split = argument.removeprefix("--").removesuffix("_data")
-    try:
-        if Path(name).suffix in (".json", ".jsonl"):
-            data = datasets.load_dataset("json", data_files=name, split="train")
-        else:
-            data = datasets.load_dataset(name, split=split)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise InputError(f"{argument}: {name!r} cannot be read ({error}). Pass a JSON-lines file.") from None
-    wanted = [options.messages_column] if options.messages_column else [options.source_column, options.target_column]
-    missing = [column for column in wanted if column not in data.column_names]
-    if missing:
-        raise InputError(
-            f"{argument}: {name!r} has no column {missing[0]!r}, but {', '.join(data.column_names)}. "
-            "Pass --source_column and --target_column, or --messages_column."
-        )
-    rows = (to_row(line, options, tokenizer) for line in data.select(range(min(most or len(data), len(data)))))
-    return list(rows)
-
-
-def to_row(line: dict[str, Any], options: Options, tokenizer: PreTrainedTokenizerBase) -> Row:
-    if options.messages_column:
-        messages = line[options.messages_column]
-        source = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
-        return Row(source, messages[-1]["content"], [messages[-1]["content"]])
-    target = line[options.target_column]
-    references = [target] if isinstance(target, str) else list(target)
-    return Row(line[options.source_column] + SEPARATOR, references[0], references)
-
-
-def encode(rows: list[Row], options: Options, tokenizer: PreTrainedTokenizerBase, seq2seq: bool) -> list[dict]:
-    """Features of the rows that are not too long; how many were is said."""
-    special = not options.messages_column  # a chat template writes its special tokens itself
-    features = []
-    for row in rows:
-        source = tokenizer(row.source, add_special_tokens=special).input_ids
-        target = [*tokenizer(row.target, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
-        if len(source) + len(target) > options.max_length:
-            continue
-        if seq2seq:
-            features.append({"input_ids": source, "attention_mask": [1] * len(source), "labels": target})
-        else:
-            ids = source + target
-            labels = [IGNORED] * len(source) + target
-            features.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels})
-    if not features:
-        raise InputError(f"--max_length: no row of {len(rows)} has {options.max_length} tokens or fewer. Raise it.")
-    if len(features) < len(rows):
-        print(f"{len(rows) - len(features)} of {len(rows)} rows are longer than {options.max_length} tokens: left out")
-    return features
+def check(options: Options, arguments: TrainingArguments) -> None:
+    """Raises InputError where options cannot be used, or not together."""
+    for name in ("max_length", "max_new_tokens", "lora_rank", "train_rows", "test_rows", "early_stopping_patience"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise InputError(f"--{name} must be >= 1, got {value}. Raise it, or leave it out.")
+    if options.method == "prompt-tuning" and options.num_virtual_tokens < 1:
+        raise InputError(f"--num_virtual_tokens must be >= 1 in prompt-tuning, got {options.num_virtual_tokens}.")
+    for name, rate in (("prompt_", options.prompt_learning_rate), ("", arguments.learning_rate)):
+        if rate is not None and not rate > 0:
+            raise InputError(f"--{name}learning_rate must be > 0, got {rate}. Pass something like 1e-3.")
+    if options.early_stopping_patience is not None and not arguments.load_best_model_at_end:
+        raise InputError("--early_stopping_patience needs --load_best_model_at_end. Pass it too.")
+    if not options.validation_data and str(arguments.eval_strategy.value) != "no":
+        raise InputError("--eval_strategy needs --validation_data. Pass it too.")
+    if Path(arguments.output_dir).exists() and not Path(arguments.output_dir).is_dir():
+        raise InputError(f"--output_dir: {arguments.output_dir!r} is a file. Pass a folder.")
 
 
 # ---- model ----------------------------------------------------------------------------------------------------------
 
 
-def load(options: Options) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
-    name, gguf_file = find_model(options.model)
-    more = {"gguf_file": gguf_file} if gguf_file else {}
-    seq2seq = AutoConfig.from_pretrained(name, **more).is_encoder_decoder
-    auto = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
-    model = auto.from_pretrained(name, dtype=getattr(torch, options.dtype), **more)
-    tokenizer = AutoTokenizer.from_pretrained(name, **more)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return model, tokenizer
+@dataclass(frozen=True)
+class Base:
+    """A pretrained model whose weights are still to be loaded."""
+
+    name: str
+    more: dict[str, str]
+    seq2seq: bool
+    tokenizer: PreTrainedTokenizerBase
+
+    @classmethod
+    def find(cls, model: str) -> Base:
+        """Raises InputError where there is no such model."""
+        name, gguf_file = find_model(model)
+        more = {"gguf_file": gguf_file} if gguf_file else {}
+        try:
+            config = AutoConfig.from_pretrained(name, **more)
+            tokenizer = AutoTokenizer.from_pretrained(name, **more)
+        except (OSError, ValueError) as error:
+            why = str(error).partition("\n")[0]
+            raise InputError(
+                f"--model: {model!r} cannot be read ({why}). Pass a folder that `save_pretrained` wrote, or a hub id."
+            ) from None
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        return cls(name, more, config.is_encoder_decoder, tokenizer)
+
+    def load(self, dtype: str) -> torch.nn.Module:
+        auto = AutoModelForSeq2SeqLM if self.seq2seq else AutoModelForCausalLM
+        return auto.from_pretrained(self.name, dtype=getattr(torch, dtype), **self.more)
 
 
 def peft_config(options: Options, seq2seq: bool) -> PeftConfig | None:
+    """Raises InputError where the method cannot have such sizes."""
     task: Any = {"task_type": "SEQ_2_SEQ_LM" if seq2seq else "CAUSAL_LM"}
     if options.method == "input-tuning":
         sizes = {"num_virtual_tokens": options.num_virtual_tokens, "adapter_hidden_dim": options.adapter_hidden_dim}
-        return InputTuningConfig(**task, **sizes)
+        try:
+            return InputTuningConfig(**task, **sizes)
+        except ValueError as error:
+            raise InputError(f"--method input-tuning: {error}") from None
     if options.method == "prompt-tuning":
         init: Any = "SAMPLE_VOCAB"
         return PromptTuningConfig(**task, num_virtual_tokens=options.num_virtual_tokens, prompt_tuning_init=init)
@@ -188,7 +167,7 @@ def make_trainer(
     arguments: TrainingArguments,
 ) -> Trainer:
     arguments.remove_unused_columns = False
-    arguments.logging_nan_inf_filter = False  # CheckedTrainer has to see them
+    arguments.logging_nan_inf_filter = False  # they have to be seen
     arguments.label_names = ["labels"]
     arguments.prediction_loss_only = True  # PEFT's prompt-tuning gives logits that are longer than the labels
     optimizer = None
@@ -203,12 +182,15 @@ def make_trainer(
     arguments.restore_callback_states_from_checkpoint = True  # how long early stopping has been patient
     if options.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(options.early_stopping_patience))
-    return CheckedTrainer(
+    validation = features.get("validation")
+    if validation:
+        validation = filled_up(validation, arguments.eval_batch_size * arguments.world_size)
+    return TokenMeanTrainer(
         model=model,
         args=arguments,
         data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED),
         train_dataset=features["train"],
-        eval_dataset=features.get("validation"),
+        eval_dataset=validation,
         processing_class=tokenizer,
         optimizer_cls_and_kwargs=optimizer,
         callbacks=callbacks,
@@ -285,17 +267,22 @@ def write_card(folder: Path, options: Options, results: dict[str, Any], generati
 def run(options: Options, arguments: TrainingArguments) -> dict[str, Any]:
     """Trains, evaluates, writes; returns the figures."""
     checkpoint = find_checkpoint(arguments)
-    set_seed(arguments.seed)
-    model, tokenizer = load(options)
-    seq2seq = model.config.is_encoder_decoder
-    rows = {"train": read_rows(options.train_data, "--train_data", options, tokenizer, options.train_rows)}
+    base = Base.find(options.model)
+    tokenizer, columns = base.tokenizer, options.columns
+    rows = {"train": read_rows(options.train_data, "--train_data", columns, tokenizer, options.train_rows)}
     if options.validation_data:
-        rows["validation"] = read_rows(options.validation_data, "--validation_data", options, tokenizer, None)
-    test = []
+        rows["validation"] = read_rows(options.validation_data, "--validation_data", columns, tokenizer)
+    test: list[Row] = []
     if options.test_data:
-        test = read_rows(options.test_data, "--test_data", options, tokenizer, options.test_rows)
-    features = {name: encode(some, options, tokenizer, seq2seq) for name, some in rows.items()}
-    config = peft_config(options, seq2seq)
+        test = read_rows(options.test_data, "--test_data", columns, tokenizer, options.test_rows)
+    features = {
+        name: encode(some, columns, options.max_length, tokenizer, base.seq2seq) for name, some in rows.items()
+    }
+    config = peft_config(options, base.seq2seq)
+    metric = evaluate.load(METRIC) if test and arguments.process_index == 0 else None  # what it needs is there
+
+    set_seed(arguments.seed)
+    model = base.load(options.dtype)
     if config is not None:
         model = get_peft_model(model, config)
         model.print_trainable_parameters()
@@ -319,10 +306,8 @@ def run(options: Options, arguments: TrainingArguments) -> dict[str, Any]:
         return results
     folder = Path(arguments.output_dir)
     generations = []
-    if test:
-        import evaluate
-
-        results |= evaluate.load(METRIC).compute(predictions=texts, references=[row.references for row in test])
+    if metric is not None:
+        results |= metric.compute(predictions=texts, references=[row.references for row in test])
         generations = [
             {"source": row.source, "text": text, "references": row.references}
             for row, text in zip(test, texts, strict=True)
@@ -339,12 +324,13 @@ def run(options: Options, arguments: TrainingArguments) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = HfArgumentParser((Options, TrainingArguments), description=__doc__)
-    options, arguments = parser.parse_args_into_dataclasses(argv)
     try:
-        if options.early_stopping_patience is not None and not arguments.load_best_model_at_end:
-            raise InputError("--early_stopping_patience needs --load_best_model_at_end. Pass it too.")
-        if not options.validation_data and str(arguments.eval_strategy.value) != "no":
-            raise InputError("--eval_strategy needs --validation_data. Pass it too.")
+        options, arguments = parser.parse_args_into_dataclasses(argv)
+    except ValueError as error:  # an option that nobody knows, or TrainingArguments that do not go together
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    try:
+        check(options, arguments)
         run(options, arguments)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)

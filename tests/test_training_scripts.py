@@ -16,10 +16,11 @@ import sacrebleu
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from datasets import Dataset
-from peft import AutoPeftModelForCausalLM
+from peft import AutoPeftModelForCausalLM, AutoPeftModelForSeq2SeqLM
 from rouge_score.rouge_scorer import RougeScorer
 from safetensors.torch import load_file
 from torch.testing import assert_close
+from transformers import AutoTokenizer
 
 from families import FAMILIES, build
 from tokenizers_of_families import tokenizer_of
@@ -75,8 +76,16 @@ def options(data, tiny_model):
     return ["--model", str(tiny_model), *files, *SMALL]
 
 
-def curve(folder: Path) -> list[float]:
-    return [log["loss"] for log in json.loads((folder / "results.json").read_text())["curve"] if "loss" in log]
+def curve(folder: Path, key: str = "loss") -> list[float]:
+    return [log[key] for log in json.loads((folder / "results.json").read_text())["curve"] if key in log]
+
+
+def results(folder: Path) -> dict[str, float]:
+    return json.loads((folder / "results.json").read_text())["results"]
+
+
+def rows_of(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 # ---- train.py -------------------------------------------------------------------------------------------------------
@@ -101,28 +110,46 @@ def test_what_a_run_leaves(alone, data):
     files = {path.name for path in alone.iterdir()}
     wanted = {"adapter_model.safetensors", "adapter_config.json", "README.md", "results.json", "curves.png"}
     assert wanted | {"generations.jsonl", "checkpoint-3", "checkpoint-6"} <= files
-    results = json.loads((alone / "results.json").read_text())["results"]
-    assert {"bleu", "chrf", "rouge_l", "exact_match", "validation_loss", "train_seconds"} <= set(results)
+    figures = results(alone)
+    assert {"bleu", "chrf", "rouge_l", "exact_match", "validation_loss", "train_seconds"} <= set(figures)
     assert len(curve(alone)) == 6
     card = (alone / "README.md").read_text()
-    assert f"| validation_loss | {results['validation_loss']:.4g} |" in card
+    assert f"| validation_loss | {figures['validation_loss']:.4g} |" in card
     assert "import peft_input_tuning" in card
-    generations = [json.loads(line) for line in (alone / "generations.jsonl").read_text().splitlines()]
-    sources = [json.loads(line)["source"] + "\n" for line in (data / "test.jsonl").read_text().splitlines()]
-    assert [row["source"] for row in generations] == sources
+    sources = [row["source"] + "\n" for row in rows_of(data / "test.jsonl")]
+    assert [row["source"] for row in rows_of(alone / "generations.jsonl")] == sources
 
 
 def test_the_adapter_gives_the_generations(alone, tiny_model):
-    from transformers import AutoTokenizer
-
     model = AutoPeftModelForCausalLM.from_pretrained(str(alone)).eval()
     tokenizer = AutoTokenizer.from_pretrained(alone)
-    for line in (alone / "generations.jsonl").read_text().splitlines():
-        row = json.loads(line)
+    for row in rows_of(alone / "generations.jsonl"):
         inputs = tokenizer(row["source"], return_tensors="pt", return_token_type_ids=False)
         out = model.generate(**inputs, max_new_tokens=5, do_sample=False, pad_token_id=0)
         new = out[0, inputs.input_ids.shape[1] :]
         assert tokenizer.decode(new, skip_special_tokens=True).strip() == row["text"]
+
+
+def validation_loss_by_hand(model, folder: Path, rows: list[dict]) -> float:
+    """Row by row: over all targets, the end token among them."""
+    tokenizer, seq2seq = AutoTokenizer.from_pretrained(folder), model.config.is_encoder_decoder
+    total = count = 0.0
+    for row in rows:
+        source = tokenizer(row["source"] + "\n").input_ids
+        target = [*tokenizer(row["references"][0], add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+        ids, labels = (source, target) if seq2seq else (source + target, [-100] * len(source) + target)
+        with torch.no_grad():
+            loss = model.eval()(input_ids=torch.tensor([ids]), labels=torch.tensor([labels])).loss
+        total, count = total + float(loss) * len(target), count + len(target)
+    return total / count
+
+
+def test_the_validation_loss_is_the_mean_over_all_targets(alone, data):
+    """Ten rows in batches of eight: neither the batches' means, nor rows counted twice."""
+    model = AutoPeftModelForCausalLM.from_pretrained(str(alone))
+    by_hand = validation_loss_by_hand(model, alone, rows_of(data / "validation.jsonl"))
+    assert results(alone)["validation_loss"] == pytest.approx(by_hand, rel=1e-5)
+    assert curve(alone, "eval_loss")[-1] == pytest.approx(by_hand, rel=1e-5)
 
 
 # A configuration of accelerate and the options that make it one for CPUs; `ddp.yaml` and the two of DeepSpeed ask for
@@ -154,11 +181,13 @@ def test_processes_give_the_curve_of_one(alone, options, tmp_path, name):
     of_launcher, of_script, rows = LAUNCHES[name]
     options = [option for option in options if option != "--use_cpu"]
     call = [str(EXAMPLES / "train.py"), *options, *of_script, "--per_device_train_batch_size", rows]
+    call += ["--per_device_eval_batch_size", "4"]  # ten rows: the last batches have two, and none
     done = launch(
         name.partition(",")[0], *of_launcher, *call, *EVALUATION, "--output_dir", str(tmp_path), cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert curve(tmp_path) == pytest.approx(curve(alone), rel=1e-4)
+    assert curve(tmp_path, "eval_loss") == pytest.approx(curve(alone, "eval_loss"), rel=1e-4)
     got, want = (load_file(folder / "adapter_model.safetensors") for folder in (tmp_path, alone))
     assert got.keys() == want.keys()
     for name in want:
@@ -180,14 +209,16 @@ def test_fsdp2_on_two_gpus(alone, options, tmp_path):
 
 @train_py("resume = uninterrupted run")
 def test_an_interrupted_run_goes_on(alone, options, tmp_path):
-    """From the checkpoint in the middle, as a run leaves it that is interrupted behind it."""
+    """From what a run leaves that is interrupted behind its third step: the same figures, bit for bit."""
     shutil.copytree(alone / "checkpoint-3", tmp_path / "checkpoint-3")
     more = ["--per_device_train_batch_size", "4", *EVALUATION, "--output_dir", str(tmp_path)]
     assert train.main([*options, *more, "--resume_from_checkpoint", "last"]) == 0
-    assert curve(tmp_path) == pytest.approx(curve(alone), rel=1e-6)
+    assert curve(tmp_path) == curve(alone)
+    assert curve(tmp_path, "eval_loss") == curve(alone, "eval_loss")
+    assert {**results(tmp_path), "train_seconds": 0} == {**results(alone), "train_seconds": 0}
     got, want = (load_file(folder / "adapter_model.safetensors") for folder in (tmp_path, alone))
-    for name in want:
-        assert_close(got[name], want[name])
+    assert got.keys() == want.keys()
+    assert all(torch.equal(got[name], want[name]) for name in want)
 
 
 @train_py("early stopping")
@@ -222,23 +253,26 @@ def test_a_dataset_by_its_name(tiny_model, tmp_path):
     files = [f"--{name}_data={tmp_path / 'data'}" for name in ("train", "test")]
     call = ["--model", str(tiny_model), *files, *SMALL, "--source_column", "question", "--target_column", "answer"]
     assert train.main([*call, "--max_steps", "1", "--output_dir", str(tmp_path / "out")]) == 0
-    rows = [json.loads(line) for line in (tmp_path / "out" / "generations.jsonl").read_text().splitlines()]
+    rows = rows_of(tmp_path / "out" / "generations.jsonl")
     assert [row["source"] for row in rows] == [f"number {n}\n" for n in range(3)]
     assert [row["references"] for row in rows] == [[f"it is {n}"] for n in range(3)]
 
 
-@train_py("chat messages")
-def test_chat_messages(data, tiny_model, tmp_path):
-    from transformers import AutoTokenizer
-
+@pytest.fixture
+def chat_model(tiny_model, tmp_path) -> Path:
     shutil.copytree(tiny_model, tmp_path / "model")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
     tokenizer.chat_template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}<answer>"
     tokenizer.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@train_py("chat messages")
+def test_chat_messages(data, chat_model, tmp_path):
     files = [f"--{name}_data={data / name}-chat.jsonl" for name in ("train", "test")]
-    call = ["--model", str(tmp_path / "model"), *files, *SMALL, "--messages_column", "messages"]
+    call = ["--model", str(chat_model), *files, *SMALL, "--messages_column", "messages"]
     assert train.main([*call, "--output_dir", str(tmp_path / "out")]) == 0
-    first = json.loads((tmp_path / "out" / "generations.jsonl").read_text().splitlines()[0])
+    first = rows_of(tmp_path / "out" / "generations.jsonl")[0]
     assert first["source"].startswith("<user>")
     assert first["source"].endswith("\n<answer>")
 
@@ -247,26 +281,82 @@ def test_chat_messages(data, tiny_model, tmp_path):
 def test_an_encoder_decoder_model(data, tmp_path):
     build(FAMILIES["t5"]).save_pretrained(tmp_path / "model")
     tokenizer_of(FAMILIES["t5"]).save_pretrained(tmp_path / "model")
-    files = [f"--{name}_data={data / name}.jsonl" for name in ("train", "test")]
-    assert train.main(["--model", str(tmp_path / "model"), *files, *SMALL, "--output_dir", str(tmp_path / "out")]) == 0
-    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    files = [f"--{name}_data={data / name}.jsonl" for name in ("train", "validation", "test")]
+    out = tmp_path / "out"
+    assert train.main(["--model", str(tmp_path / "model"), *files, *SMALL, "--output_dir", str(out)]) == 0
+    config = json.loads((out / "adapter_config.json").read_text())
     assert (config["peft_type"], config["task_type"]) == ("INPUT_TUNING", "SEQ_2_SEQ_LM")
+    model = AutoPeftModelForSeq2SeqLM.from_pretrained(str(out))
+    by_hand = validation_loss_by_hand(model, out, rows_of(data / "validation.jsonl"))
+    assert results(out)["validation_loss"] == pytest.approx(by_hand, rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("wrong", "named"),
-    [
-        (["--train_data", "nowhere.jsonl"], "--train_data"),
-        (["--source_column", "input"], "'input'"),
-        (["--max_length", "3"], "--max_length"),
-        (["--early_stopping_patience", "2"], "--load_best_model_at_end"),
-        (["--model", "./nowhere"], "--model"),
-    ],
-)
-def test_wrong_arguments_are_named_before_any_work(options, tmp_path, capsys, wrong, named):
+WRONG = {  # the options, what has to be said
+    "no such file": (["--train_data", "nowhere.jsonl"], "--train_data: 'nowhere.jsonl' cannot be read"),
+    "no such model": (["--model", "./nowhere"], "--model: there is no folder './nowhere'"),
+    "no such model on the hub": (["--model", "nobody/nothing"], "--model: 'nobody/nothing' cannot be read"),
+    "no such column": (["--source_column", "input"], "has no column 'input', but source, references"),
+    "no chat template": (["--messages_column", "source"], "--messages_column: the tokenizer of"),
+    "all rows too long": (["--max_length", "3"], "--max_length: no row of 48 has 3 tokens or fewer"),
+    "no tokens to generate": (["--max_new_tokens", "0"], "--max_new_tokens must be >= 1, got 0"),
+    "no rows": (["--train_rows", "0"], "--train_rows must be >= 1, got 0"),
+    "a prompt of -1": (["--num_virtual_tokens", "-1"], "`num_virtual_tokens` must be >= 0, got -1"),
+    "a prompt of none": (["--method=prompt-tuning", "--num_virtual_tokens=0"], "--num_virtual_tokens must be >= 1"),
+    "a rank of 0": (["--method", "lora", "--lora_rank", "0"], "--lora_rank must be >= 1, got 0"),
+    "a rate of 0": (["--prompt_learning_rate", "0"], "--prompt_learning_rate must be > 0, got 0.0"),
+    "patience alone": (["--early_stopping_patience", "2"], "needs --load_best_model_at_end"),
+    "two strategies": (["--load_best_model_at_end", "true"], "--load_best_model_at_end requires"),
+    "an unknown option": (["--no_such_option", "1"], "--no_such_option"),
+}
+
+
+@pytest.mark.parametrize(("wrong", "said"), WRONG.values(), ids=WRONG)
+def test_wrong_arguments_are_named_before_any_work(options, tmp_path, capsys, monkeypatch, wrong, said):
+    monkeypatch.setattr(train.Base, "load", lambda *_: pytest.fail("the weights are loaded already"))
     assert train.main([*options, *wrong, "--output_dir", str(tmp_path / "out")]) == 2
-    assert named in capsys.readouterr().err
-    assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_evaluation_needs_rows(options, tmp_path, capsys):
+    options = [option for option in options if not option.startswith("--validation_data")]
+    assert train.main([*options, *EVALUATION, "--output_dir", str(tmp_path)]) == 2
+    assert "--eval_strategy needs --validation_data" in capsys.readouterr().err
+
+
+LINES = {  # a second row, what has to be said
+    "nothing": (None, "is empty"),
+    "no JSON": ('{"source": ', "cannot be read (JSON parse error"),
+    "no source": (
+        '{"source": null, "references": ["a"]}',
+        "row 2 of 'rows.jsonl' has no text under 'source', got None",
+    ),
+    "no target": (
+        '{"source": "a", "references": []}',
+        "row 2 of 'rows.jsonl' has no texts under 'references', got []",
+    ),
+    "an empty target": (
+        '{"source": "a", "references": [""]}',
+        "row 2 of 'rows.jsonl' has no texts under 'references'",
+    ),
+}
+
+
+@pytest.mark.parametrize(("line", "said"), LINES.values(), ids=LINES)
+def test_a_row_without_its_texts_is_named(options, tmp_path, capsys, monkeypatch, line, said):
+    monkeypatch.chdir(tmp_path)
+    first = '{"source": "a", "references": ["b"]}\n'
+    (tmp_path / "rows.jsonl").write_text("" if line is None else first + line + "\n")
+    assert train.main([*options, "--train_data", "rows.jsonl", "--output_dir", "out"]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_conversation_without_an_answer_is_named(data, chat_model, tmp_path, capsys):
+    line = {"messages": [{"role": "user", "content": "a"}]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(line) + "\n")
+    call = ["--model", str(chat_model), "--train_data", str(tmp_path / "rows.jsonl"), "--messages_column", "messages"]
+    assert train.main([*call, "--output_dir", str(tmp_path / "out")]) == 2
+    assert "has no text to learn under 'messages'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
