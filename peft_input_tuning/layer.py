@@ -329,11 +329,21 @@ class InputTuningLayer(nn.Module, BaseTunerLayer):
 
     # ---- forward ------------------------------------------------------------------------------------------------
 
-    def forward(self, input_ids: Tensor, *args: Any, is_output: IsOutput | None = None, **kwargs: Any) -> Tensor:
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        *args: Any,
+        is_output: IsOutput | None = None,
+        prompts: tuple[int, int] | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
         """`(batch, length)` ids → `(batch, length, embedding_dim)` adapted embeddings.
 
-        `is_output` is asked for by adapters with `adapter_scope="input"` (`scope.py`).
+        `is_output` is asked for by adapters with `adapter_scope="input"` (`scope.py`); `prompts` is how `prompt_rows`
+        gets what it returns.
         """
+        if prompts is not None:
+            return self._prompt_rows(*prompts)
         if self.merged and self.disable_adapters:
             self.unmerge()  # as PEFT's other methods do
         embeddings = self.base_layer(input_ids, *args, **kwargs)
@@ -380,7 +390,14 @@ class InputTuningLayer(nn.Module, BaseTunerLayer):
         return adapted
 
     def prompt_rows(self, batch: int, slots: int) -> Tensor:
-        """The prompt of each row, at the right end of its slots: `(batch, slots, embedding_dim)`."""
+        """The prompt of each row, at the right end of its slots: `(batch, slots, embedding_dim)`.
+
+        By a call of the whole layer: accelerate's FSDP2 shards a model's input embeddings as one unit, whose weights,
+        the prompt among them, are whole while that unit's own forward runs.
+        """
+        return self(None, prompts=(batch, slots))
+
+    def _prompt_rows(self, batch: int, slots: int) -> Tensor:
         rows = current_row_adapters(self)
         if rows is None:
             name = str(self.enabled_adapter)

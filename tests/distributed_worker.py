@@ -93,6 +93,8 @@ def run_fsdp2(options, rank: int, world: int) -> tuple[list[float], nn.Module, d
     model = make_model(options.second)
     for layer in model.get_base_model().model.layers:
         fully_shard(layer)
+    if options.embedding:
+        fully_shard(model.get_input_embeddings())
     fully_shard(model)
     optimizer = optimizer_of(model)
     start = 0
@@ -193,6 +195,7 @@ def main() -> None:
     parser.add_argument("--find-unused", action="store_true")
     parser.add_argument("--checkpoint", action="store_true")
     parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--embedding", action="store_true", help="sharded as a unit of its own")
     parser.add_argument("--full", action="store_true", help="checkpoints hold the whole model, in one file")
     parser.add_argument("--accumulate", action="store_true", help="gradients of two halves of a batch")
     parser.add_argument("--dispatch", action="store_true", help="the first process reads for all")

@@ -69,6 +69,7 @@ CASES = {  # what the table calls it, and the worker's arguments
     "accelerate-accumulate": ("accelerate's loop, gradient accumulation", ["accelerate", "--accumulate"]),
     "accelerate-dispatch": ("accelerate's loop, dispatch_batches", ["accelerate", "--dispatch"]),
     "fsdp2": ("FSDP2 (torch's fully_shard)", ["fsdp2"]),
+    "fsdp2-embedding": ("FSDP2, the embedding a unit of its own, as accelerate has it", ["fsdp2", "--embedding"]),
     "fsdp2-unused": ("FSDP2, an unused second adapter", ["fsdp2", "--second"]),
     "zero2": ("DeepSpeed ZeRO-2", ["zero2"]),
     "zero3": ("DeepSpeed ZeRO-3", ["zero3"]),

@@ -25,7 +25,8 @@ from transformers import AutoTokenizer
 from families import FAMILIES, build
 from tokenizers_of_families import tokenizer_of
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+TESTS = Path(__file__).parent
+EXAMPLES = TESTS.parent / "examples"
 CONFIGS = EXAMPLES / "accelerate_configs"
 sys.path.insert(0, str(EXAMPLES))
 
@@ -153,7 +154,7 @@ def test_the_validation_loss_is_the_mean_over_all_targets(alone, data):
 
 
 # A configuration of accelerate and the options that make it one for CPUs; `ddp.yaml` and the two of DeepSpeed ask for
-# GPUs and bf16. fsdp2.yaml is not here: accelerate has FSDP on GPUs only (tests/test_distributed.py has torch's own).
+# GPUs and bf16. For fsdp2.yaml, see tests/fsdp2_on_cpus.py.
 ON_CPU = ["--mixed_precision", "no"]
 LAUNCHES = {
     "ddp_cpu.yaml": ([], ["--use_cpu"], "2"),
@@ -193,6 +194,32 @@ def test_processes_give_the_curve_of_one(alone, options, tmp_path, name):
     for name in want:
         assert_close(got[name], want[name], atol=1e-4, rtol=1e-3)
     assert (tmp_path / "generations.jsonl").read_text() == (alone / "generations.jsonl").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.trains_with(
+    "accelerate and processes",
+    "accelerate launch examples/train.py: fsdp2.yaml, where accelerate is told that there is a GPU; resume",
+)
+def test_fsdp2_on_cpus(alone, options, tmp_path):
+    """All of the run, then the rest of it from its checkpoint in the middle."""
+    options = [option for option in options if option != "--use_cpu"]
+    call = [str(TESTS / "fsdp2_on_cpus.py"), str(EXAMPLES / "train.py"), *options, *EVALUATION]
+    call += ["--per_device_train_batch_size", "2"]
+    whole, rest = tmp_path / "whole", tmp_path / "rest"
+    for folder, more in ((whole, []), (rest, ["--resume_from_checkpoint", "last"])):
+        done = launch("fsdp2.yaml", *ON_CPU, *call, "--output_dir", str(folder), *more, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert curve(folder) == pytest.approx(curve(alone), rel=1e-4)
+        assert curve(folder, "eval_loss") == pytest.approx(curve(alone, "eval_loss"), rel=1e-4)
+        got, want = (load_file(one / "adapter_model.safetensors") for one in (folder, alone))
+        assert got.keys() == want.keys()
+        for name in want:
+            assert_close(got[name], want[name], atol=1e-4, rtol=1e-3)
+        assert (folder / "generations.jsonl").read_text() == (alone / "generations.jsonl").read_text()
+        if folder == whole:
+            assert list((whole / "checkpoint-3").glob("pytorch_model_fsdp*")), "nothing was sharded"
+            shutil.copytree(whole / "checkpoint-3", rest / "checkpoint-3")
 
 
 @pytest.mark.gpu
