@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers.activations import ACT2FN
 
 from .config import InputTuningConfig
@@ -340,7 +341,7 @@ class InputTuningLayer(nn.Module, BaseTunerLayer):
         """`(batch, length)` ids → `(batch, length, embedding_dim)` adapted embeddings.
 
         `is_output` is asked for by adapters with `adapter_scope="input"` (`scope.py`); `prompts` is how `prompt_rows`
-        gets what it returns.
+        gets what it returns where the layer is sharded.
         """
         if prompts is not None:
             return self._prompt_rows(*prompts)
@@ -392,10 +393,13 @@ class InputTuningLayer(nn.Module, BaseTunerLayer):
     def prompt_rows(self, batch: int, slots: int) -> Tensor:
         """The prompt of each row, at the right end of its slots: `(batch, slots, embedding_dim)`.
 
-        By a call of the whole layer: accelerate's FSDP2 shards a model's input embeddings as one unit, whose weights,
-        the prompt among them, are whole while that unit's own forward runs.
+        Accelerate's FSDP2 shards a model's input embeddings as one unit, whose weights, the prompt among them, are
+        whole only while that unit's own forward runs: the layer is called as a module then. Nowhere else, since hooks
+        on the embedding (NEFTune's noise) are not meant for the prompt.
         """
-        return self(None, prompts=(batch, slots))
+        if any(isinstance(prompt.weight, DTensor) for prompt in self.input_tuning_prompt.values()):
+            return self(None, prompts=(batch, slots))
+        return self._prompt_rows(batch, slots)
 
     def _prompt_rows(self, batch: int, slots: int) -> Tensor:
         rows = current_row_adapters(self)
