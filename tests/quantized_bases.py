@@ -5,11 +5,11 @@ Sizes are multiples of the groups that weights are quantized in (64; 32 in a GGU
 
 from __future__ import annotations
 
+import importlib
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
 import torch
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, GgufConfig, LlamaConfig, LlamaForCausalLM, QuantoConfig, TorchAoConfig
@@ -81,9 +81,10 @@ def _plain(folder: Path, dtype: torch.dtype = torch.float32, **more) -> nn.Modul
 
 
 def _needs(package: str) -> None:
+    """Imports it without its warnings; `make test-slow` installs it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        pytest.importorskip(package, reason=f"{package} is not installed: pip install '.[all]'")
+        importlib.import_module(package)
 
 
 def bitsandbytes_4bit(folder: Path, dtype: torch.dtype = torch.float32, **more) -> nn.Module:

@@ -11,6 +11,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+import trl
 from datasets import Dataset
 from peft import get_peft_model
 from torch import Tensor
@@ -21,7 +22,6 @@ from adapters import config, randomize
 from families import FAMILIES
 from oracles import adapter_weights, row_output
 
-trl = pytest.importorskip("trl", reason="TRL is not installed: pip install '.[test]'")
 LLAMA = FAMILIES["llama"]
 CLOSE = {"rel": 1e-3, "abs": 1e-4}
 TEMPLATE = (
