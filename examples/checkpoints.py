@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import TrainerCallback, TrainingArguments
 
+from peft_input_tuning.unfinished_file import unfinished
 from task_data import InputError
 
 RESUME = "go on from the last complete checkpoint with --resume_from_checkpoint last"
@@ -171,6 +172,5 @@ def _wait_for_all() -> None:
 
 def write_whole(path: Path, content: str | bytes) -> None:
     """Writes a file that is there whole or not at all."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
-    unfinished.replace(path)
+    with unfinished(path) as scratch:
+        scratch.write_bytes(content.encode() if isinstance(content, str) else content)

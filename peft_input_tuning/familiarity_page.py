@@ -1,4 +1,4 @@
-"""The familiarity of inputs as one HTML page that needs nothing but itself: no script, no style sheet, no network."""
+"""The familiarity of inputs as one HTML page."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from html import escape
 
 from .familiarity_figures import Distribution
 from .familiarity_measure import Familiarity
-from .inspection_page import _STYLE, _table, shown
+from .html_page import html_page, table
+from .inspection_page import shown
 
 BARS = 40
 WIDTH, HEIGHT = 640, 180
@@ -22,11 +23,7 @@ def familiarity_page(found: Familiarity, title: str) -> str:
         if inputs is not None:
             sections.append(f"<h2>{heading} of each text</h2>" + _histogram(inputs, prose, heading.lower()))
     sections += [_inputs(found), _tokens(found)]
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
-        f'<meta name="viewport" content="width=device-width"><style>{_STYLE}{_PROSE_STYLE}</style></head>\n'
-        f"<body><h1>{escape(title)}</h1>\n" + "\n".join(sections) + "\n</body></html>\n"
-    )
+    return html_page(title, sections, _PROSE_STYLE)
 
 
 def figure_rows(found: Familiarity) -> list[tuple[str, str, str]]:
@@ -89,18 +86,18 @@ def _figures(found: Familiarity) -> str:
             f"{found.corpus_undercount:,} at the most. The score of a bigram is log10(1 + occurrences among a "
             "million); it compares inputs by one corpus and one tokenizer, and not with the figures of the paper.</p>"
         )
-    return "<h2>Figures</h2>" + _table(("", "inputs", prose_name(found)), figure_rows(found)) + corpus
+    return "<h2>Figures</h2>" + table(("", "inputs", prose_name(found)), figure_rows(found)) + corpus
 
 
 def _inputs(found: Familiarity) -> str:
     rows = [(number, bits, score, f"<code>{escape(text)}</code>") for number, bits, score, text in input_rows(found)]
-    return "<h2>Least familiar inputs</h2>" + _table(("number", "bits per byte", "bigram score", "text"), rows)
+    return "<h2>Least familiar inputs</h2>" + table(("number", "bits per byte", "bigram score", "text"), rows)
 
 
 def _tokens(found: Familiarity) -> str:
     rows = [(f"<code>{escape(token)}</code>", value, count) for token, value, count in token_rows(found)]
     head = ("token", f"mean {token_value(found)}", "occurrences")
-    return "<h2>Least familiar tokens</h2>" + _table(head, rows)
+    return "<h2>Least familiar tokens</h2>" + table(head, rows)
 
 
 def _histogram(inputs: Distribution, prose: Distribution | None, across: str) -> str:

@@ -1,24 +1,15 @@
-"""An inspection as one HTML page that needs nothing but itself: no script, no style sheet, no network."""
+"""An inspection as one HTML page."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from html import escape
 
+from .html_page import html_page, table
 from .inspection import AdapterInspection, Word
 
 BINS = 40
 WIDTH, HEIGHT = 640, 180
-_STYLE = """
-:root { color-scheme: light dark; --bar: #4878cf; --text: #222; --page: #fff; --line: #ccc }
-@media (prefers-color-scheme: dark) { :root { --bar: #7aa2f7; --text: #ddd; --page: #16161e; --line: #444 } }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
-       color: var(--text); background: var(--page) }
-table { border-collapse: collapse; margin: 1rem 0 } td, th { padding: .2rem .8rem; text-align: left;
-       border-bottom: 1px solid var(--line) }
-code { white-space: pre-wrap; overflow-wrap: anywhere } svg { max-width: 100%; height: auto; fill: var(--text) }
-.bar { fill: var(--bar) } text { font: 12px system-ui, sans-serif }
-"""
 
 
 def inspection_page(inspection: AdapterInspection) -> str:
@@ -28,12 +19,7 @@ def inspection_page(inspection: AdapterInspection) -> str:
         sections += [_virtual_tokens(inspection), _cosines(inspection)]
     if inspection.shift_quantiles:
         sections.append(_shifts(inspection))
-    title = f"Input-tuning adapter {escape(inspection.adapter_name)}"
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style></head>\n'
-        f"<body><h1>{title}</h1>\n" + "\n".join(sections) + "\n</body></html>\n"
-    )
+    return html_page(f"Input-tuning adapter {inspection.adapter_name}", sections)
 
 
 def shown(word: Word) -> str:
@@ -41,15 +27,10 @@ def shown(word: Word) -> str:
     return f"#{word.token_id}" if word.text is None else repr(word.text)[1:-1].replace(" ", "␣") or "(empty)"
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    cells = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>\n" for row in rows)
-    return "<table><tr>" + "".join(f"<th>{name}</th>" for name in head) + f"</tr>\n{cells}</table>"
-
-
 def _facts(inspection: AdapterInspection) -> str:
     rows = [("base model", escape(str(inspection.base_model)))]
     rows += [(f"<code>{escape(key)}</code>", escape(str(value))) for key, value in inspection.facts.items()]
-    return "<h2>Configuration</h2>" + _table(("", ""), rows)
+    return "<h2>Configuration</h2>" + table(("", ""), rows)
 
 
 def _sizes(inspection: AdapterInspection) -> str:
@@ -62,7 +43,7 @@ def _sizes(inspection: AdapterInspection) -> str:
         ("share of the adapter", f"{sizes.share:.3%}"),
     ]
     norms = [(f"length of <code>{escape(key)}</code>", f"{norm:.3f}") for key, norm in inspection.weight_norms.items()]
-    return "<h2>Parameters</h2>" + _table(("", ""), [*rows, *norms])
+    return "<h2>Parameters</h2>" + table(("", ""), [*rows, *norms])
 
 
 def _virtual_tokens(inspection: AdapterInspection) -> str:
@@ -80,7 +61,7 @@ def _virtual_tokens(inspection: AdapterInspection) -> str:
         "<h2>Virtual tokens</h2>"
         + bars
         + f"<p>Words of the base model have lengths from {low:.3f} to {high:.3f}, {middle:.3f} in the middle.</p>"
-        + _table(("", "length", "nearest words, cosine"), rows)
+        + table(("", "length", "nearest words, cosine"), rows)
     )
 
 
@@ -122,7 +103,7 @@ def _shifts(inspection: AdapterInspection) -> str:
         "<h2>What the input-adapter moves</h2><p>The shift of a word is |T(e) − e| / |e|, the length of what the "
         f"adapter adds over the length of the embedding; {middle:.3f} in the middle.</p>"
         + bars
-        + _table(("moved most", "shift", "moved least", "shift"), rows)
+        + table(("moved most", "shift", "moved least", "shift"), rows)
     )
 
 

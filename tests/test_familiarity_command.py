@@ -6,13 +6,13 @@ import json
 import re
 import subprocess
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from families import build
+from parsed_page import Page
 from peft_input_tuning import BigramCounts, FamiliarityRegression, familiarity
 from peft_input_tuning import familiarity_command as command
 from peft_input_tuning.cli import main
@@ -21,22 +21,6 @@ from peft_input_tuning.familiarity_page import familiarity_page
 ROOT = Path(__file__).parent.parent
 HOSTILE = '<script>alert("x")</script>\n\x1b[31m[bold]&amp; </table> https://example.com'
 ROWS = [f"sort(date {order} of Record{i}())[{i}]" for i in range(6) for order in ("asc", "desc")] + [HOSTILE]
-
-
-class Page(HTMLParser):
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.attributes: list[tuple[str, str | None]] = []
-        self.text = ""
-        self.feed(html)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += attrs
-
-    def handle_data(self, data):
-        self.text += data
 
 
 @pytest.fixture(scope="module")

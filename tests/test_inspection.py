@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from html.parser import HTMLParser
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from peft import get_peft_model
 from adapters import adapted, config
 from families import ALL, FAMILIES, VOCAB, build
 from oracles import encoder_of, transform
+from parsed_page import Page
 from peft_input_tuning import inspect_adapter
 from peft_input_tuning.inspection_page import inspection_page
 from tokenizers_of_families import tokenizer_of
@@ -109,24 +109,6 @@ def test_what_is_refused():
 
 
 # ---- the page and the command ---------------------------------------------------------------------------------------
-
-
-class Page(HTMLParser):
-    """Notes tags, attributes and text."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.attributes: list[tuple[str, str | None]] = []
-        self.text = ""
-        self.feed(html)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += attrs
-
-    def handle_data(self, data):
-        self.text += data
 
 
 class Hostile:

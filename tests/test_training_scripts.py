@@ -165,6 +165,16 @@ LAUNCHES = {
 }
 
 
+def assert_same_run(got: Path, want: Path) -> None:
+    assert curve(got) == pytest.approx(curve(want), rel=1e-4)
+    assert curve(got, "eval_loss") == pytest.approx(curve(want, "eval_loss"), rel=1e-4)
+    ours, theirs = (load_file(folder / "adapter_model.safetensors") for folder in (got, want))
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        assert_close(ours[name], value, atol=1e-4, rtol=1e-3)
+    assert (got / "generations.jsonl").read_text() == (want / "generations.jsonl").read_text()
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -187,13 +197,7 @@ def test_processes_give_the_curve_of_one(alone, options, tmp_path, name):
         name.partition(",")[0], *of_launcher, *call, *EVALUATION, "--output_dir", str(tmp_path), cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert curve(tmp_path) == pytest.approx(curve(alone), rel=1e-4)
-    assert curve(tmp_path, "eval_loss") == pytest.approx(curve(alone, "eval_loss"), rel=1e-4)
-    got, want = (load_file(folder / "adapter_model.safetensors") for folder in (tmp_path, alone))
-    assert got.keys() == want.keys()
-    for name in want:
-        assert_close(got[name], want[name], atol=1e-4, rtol=1e-3)
-    assert (tmp_path / "generations.jsonl").read_text() == (alone / "generations.jsonl").read_text()
+    assert_same_run(tmp_path, alone)
 
 
 @pytest.mark.slow
@@ -210,13 +214,7 @@ def test_fsdp2_on_cpus(alone, options, tmp_path):
     for folder, more in ((whole, []), (rest, ["--resume_from_checkpoint", "last"])):
         done = launch("fsdp2.yaml", *ON_CPU, *call, "--output_dir", str(folder), *more, cwd=tmp_path)
         assert done.returncode == 0, done.stderr[-3000:]
-        assert curve(folder) == pytest.approx(curve(alone), rel=1e-4)
-        assert curve(folder, "eval_loss") == pytest.approx(curve(alone, "eval_loss"), rel=1e-4)
-        got, want = (load_file(one / "adapter_model.safetensors") for one in (folder, alone))
-        assert got.keys() == want.keys()
-        for name in want:
-            assert_close(got[name], want[name], atol=1e-4, rtol=1e-3)
-        assert (folder / "generations.jsonl").read_text() == (alone / "generations.jsonl").read_text()
+        assert_same_run(folder, alone)
         if folder == whole:
             assert list((whole / "checkpoint-3").glob("pytorch_model_fsdp*")), "nothing was sharded"
             shutil.copytree(whole / "checkpoint-3", rest / "checkpoint-3")
