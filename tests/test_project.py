@@ -15,6 +15,7 @@ import peft_input_tuning
 
 ROOT = Path(__file__).parent.parent
 NAME = "peft-input-tuning"
+EXTRAS = {"inspect", "metrics", "serve", "demo", "benchmark", "test", "dev", "all"}
 
 
 def text(path: str) -> str:
@@ -58,7 +59,7 @@ def test_the_version_is_the_same_everywhere():
 
 def test_the_extras():
     said = metadata(NAME)
-    assert set(said.get_all("Provides-Extra")) == {"inspect", "metrics", "serve", "demo", "test", "dev", "all"}
+    assert set(said.get_all("Provides-Extra")) == EXTRAS
     assert said["Requires-Python"] == ">=3.10"
     assert {r.name for r in declared()} == {"torch", "transformers", "peft", "accelerate"}
 
@@ -70,7 +71,7 @@ def test_the_licence():
     assert "The peft_input_tuning authors" in licence
 
 
-@pytest.mark.parametrize("extra", ["", "inspect", "metrics", "serve", "demo", "test", "dev", "all"])
+@pytest.mark.parametrize("extra", ["", *sorted(EXTRAS)])
 def test_each_dependency_is_pinned_within_its_bounds(extra):
     pinned: dict[str, list[str]] = {}
     for pin in pins("constraints.txt"):

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import torch
 import transformers
-from memory import offloaded_activations, peak_of, resident
-from models import Bench, input_tuning, lora, prompt_tuning
-from rounds import Measure
 from torch import nn
 
+from memory import offloaded_activations, peak_of, resident
+from models import Bench, input_tuning, lora, prompt_tuning
 from peft_input_tuning import export_model
+from rounds import Measure
 
 INPUT_TUNING, PROMPT_TUNING, LORA, BASE = "input-tuning", "prompt-tuning", "LoRA", "base model"
 VIRTUAL_TOKENS = 20

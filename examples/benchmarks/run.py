@@ -20,10 +20,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # beside the ot
 import peft
 import torch
 import transformers
-from measures import MEASURES
-from models import SIZES, Bench
 from rich.console import Console
 from rich.progress import Progress
+
+from measures import MEASURES
+from models import SIZES, Bench
 from rounds import Row, compare, markdown, run_rounds
 
 

@@ -40,6 +40,31 @@ def _plain(text: str) -> str:
     return " ".join(text.lower().split())
 
 
+def by_position(references: list[list[str]]) -> list[list[str | None]]:
+    """What sacrebleu wants: the n-th reference of all rows together, None where a row has fewer."""
+    most = max(map(len, references))
+    return [[texts[n] if n < len(texts) else None for texts in references] for n in range(most)]
+
+
+def generation_scores(
+    predictions: list[str], references: list[list[str]], lowercase_bleu: bool = False
+) -> dict[str, float]:
+    empty = next((row for row, texts in enumerate(references) if not texts), None)
+    if empty is not None:
+        raise ValueError(f"`references[{empty}]` is empty. Give each prediction at least one reference.")
+    streams = by_position(references)
+    rouge = RougeScorer(["rougeL"], use_stemmer=True)
+    rows = list(zip(predictions, references, strict=True))
+    rouge_l = [rouge.score_multi(texts, prediction)["rougeL"].fmeasure for prediction, texts in rows]
+    matches = [_plain(prediction) in {_plain(text) for text in texts} for prediction, texts in rows]
+    return {
+        "bleu": sacrebleu.corpus_bleu(predictions, streams, lowercase=lowercase_bleu).score,
+        "chrf": sacrebleu.corpus_chrf(predictions, streams).score,
+        "rouge_l": 100 * sum(rouge_l) / len(rouge_l),
+        "exact_match": 100 * sum(matches) / len(matches),
+    }
+
+
 class GenerationMetrics(evaluate.Metric):
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
@@ -52,19 +77,4 @@ class GenerationMetrics(evaluate.Metric):
         )
 
     def _compute(self, predictions: list[str], references: list[list[str]]) -> dict[str, float]:
-        empty = next((row for row, texts in enumerate(references) if not texts), None)
-        if empty is not None:
-            raise ValueError(f"`references[{empty}]` is empty. Give each prediction at least one reference.")
-        # sacrebleu wants the n-th reference of all rows together, None where a row has fewer.
-        most = max(map(len, references))
-        streams = [[texts[n] if n < len(texts) else None for texts in references] for n in range(most)]
-        rouge = RougeScorer(["rougeL"], use_stemmer=True)
-        rows = list(zip(predictions, references, strict=True))
-        rouge_l = [rouge.score_multi(texts, prediction)["rougeL"].fmeasure for prediction, texts in rows]
-        matches = [_plain(prediction) in {_plain(text) for text in texts} for prediction, texts in rows]
-        return {
-            "bleu": sacrebleu.corpus_bleu(predictions, streams).score,
-            "chrf": sacrebleu.corpus_chrf(predictions, streams).score,
-            "rouge_l": 100 * sum(rouge_l) / len(rouge_l),
-            "exact_match": 100 * sum(matches) / len(matches),
-        }
+        return generation_scores(predictions, references)
