@@ -1,0 +1,371 @@
+"""One run: trains a method on a task, generates for the test rows, measures, and leaves a record.
+
+`run_all.py` starts this script in a process of its own for every run, so that peak memory is the run's, and a crash
+costs one run. By hand:
+
+    python examples/benchmark/one_run.py DATA --task e2e --method lora --rate 1e-3
+
+A run that was interrupted goes on from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import os
+import platform
+import shutil
+import sys
+import time
+from collections import defaultdict
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # beside the other examples
+
+import evaluate
+import torch
+from peft import PeftModel, get_peft_model
+from tqdm.auto import tqdm
+from transformers import (
+    DataCollatorForSeq2Seq,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+
+from checkpoints import CheckpointFolders, last_complete_checkpoint
+from dense_model import plain_checkpoint
+from faults import StopAtNonFinite, TrainingError
+from methods import METHODS, Method
+from packaged_model import PACKAGED
+from peft_input_tuning import input_tuning_parameter_groups
+from plan import BUDGETS, Budget, Run
+from quickstart import peak_memory_mb
+from records import Record, read_record, write_outputs, write_record
+from target_loss import use_loss_on_targets
+from task_data import Example, InputError
+from tasks import Task, in_order_of_steps, read_task
+from train import Base
+from train_and_generate import IGNORED, quiet
+from training_rows import Columns, Row, encode
+from validation_loss import TokenMeanTrainer, filled_up
+
+HERE = Path(__file__).resolve().parent
+METRIC = str(HERE.parent / "metrics" / "paper_metrics.py")
+PACKAGES = (
+    "peft-input-tuning",
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "evaluate",
+    "sacrebleu",
+    "nltk",
+    "rouge-score",
+)
+MAX_LENGTH = 512  # tokens of a row
+MAX_NEW_TOKENS = 64
+GENERATED_AT_ONCE = 32
+EVALUATIONS = {"rates": 1, "main": 4}  # of the validation loss, the last one at the end
+SAMPLES = 20
+PROGRESS = "step"  # first word of a line that says how far training is
+
+
+class SayStep(TrainerCallback):
+    """A line for `run_all.py` after each step."""
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        print(PROGRESS, state.global_step, state.max_steps, flush=True)
+
+
+# ---- rows -----------------------------------------------------------------------------------------------------------
+
+
+def features_of(examples: list[Example], tokenizer: PreTrainedTokenizerBase, seq2seq: bool) -> list[dict]:
+    columns = Columns("source", "references")
+    rows = [Row(example.source + "\n", example.references[0], list(example.references)) for example in examples]
+    return encode(rows, columns, MAX_LENGTH, tokenizer, seq2seq)
+
+
+# ---- training -------------------------------------------------------------------------------------------------------
+
+
+def trainable_model(base: PreTrainedModel, method: Method) -> PreTrainedModel | PeftModel:
+    """The base with the method on it: what is trained is float32, what is frozen keeps its type.
+
+    Args:
+        base: in float32 for full fine-tuning, which trains all of it.
+    """
+    if method.config is None:
+        return base
+    task_type = "SEQ_2_SEQ_LM" if base.config.is_encoder_decoder else "CAUSAL_LM"
+    model = get_peft_model(base, method.config(task_type))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()  # PEFT leaves some in the base's type
+    return model
+
+
+def make_trainer(
+    model: torch.nn.Module,
+    run: Run,
+    budget: Budget,
+    features: dict[str, list[dict]],
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+) -> TokenMeanTrainer:
+    """Trainer with AdamW and linear decay; the rows come in their order, the same for all methods."""
+    method = METHODS[run.method]
+    interval = max(1, run.steps // EVALUATIONS[run.stage])
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=run.steps,
+        per_device_train_batch_size=budget.batch_size,
+        per_device_eval_batch_size=budget.batch_size,
+        learning_rate=run.rate,
+        weight_decay=0.0,
+        lr_scheduler_type="linear",
+        warmup_steps=max(1, run.steps // 20),
+        train_sampling_strategy="sequential",
+        logging_steps=max(1, run.steps // 40),
+        eval_strategy="steps",
+        eval_steps=interval,
+        save_strategy="steps",
+        save_steps=interval,
+        use_cpu=not torch.cuda.is_available(),
+        bf16=model.dtype == torch.bfloat16 or method.config is None,
+        seed=run.seed,
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        logging_nan_inf_filter=False,
+        label_names=["labels"],
+        prediction_loss_only=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+    optimizer = None
+    if method.prompt_ratio is not None:
+        groups = input_tuning_parameter_groups(model, run.rate, run.rate * method.prompt_ratio)
+        optimizer = (torch.optim.AdamW, {"params": groups, "lr": run.rate})
+    lengths = [len(row["input_ids"]) + len(row["labels"]) for row in features["train"]]
+    order = in_order_of_steps(lengths, run.steps, budget.batch_size, run.seed)
+    return TokenMeanTrainer(
+        model=model,
+        args=arguments,
+        data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED),
+        train_dataset=[features["train"][row] for row in order],
+        eval_dataset=filled_up(features["validation"], arguments.eval_batch_size),
+        processing_class=tokenizer,
+        optimizer_cls_and_kwargs=optimizer,
+        callbacks=[StopAtNonFinite(), CheckpointFolders(keep=1), SayStep()],
+    )
+
+
+def train(trainer: TokenMeanTrainer, folder: Path) -> dict[str, list[list[float]]]:
+    """Trains, from the last checkpoint if there is one; returns the losses of training and validation by step."""
+    checkpoint, _ = last_complete_checkpoint(folder)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    history = trainer.state.log_history
+    curves = {"train": "loss", "validation": "eval_loss"}
+    return {name: [[log["step"], round(log[key], 5)] for log in history if key in log] for name, key in curves.items()}
+
+
+# ---- generation -----------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def generate(
+    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], seq2seq: bool
+) -> list[str]:
+    """Greedy texts for the prompts, in their order.
+
+    Only prompts of one length share a batch, so that nothing is padded.
+    """
+    by_length: defaultdict[int, list[int]] = defaultdict(list)
+    for row, ids in enumerate(prompts):
+        by_length[len(ids)].append(row)
+    texts = [""] * len(prompts)
+    model.eval()
+    with tqdm(total=len(prompts), desc="Generating", mininterval=5) as bar:
+        for length, rows in sorted(by_length.items()):
+            for start in range(0, len(rows), GENERATED_AT_ONCE):
+                batch = rows[start : start + GENERATED_AT_ONCE]
+                ids = torch.tensor([prompts[row] for row in batch], device=model.device)
+                out = model.generate(
+                    input_ids=ids,
+                    attention_mask=torch.ones_like(ids),
+                    max_new_tokens=MAX_NEW_TOKENS,
+                    do_sample=False,
+                    pad_token_id=tokenizer.pad_token_id,
+                    eos_token_id=tokenizer.eos_token_id,
+                )
+                new = out if seq2seq else out[:, length:]
+                for row, text in zip(batch, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
+                    texts[row] = text.strip()
+                bar.update(len(batch))
+    return texts
+
+
+# ---- the run --------------------------------------------------------------------------------------------------------
+
+
+def machine() -> str:
+    """The kind of machine: the accelerator's name, or the processor's and its number of threads in use."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return f"{name or platform.machine()}, {torch.get_num_threads()} of {os.cpu_count()} cores"
+
+
+def peak_memory() -> int | None:
+    """In MB: the accelerator's, or the process's."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() // 2**20
+    return peak_memory_mb()
+
+
+def execute(run: Run, budget: Budget, task: Task, model_name: str, dtype: str, work: Path) -> tuple[Record, list[str]]:
+    """Trains, and generates where it is a main run; returns what the record gains, and the texts."""
+    place = Base.find(plain_checkpoint(model_name, work))
+    tokenizer, method = place.tokenizer, METHODS[run.method]
+    tokenizer.padding_side = "right"  # PEFT's prompt methods are wrong beside left padding
+    splits = ("train", "validation")
+    features = {split: features_of(task.rows[split], tokenizer, place.seq2seq) for split in splits}
+    set_seed(run.seed)
+    base = place.load("float32" if method.config is None else dtype)
+    use_loss_on_targets(base)
+    if not torch.cuda.is_available():  # the fused kernel's backward pass is slower than plain products there
+        base.set_attn_implementation("eager")
+    model = trainable_model(base, method)
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    rates = {"prompt": run.rate * method.prompt_ratio, "adapter": run.rate} if method.prompt_ratio else run.rate
+    config: Record = {
+        "model": Path(place.name).name if Path(place.name).is_dir() else place.name,
+        "dtype": dtype,
+        "peft": _plain(model.peft_config["default"].to_dict()) if isinstance(model, PeftModel) else None,
+        "learning_rate": rates,
+        "steps": run.steps,
+        "batch_size": budget.batch_size,
+        "rows": {split: len(rows) for split, rows in task.rows.items()},
+    }
+    trainer = make_trainer(model, run, budget, features, tokenizer, work / run.name)
+    started = time.perf_counter()
+    curve = train(trainer, work / run.name)
+    trained = time.perf_counter()
+    metrics: Record = {"validation_loss": curve["validation"][-1][1]}
+    texts: list[str] = []
+    if run.stage == "main":
+        base.set_attn_implementation("sdpa")
+        if method.config is None:
+            model = model.to(getattr(torch, dtype))
+        prompts = [tokenizer(row.source + "\n").input_ids for row in task.rows["test"]]
+        texts = generate(model, tokenizer, prompts, place.seq2seq)
+        references = [list(row.references) for row in task.rows["test"]]
+        metrics |= evaluate.load(METRIC).compute(predictions=texts, references=references)
+    ended = time.perf_counter()
+    record: Record = {
+        "config": config,
+        "metrics": metrics,
+        "seconds": {"training": round(trained - started, 1), "generation": round(ended - trained, 1)},
+        "peak_memory_mb": peak_memory(),
+        "trainable_parameters": trainable,
+        "curve": curve,
+        "samples": [{"row": row, "output": text} for row, text in enumerate(texts[:SAMPLES])],
+    }
+    return record, texts
+
+
+_OF_THE_MACHINE = ("base_model_name_or_path", "peft_version", "weights_in_checkpoint", "inference_mode")
+
+
+def _plain(value: Any) -> Any:
+    """What JSON can hold, without what a run does not depend on."""
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items() if entry is not None and key not in _OF_THE_MACHINE}
+    if isinstance(value, set | list | tuple):
+        return sorted(map(_plain, value), key=str)
+    return value if isinstance(value, bool | int | float | str) else str(value)
+
+
+def record_run(run: Run, budget: Budget, data: Path, model: str, dtype: str, results: Path, work: Path) -> int:
+    """Executes a run between its two records; returns the exit code."""
+    most = {"train": budget.train_rows, "validation": budget.validation_rows, "test": budget.test_rows}
+    task = read_task(data, run.task, most)
+    earlier = read_record(results, run.name) or {}
+    record: Record = {
+        **asdict(run),
+        "budget": budget.name,
+        "status": "running",
+        "attempts": earlier.get("attempts", 0) + 1,
+        "errors": earlier.get("errors", []),
+        "machine": machine(),
+        "versions": {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in PACKAGES}},
+        "data_hash": task.data_hash,
+    }
+    write_record(results, run.name, record)
+    try:
+        gained, texts = execute(run, budget, task, model, dtype, work)
+    except KeyboardInterrupt:
+        write_record(results, run.name, record | {"status": "interrupted"})
+        return 130
+    except Exception as error:
+        status = "diverged" if isinstance(error, TrainingError) else "failed"
+        record["errors"] = [*record["errors"], f"{type(error).__name__}: {error}"]
+        write_record(results, run.name, record | {"status": status})
+        if status == "failed":
+            raise
+        print(f"{run.name}: {error}")
+        return 0
+    if texts:
+        write_outputs(results, run.name, texts)
+    write_record(results, run.name, record | gained | {"status": "finished"})
+    shutil.rmtree(work / run.name, ignore_errors=True)
+    return 0
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """What this script and `run_all.py` both take."""
+    add = parser.add_argument
+    add("data", type=Path, metavar="DATA", help="folder with a folder for each task")
+    add("--budget", choices=sorted(BUDGETS), default="small", help="how much is trained (%(default)s)")
+    add("--model", default=PACKAGED, help="folder or hub id (default: the packaged SmolLM2-135M-Instruct)")
+    add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of frozen weights (%(default)s)")
+    add("--results", type=Path, help="where the records go (default: results/BUDGET beside this script)")
+    add("--work", type=Path, default=Path("outputs/benchmark"), help="where checkpoints go (%(default)s)")
+
+
+def results_folder(options: argparse.Namespace) -> Path:
+    return options.results or HERE / "results" / options.budget
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_common_arguments(parser)
+    add = parser.add_argument
+    add("--task", required=True, help="a folder of DATA")
+    add("--method", required=True, choices=sorted(METHODS))
+    add("--seed", type=int, default=0)
+    add("--rate", type=float, required=True, help="learning rate")
+    add("--stage", choices=("rates", "main"), default="main", help="rates trains shorter and generates nothing")
+    options = parser.parse_args(argv)
+    quiet()
+    budget = BUDGETS[options.budget]
+    steps = budget.search_steps if options.stage == "rates" else budget.steps
+    run = Run(options.stage, options.task, options.method, options.seed, options.rate, steps)
+    try:
+        return record_run(
+            run, budget, options.data, options.model, options.dtype, results_folder(options), options.work
+        )
+    except InputError as error:
+        print(f"one_run.py: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

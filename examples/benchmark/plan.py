@@ -1,0 +1,178 @@
+"""Which runs a budget consists of, in the order of their worth: the first ones alone answer the first question.
+
+The plan follows from the results that are there. A method's learning rate is searched on the budget's search tasks
+by validation loss; then its main runs are known. Other tasks take the rate that is best over the search tasks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from statistics import fmean
+
+from methods import METHODS
+
+TASKS = ("e2e", "overnight", "multi30k_cs_en", "dart", "multi30k_de_en", "webnlg", "multi30k_fr_en")
+SEARCH_TASKS = ("e2e", "overnight")
+FIRST = ("prompt-tuning", "input-tuning", "fine-tuning")
+OTHERS = (
+    "adapter-only",
+    "input-tuning-64",
+    "p-tuning",
+    "prefix-tuning",
+    "input-tuning-19",
+    "input-tuning-256",
+)
+ABLATIONS = tuple(name for name, method in METHODS.items() if method.rates_of)
+GRID = tuple(float(f"{digit}e{power}") for power in range(-6, 2) for digit in (1, 3))
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much is spent.
+
+    Args:
+        steps, batch_size: of a main run; rows without an end, in an order that the seed fixes.
+        search_steps: of a run of the search.
+        train_rows, validation_rows, test_rows: at most, drawn at random, the same in all runs; None is all.
+        tiers: methods and their tasks, in order.
+    """
+
+    name: str
+    steps: int
+    batch_size: int
+    search_steps: int
+    train_rows: int | None
+    validation_rows: int | None
+    test_rows: int | None
+    seeds: tuple[int, ...]
+    tiers: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]
+
+
+BUDGETS = {
+    "trial": Budget(  # whether everything works
+        name="trial",
+        steps=8,
+        batch_size=2,
+        search_steps=2,
+        train_rows=16,
+        validation_rows=4,
+        test_rows=4,
+        seeds=(0,),
+        tiers=((FIRST, SEARCH_TASKS),),
+    ),
+    "small": Budget(
+        name="small",
+        steps=200,
+        batch_size=8,
+        search_steps=60,
+        train_rows=1600,
+        validation_rows=60,
+        test_rows=200,
+        seeds=(0,),
+        tiers=((FIRST, TASKS), (("lora",), TASKS), (OTHERS, SEARCH_TASKS), (ABLATIONS, SEARCH_TASKS)),
+    ),
+    "full": Budget(
+        name="full",
+        steps=3000,
+        batch_size=32,
+        search_steps=500,
+        train_rows=None,
+        validation_rows=None,
+        test_rows=None,
+        seeds=(0, 1, 2),
+        tiers=(((*FIRST, "lora", *OTHERS), TASKS), (ABLATIONS, SEARCH_TASKS)),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: `stage` is "rates" or "main"."""
+
+    stage: str
+    task: str
+    method: str
+    seed: int
+    rate: float
+    steps: int
+
+    @property
+    def name(self) -> str:
+        """Of its result file, without the ending."""
+        last = f"rate{self.rate:g}" if self.stage == "rates" else f"seed{self.seed}"
+        return f"{self.stage}/{self.task}.{self.method}.{last}"
+
+
+def rates_to_try(start: float, losses: Mapping[float, float]) -> list[float]:
+    """The start and its two neighbours on the grid; while the best of them is at an end, one further.
+
+    Args:
+        start: a rate of `GRID`.
+        losses: validation loss of each rate that was tried, infinite where training diverged.
+
+    Returns:
+        All rates that are known to be needed; the search has ended when all of them are in `losses`.
+    """
+    low = high = GRID.index(start)
+    low, high = low - 1, high + 1
+    while all(rate in losses for rate in GRID[low : high + 1]):
+        best = min(range(low, high + 1), key=lambda place: losses[GRID[place]])
+        if best == low > 0:
+            low -= 1
+        elif best == high < len(GRID) - 1:
+            high += 1
+        else:
+            break
+    return list(GRID[low : high + 1])
+
+
+def best_rate(budget: Budget, task: str, method: str, losses: Mapping[str, float]) -> float | None:
+    """The rate of the main runs; None while the search goes on.
+
+    Args:
+        losses: validation loss of each finished run, by its name.
+    """
+    method = METHODS[method].rates_of or method
+    searched = [_losses_of(budget, one, method, losses) for one in SEARCH_TASKS]
+    if any(rate not in found for found in searched for rate in rates_to_try(METHODS[method].start, found)):
+        return None
+    if task in SEARCH_TASKS:
+        searched = [searched[SEARCH_TASKS.index(task)]]
+    common = set.intersection(*(set(found) for found in searched))
+    return min(sorted(common), key=lambda rate: fmean(found[rate] for found in searched))
+
+
+def _losses_of(budget: Budget, task: str, method: str, losses: Mapping[str, float]) -> dict[float, float]:
+    tried = {rate: _search_run(budget, task, method, rate).name for rate in GRID}
+    return {rate: losses[name] for rate, name in tried.items() if name in losses}
+
+
+def _search_run(budget: Budget, task: str, method: str, rate: float) -> Run:
+    return Run("rates", task, method, budget.seeds[0], rate, budget.search_steps)
+
+
+def runs(budget: Budget, losses: Mapping[str, float]) -> Iterator[Run]:
+    """All runs that are known by now, done or not, in order.
+
+    Args:
+        losses: validation loss of each finished run, by its name; infinite where training diverged.
+    """
+    for methods, tasks in budget.tiers:
+        for method in methods:
+            if METHODS[method].rates_of is None:
+                for task in SEARCH_TASKS:
+                    for rate in rates_to_try(METHODS[method].start, _losses_of(budget, task, method, losses)):
+                        yield _search_run(budget, task, method, rate)
+        for seed in budget.seeds:
+            for task in tasks:
+                for method in methods:
+                    rate = best_rate(budget, task, method, losses)
+                    if rate is not None:
+                        yield Run("main", task, method, seed, rate, budget.steps)
+
+
+def count(budget: Budget) -> int:
+    """Runs in all, as far as can be known: searches that go further than three rates come on top."""
+    searches = sum(len(SEARCH_TASKS) * 3 for methods, _ in budget.tiers for m in methods if not METHODS[m].rates_of)
+    return searches + sum(len(methods) * len(tasks) * len(budget.seeds) for methods, tasks in budget.tiers)

@@ -1,0 +1,170 @@
+"""The paper's comparison on real data: every run of a budget, each in a process of its own.
+
+    python examples/benchmark/run_all.py DATA                   # small: some hours on two CPU cores
+    python examples/benchmark/run_all.py DATA --budget full     # all rows, all methods, three seeds: for accelerators
+    python examples/benchmark/report.py DATA                # tables and plots of what is there
+
+DATA is a folder with a folder for each task, in it train.jsonl, validation.jsonl and test.jsonl. What is done is
+skipped, what was interrupted goes on from its last checkpoint; so the command can be stopped and given again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # beside the other examples
+
+import torch
+from tqdm import tqdm
+
+from dense_model import plain_checkpoint
+from one_run import PROGRESS, add_common_arguments, results_folder
+from packaged_model import find_model
+from plan import BUDGETS, TASKS, Budget, Run, runs
+from records import FINAL, losses, read_record, read_records, write_record
+from task_data import InputError
+from tasks import find_tasks
+
+ONE_RUN = Path(__file__).resolve().parent / "one_run.py"
+LOOK_EVERY = 2.0  # seconds
+
+
+@dataclass
+class Active:
+    """A run and its process."""
+
+    run: Run
+    process: subprocess.Popen
+    log: Path
+    output: IO[bytes]
+    device: int
+
+    @property
+    def steps(self) -> int:
+        """How many are done, by the last line about them."""
+        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
+        said = [line.split() for line in lines if line.startswith(PROGRESS + " ")]
+        return int(said[-1][1]) if said else 0
+
+
+def start(run: Run, options: argparse.Namespace, device: int) -> Active:
+    """Starts a run's process on its share of the cores, or on its accelerator."""
+    log = options.work / f"{run.name}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    arguments = [str(options.data), "--task", run.task, "--method", run.method, "--seed", str(run.seed)]
+    arguments += ["--rate", repr(run.rate), "--stage", run.stage, "--budget", options.budget, "--model", options.model]
+    arguments += ["--dtype", options.dtype, "--results", str(results_folder(options)), "--work", str(options.work)]
+    threads = str(max(1, (os.cpu_count() or 1) // options.workers))
+    environment = {**os.environ, "OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
+    if options.accelerators:
+        environment["CUDA_VISIBLE_DEVICES"] = str(device % options.accelerators)
+    output = log.open("wb")
+    process = subprocess.Popen(
+        [sys.executable, str(ONE_RUN), *arguments], stdout=output, stderr=subprocess.STDOUT, env=environment
+    )
+    return Active(run, process, log, output, device)
+
+
+def end(active: Active, results: Path) -> bool:
+    """Sees to the record of a process that has ended; whether the run may be counted as done."""
+    active.output.close()
+    record = read_record(results, active.run.name)
+    if record is not None and record["status"] in FINAL:
+        return True
+    if record is not None and record["status"] == "running":
+        record["errors"] = [*record["errors"], f"the process ended with code {active.process.returncode}"]
+        write_record(results, active.run.name, record | {"status": "failed"})
+    tqdm.write(f"{active.run.name} failed, see {active.log}")
+    return False
+
+
+def run_all(budget: Budget, options: argparse.Namespace) -> int:
+    """Runs what is not done; returns how many runs failed."""
+    results = results_folder(options)
+    active: list[Active] = []
+    failed: set[str] = set()
+    with tqdm(unit="step", smoothing=0, dynamic_ncols=True) as bar:
+        try:
+            while True:
+                known = [run for run in runs(budget, losses(read_records(results))) if run.task in options.tasks]
+                records = read_records(results)
+                done = {name for name, record in records.items() if record["status"] in FINAL}
+                busy = {one.run.name for one in active}
+                waiting = [run for run in known if run.name not in done | busy | failed]
+                free = [n for n in range(options.workers) if n not in {one.device for one in active}]
+                for run, device in zip(waiting, free, strict=False):
+                    active.append(start(run, options, device))
+                if not active:
+                    break
+                _show(bar, active, known, done)
+                time.sleep(LOOK_EVERY)
+                for one in [one for one in active if one.process.poll() is not None]:
+                    active.remove(one)
+                    if not end(one, results):
+                        failed.add(one.run.name)
+        finally:
+            for one in active:
+                one.process.terminate()
+            for one in active:
+                one.process.wait()
+    return len(failed)
+
+
+def _show(bar: tqdm, active: list[Active], known: list[Run], done: set[str]) -> None:
+    """Steps of all known runs, those that earlier calls have done left out of the pace."""
+    finished = sum(run.steps for run in known if run.name in done)
+    if bar.total is None:
+        bar.initial = bar.n = finished
+    bar.total = sum(run.steps for run in known)
+    bar.n = finished + sum(one.steps for one in active)
+    bar.set_description(f"{sum(run.name in done for run in known)} of {len(known)} runs", refresh=False)
+    bar.set_postfix_str(", ".join(f"{one.run.name} {one.steps}/{one.run.steps}" for one in active))
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_common_arguments(parser)
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), metavar="TASK", help="only these tasks")
+    parser.add_argument("--workers", type=int, help="runs at once (default: one an accelerator, or one a CPU core)")
+    parser.add_argument("--list", action="store_true", help="only say which runs are known, and their state")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = parse_arguments(argv)
+    try:
+        unknown = [task for task in options.tasks if task not in TASKS]
+        if unknown:
+            raise InputError(f"--tasks: {unknown[0]!r} is not one of {', '.join(TASKS)}.")
+        if options.workers is not None and options.workers < 1:
+            raise InputError(f"--workers must be >= 1, got {options.workers}.")
+        find_tasks(options.data, tuple(options.tasks))
+        find_model(options.model)
+    except InputError as error:
+        print(f"run_all.py: {error}", file=sys.stderr)
+        return 2
+    budget = BUDGETS[options.budget]
+    if options.list:
+        records = read_records(results_folder(options))
+        for run in runs(budget, losses(records)):
+            print(f"{records.get(run.name, {}).get('status', 'waiting'):<12} {run.name}  rate {run.rate:g}")
+        return 0
+    plain_checkpoint(options.model, options.work)
+    options.accelerators = torch.cuda.device_count()
+    options.workers = options.workers or options.accelerators or os.cpu_count() or 1
+    try:
+        return 1 if run_all(budget, options) else 0
+    except KeyboardInterrupt:
+        print("\nStopped. The same command goes on from here.", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

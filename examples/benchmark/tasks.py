@@ -1,0 +1,68 @@
+"""A task's rows: which ones, in which order, and the hash of the files they come from."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # beside the other examples
+
+from task_data import Example, InputError, limit, read_json_lines
+
+SPLITS = ("train", "validation", "test")
+_SUBSET_SEED = 0  # all methods and seeds see the same rows
+_POOL = 16  # batches whose rows are sorted by length together
+
+
+@dataclass(frozen=True)
+class Task:
+    """The rows of each split, and the SHA-256 of each file."""
+
+    rows: dict[str, list[Example]]
+    data_hash: dict[str, str]
+
+
+def find_tasks(data: Path, names: tuple[str, ...]) -> None:
+    """Raises InputError where a task's folder or a file in it is missing."""
+    for name in names:
+        for split in SPLITS:
+            if not (data / name / f"{split}.jsonl").is_file():
+                raise InputError(f"DATA: there is no {name}/{split}.jsonl in {str(data)!r}. Name the tasks' folder.")
+
+
+def read_task(data: Path, name: str, most: dict[str, int | None]) -> Task:
+    """Reads a task; `most` says how many rows of each split are drawn, None is all."""
+    rows, hashes = {}, {}
+    for split in SPLITS:
+        path = data / name / f"{split}.jsonl"
+        found = read_json_lines(str(path), "DATA")
+        rows[split] = limit(found, most[split] or len(found), _SUBSET_SEED)
+        hashes[split] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return Task(rows, hashes)
+
+
+def in_order_of_steps(lengths: list[int], steps: int, batch_size: int, seed: int) -> list[int]:
+    """Which row is trained on when: `steps` batches, one after the other. The seed alone fixes it.
+
+    Each epoch is shuffled. Within some batches rows of like length go together, which saves a third of the padding's
+    work; then these batches are shuffled.
+
+    Args:
+        lengths: of each row, in tokens.
+    """
+    draw = random.Random(seed)
+    order: list[int] = []
+    while len(order) < steps * batch_size:
+        epoch = draw.sample(range(len(lengths)), len(lengths))
+        order += epoch
+    order = order[: steps * batch_size]
+    batches: list[list[int]] = []
+    for start in range(0, len(order), _POOL * batch_size):
+        pool = sorted(order[start : start + _POOL * batch_size], key=lambda row: lengths[row])
+        some = [pool[n : n + batch_size] for n in range(0, len(pool), batch_size)]
+        draw.shuffle(some)
+        batches += some
+    return [row for batch in batches for row in batch]

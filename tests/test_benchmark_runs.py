@@ -1,0 +1,442 @@
+"""The benchmark's runner: the plan, the order of rows, the loss, every method on a tiny model, and broken-off runs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM, Trainer
+
+from families import FAMILIES, build
+from tokenizers_of_families import tokenizer_of
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+BENCHMARK = EXAMPLES / "benchmark"
+sys.path[:0] = [str(BENCHMARK), str(EXAMPLES)]
+
+import logic_to_text  # noqa: E402
+import one_run  # noqa: E402
+import plan  # noqa: E402
+import records  # noqa: E402
+import run_all  # noqa: E402
+import tasks  # noqa: E402
+from methods import METHODS  # noqa: E402
+from plan import BUDGETS, GRID, Run  # noqa: E402
+from target_loss import use_loss_on_targets  # noqa: E402
+
+TRIAL = BUDGETS["trial"]
+DECODERS = [name for name, family in FAMILIES.items() if family.kind == "decoder"]
+# The keys that a record is promised to have.
+KEYS = {
+    "task", "method", "seed", "config", "metrics", "versions", "data_hash", "seconds", "peak_memory_mb",
+    "trainable_parameters", "curve", "samples",
+}  # fmt: skip
+METRICS = {"bleu", "chrf", "ter", "nist", "meteor", "rouge_l", "cider", "exact_match", "validation_loss"}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tasks")
+    for task in plan.TASKS:
+        (folder / task).mkdir()
+        for split, rows in logic_to_text.make_splits(24, 6, 6, seed=len(task)).items():
+            lines = [{"source": row.source, "references": [row.reference]} for row in rows]
+            (folder / task / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tiny_t5(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("t5")
+    build(FAMILIES["t5"], "lm").save_pretrained(folder)
+    tokenizer_of(FAMILIES["t5"]).save_pretrained(folder)
+    return folder
+
+
+def a_run(method: str, stage: str = "main", rate: float | None = None, steps: int = 4) -> Run:
+    return Run(stage, "e2e", method, 0, rate or METHODS[method].start, steps)
+
+
+def execute(run: Run, data: Path, model: Path, folder: Path) -> records.Record:
+    one_run.record_run(run, TRIAL, data, str(model), "bfloat16", folder / "results", folder / "work")
+    return records.read_record(folder / "results", run.name)
+
+
+# ---- the plan -------------------------------------------------------------------------------------------------------
+
+
+def finish(budget, loss_of) -> list[Run]:
+    """All runs of a budget, each one ended as soon as it is known."""
+    losses: dict[str, float] = {}
+    while True:
+        known = list(plan.runs(budget, losses))
+        new = [run for run in known if run.name not in losses]
+        if not new:
+            return known
+        losses[new[0].name] = loss_of(new[0])
+
+
+@pytest.mark.parametrize("best", GRID)
+def test_the_search_finds_the_best_rate_of_the_grid(best):
+    loss = {rate: abs(math.log(rate / best)) for rate in GRID}
+    tried: dict[float, float] = {}
+    while set(known := plan.rates_to_try(1e-3, tried)) != set(tried):
+        tried |= {rate: loss[rate] for rate in known}
+    assert min(tried, key=tried.get) == best
+    assert sorted(tried) == [rate for rate in GRID if rate in tried]
+    start, place = GRID.index(1e-3), GRID.index(best)
+    assert len(tried) == abs(place - start) + 3 - (place in (0, len(GRID) - 1))
+
+
+def test_a_rate_that_diverged_is_the_worst():
+    tried = {3e-4: 2.0, 1e-3: 1.0, 3e-3: math.inf}
+    assert plan.rates_to_try(1e-3, tried) == [3e-4, 1e-3, 3e-3]
+
+
+@pytest.mark.parametrize("name", BUDGETS)
+def test_a_budget_has_each_run_once(name):
+    budget = BUDGETS[name]
+    known = finish(budget, lambda run: abs(math.log(run.rate / METHODS[run.method].start)))
+    assert len({run.name for run in known}) == len(known)
+    main = Counter((run.task, run.method, run.seed) for run in known if run.stage == "main")
+    wanted = {
+        (t, m, s) for methods, its_tasks in budget.tiers for m in methods for t in its_tasks for s in budget.seeds
+    }
+    assert set(main) == wanted
+    assert set(main.values()) == {1}
+    searched = {(run.method, run.task) for run in known if run.stage == "rates"}
+    assert searched == {
+        (m, t) for methods, _ in budget.tiers for m in methods for t in plan.SEARCH_TASKS if not METHODS[m].rates_of
+    }
+
+
+def test_no_main_run_is_known_before_its_search_has_ended():
+    assert {run.stage for run in plan.runs(BUDGETS["small"], {})} == {"rates"}
+
+
+def test_the_small_budget_has_what_the_comparison_needs():
+    known = finish(BUDGETS["small"], lambda run: 1.0)
+    everywhere = {"prompt-tuning", "input-tuning", "lora", "fine-tuning"}
+    main = {(run.task, run.method) for run in known if run.stage == "main"}
+    assert main >= {(task, method) for task in plan.TASKS for method in everywhere}
+    assert main >= {(task, method) for task in plan.SEARCH_TASKS for method in METHODS}
+
+
+def test_rates_are_carried_over_from_the_search_tasks():
+    """A search task takes its own best rate, the others the best on average; ablations those of input-tuning."""
+    loss = {  # of the searches that start at 1e-3
+        ("e2e", 3e-4): 3.0, ("e2e", 1e-3): 1.0, ("e2e", 3e-3): 2.0,
+        ("overnight", 3e-4): 9.0, ("overnight", 1e-3): 5.0, ("overnight", 3e-3): 2.0, ("overnight", 1e-2): 7.0,
+    }  # fmt: skip
+    known = finish(BUDGETS["small"], lambda run: loss.get((run.task, run.rate), 1.0))
+    rates = {(run.task, run.method): run.rate for run in known if run.stage == "main"}
+    assert rates["e2e", "input-tuning"] == rates["e2e", "input-tuning-gelu"] == 1e-3
+    assert rates["overnight", "input-tuning"] == rates["overnight", "input-tuning-gelu"] == 3e-3
+    assert rates["dart", "input-tuning"] == 3e-3  # 2 + 2 is less than 1 + 5
+
+
+# ---- rows -----------------------------------------------------------------------------------------------------------
+
+
+def test_every_epoch_has_each_row_once():
+    order = tasks.in_order_of_steps([5] * 48, steps=24, batch_size=4, seed=3)
+    assert len(order) == 96
+    assert sorted(order) == sorted([*range(48)] * 2)
+    assert sorted(order[:64]) != sorted(order[32:])
+
+
+def test_the_seed_alone_fixes_the_order():
+    lengths = [row % 17 for row in range(200)]
+    first, again, other = (tasks.in_order_of_steps(lengths, 50, 4, seed) for seed in (0, 0, 1))
+    assert first == again != other
+
+
+def test_rows_of_like_length_share_a_batch_and_lengths_do_not_drift():
+    lengths = [(row * 37) % 101 for row in range(512)]
+    order = tasks.in_order_of_steps(lengths, 64, 8, seed=0)
+    longest = [max(lengths[row] for row in order[n : n + 8]) for n in range(0, 512, 8)]
+    shuffled = [max(lengths[row] for row in range(n, n + 8)) for n in range(0, 512, 8)]
+    assert sum(longest) < 0.75 * sum(shuffled)
+    halves = sum(longest[:32]) / sum(longest[32:])
+    assert 0.9 < halves < 1.1
+
+
+def test_a_task_is_the_same_rows_in_every_run_and_knows_its_files(data):
+    most = {"train": 10, "validation": 3, "test": None}
+    task, again = (tasks.read_task(data, "dart", most) for _ in range(2))
+    assert task == again
+    assert {split: len(rows) for split, rows in task.rows.items()} == {"train": 10, "validation": 3, "test": 6}
+    for split, found in task.data_hash.items():
+        assert found == hashlib.sha256((data / "dart" / f"{split}.jsonl").read_bytes()).hexdigest()
+
+
+# ---- the loss -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("items", [None, 7], ids=["mean", "over num_items_in_batch"])
+@pytest.mark.parametrize("family", DECODERS)
+def test_the_loss_on_targets_is_transformers_loss(family, items):
+    ids = torch.randint(2, 90, (3, 9), generator=torch.Generator().manual_seed(0))
+    labels = ids.clone()
+    labels[:, :4] = labels[1, 7:] = -100
+    results = []
+    for ours in (False, True):
+        model = build(FAMILIES[family], "lm")
+        if ours:
+            use_loss_on_targets(model)
+        more = {} if items is None else {"num_items_in_batch": items}
+        loss = model(input_ids=ids, labels=labels, **more).loss
+        loss.backward()
+        results.append([loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+    assert_close(results[1], results[0])
+
+
+# ---- every method ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_of_every_method(method, data, tiny_model, tmp_path, monkeypatch):
+    trainers: list[Trainer] = []
+    train = one_run.train
+    monkeypatch.setattr(one_run, "train", lambda trainer, folder: trainers.append(trainer) or train(trainer, folder))
+    run = a_run(method)
+    record = execute(run, data, tiny_model, tmp_path)
+    assert record["status"] == "finished", record["errors"]
+    assert set(record) >= KEYS
+    assert set(record["metrics"]) == METRICS
+    assert all(math.isfinite(value) for value in record["metrics"].values())
+    assert [step for step, _ in record["curve"]["train"]] == [1, 2, 3, 4]
+    assert [step for step, _ in record["curve"]["validation"]] == [1, 2, 3, 4]
+    assert record["curve"]["validation"][-1][1] == pytest.approx(record["metrics"]["validation_loss"], abs=1e-5)
+    texts = records.read_outputs(tmp_path / "results", run.name)
+    assert len(texts) == TRIAL.test_rows == len(record["samples"])
+    assert not (tmp_path / "work" / run.name).exists()  # its checkpoints
+
+    (trainer,) = trainers
+    trained = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
+    assert record["trainable_parameters"] == sum(p.numel() for p in trained.values())
+    if METHODS[method].config is None:
+        return
+    assert {p.dtype for p in trained.values()} == {torch.float32}
+    pristine = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16).state_dict()
+    frozen = {name: p for name, p in trainer.model.named_parameters() if not p.requires_grad}
+    for name, weight in pristine.items():
+        matches = [p for key, p in frozen.items() if key.replace(".base_layer", "").endswith(name)]
+        assert any(torch.equal(p, weight) for p in matches), name
+
+
+def test_sizes_by_hand(data, tiny_model, tmp_path):
+    """The prompt and W1, W2 of h = 2e, of 64 and of none, with biases, as the paper counts."""
+    e = AutoModelForCausalLM.from_pretrained(tiny_model).get_input_embeddings().embedding_dim
+    sizes = {
+        "prompt-tuning": 20 * e,
+        "input-tuning": 20 * e + 4 * e * e,
+        "input-tuning-64": 20 * e + 128 * e,
+        "adapter-only": 4 * e * e,
+        "input-tuning-prompt-100": 100 * e + 4 * e * e,
+        "input-tuning-bias": 20 * e + 4 * e * e + 3 * e,
+    }
+    found = {
+        method: execute(a_run(method, "rates", steps=1), data, tiny_model, tmp_path)["trainable_parameters"]
+        for method in sizes
+    }
+    assert found == sizes
+
+
+def test_the_prompt_has_its_own_rate(data, tiny_model, tmp_path):
+    rates = {"input-tuning": 10, "input-tuning-ratio-1": 1, "input-tuning-ratio-100": 100}
+    for method, ratio in rates.items():
+        record = execute(a_run(method, "rates", rate=1e-3, steps=1), data, tiny_model, tmp_path)
+        assert record["config"]["learning_rate"] == {"prompt": pytest.approx(1e-3 * ratio), "adapter": 1e-3}
+
+
+def test_all_methods_see_the_same_rows_in_the_same_order(data, tiny_model, tmp_path, monkeypatch):
+    seen: dict[str, list[list[int]]] = {}
+    for method in ("prompt-tuning", "input-tuning", "lora", "fine-tuning"):
+        seen[method] = []
+        step = Trainer.training_step
+
+        def training_step(self, model, inputs, *more, step=step, method=method):
+            seen[method] += inputs["labels"].tolist()
+            return step(self, model, inputs, *more)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Trainer, "training_step", training_step)
+            execute(a_run(method, "rates"), data, tiny_model, tmp_path)
+    assert len(seen["lora"]) == 8
+    assert all(rows == seen["lora"] for rows in seen.values())
+
+
+@pytest.mark.parametrize("method", ["prompt-tuning", "prefix-tuning", "input-tuning", "lora", "fine-tuning"])
+def test_an_encoder_decoder_model(method, data, tiny_t5, tmp_path):
+    record = execute(a_run(method), data, tiny_t5, tmp_path)
+    assert record["status"] == "finished", record["errors"]
+    assert set(record["metrics"]) == METRICS
+
+
+# ---- runs that break off --------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_diverges_is_recorded_as_such(data, tiny_model, tmp_path):
+    run = a_run("prompt-tuning", "rates", rate=1e39)
+    record = execute(run, data, tiny_model, tmp_path)
+    assert record["status"] == "diverged"
+    assert "TrainingError" in record["errors"][0]
+    assert records.losses({run.name: record}) == {run.name: math.inf}
+
+
+def test_a_run_that_fails_is_recorded_with_its_error(data, tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(one_run, "generate", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        execute(a_run("lora"), data, tiny_model, tmp_path)
+    record = records.read_record(tmp_path / "results", "main/e2e.lora.seed0")
+    assert (record["status"], record["errors"]) == ("failed", ["ZeroDivisionError: division by zero"])
+
+
+@pytest.mark.parametrize("method", ["input-tuning", "fine-tuning"])
+@pytest.mark.parametrize("where", ["training", "generation"])
+def test_an_interrupted_run_goes_on_to_the_same_end(where, method, data, tiny_model, tmp_path, monkeypatch):
+    run, undisturbed = a_run(method), tmp_path / "undisturbed"
+    expected = execute(run, data, tiny_model, undisturbed)
+    step = one_run.SayStep.on_step_end
+
+    def interrupted(self, args, state, control, **kwargs):
+        if where == "training" and state.global_step == 3:
+            raise KeyboardInterrupt
+        return step(self, args, state, control, **kwargs)
+
+    def no_generation(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(one_run.SayStep, "on_step_end", interrupted)
+        if where == "generation":
+            patch.setattr(one_run, "generate", no_generation)
+        assert execute(run, data, tiny_model, tmp_path)["status"] == "interrupted"
+    steps: list[int] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            one_run.SayStep, "on_step_end", lambda self, args, state, *_, **__: steps.append(state.global_step)
+        )
+        record = execute(run, data, tiny_model, tmp_path)
+    assert steps == ([3, 4] if where == "training" else [])
+    assert (record["status"], record["attempts"]) == ("finished", 2)
+    assert record["curve"] == expected["curve"]
+    assert record["metrics"] == expected["metrics"]
+    outputs = [records.read_outputs(folder / "results", run.name) for folder in (tmp_path, undisturbed)]
+    assert outputs[0] == outputs[1]
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+
+def command(data: Path, model: Path, folder: Path, *more: str) -> list[str]:
+    places = ["--results", str(folder / "results"), "--work", str(folder / "work")]
+    return [
+        sys.executable,
+        str(BENCHMARK / "run_all.py"),
+        str(data),
+        "--budget",
+        "trial",
+        "--model",
+        str(model),
+        *places,
+        *more,
+    ]
+
+
+ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+@pytest.mark.slow
+def test_a_killed_benchmark_goes_on_and_skips_what_is_done(data, tiny_model, tmp_path):
+    arguments = command(data, tiny_model, tmp_path)
+    first = subprocess.Popen(arguments, env=ENVIRONMENT, stderr=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.monotonic() + 300
+    while not any(r["status"] == "finished" for r in records.read_records(tmp_path / "results").values()):
+        assert time.monotonic() < deadline
+        assert first.poll() is None
+        time.sleep(0.2)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    before = records.read_records(tmp_path / "results")
+    assert "running" in {record["status"] for record in before.values()}
+    done = subprocess.run(arguments, env=ENVIRONMENT, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    after = records.read_records(tmp_path / "results")
+    assert {name: after[name] for name, r in before.items() if r["status"] == "finished"} == {
+        name: r for name, r in before.items() if r["status"] == "finished"
+    }
+    assert {record["status"] for record in after.values()} == {"finished"}
+    assert {record["attempts"] for record in after.values()} == {1, 2}
+    known = {run.name for run in plan.runs(TRIAL, records.losses(after))}
+    assert set(after) == known
+    assert f"{len(known)} of {len(known)} runs" in done.stderr
+
+
+def test_a_run_whose_process_is_killed_has_failed_and_the_others_go_on(data, tmp_path, monkeypatch):
+    """Processes that write a record and end; that of one run ends without."""
+    broken = "rates/e2e.input-tuning.rate0.001"
+    script = tmp_path / "process.py"
+    script.write_text(
+        "import json, os, pathlib, signal, sys\n"
+        "def write(record):\n"
+        "    scratch = path.with_suffix('.scratch')\n"
+        "    scratch.write_text(json.dumps(record))\n"
+        "    scratch.replace(path)\n"
+        "name, loss = sys.argv[1], float(sys.argv[2])\n"
+        f"path = pathlib.Path({str(tmp_path / 'results')!r}, name + '.json')\n"
+        "path.parent.mkdir(parents=True, exist_ok=True)\n"
+        "record = {'status': 'running', 'errors': [], 'metrics': {'validation_loss': loss}}\n"
+        "write(record)\n"
+        f"if name == {broken!r}: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "write({**record, 'status': 'finished'})\n"
+    )
+
+    def start(run, options, device):
+        log = options.work / "log"
+        log.parent.mkdir(exist_ok=True)
+        loss = abs(math.log(run.rate / METHODS[run.method].start))
+        process = subprocess.Popen([sys.executable, str(script), run.name, str(loss)])
+        return run_all.Active(run, process, log, log.open("wb"), device)
+
+    monkeypatch.setattr(run_all, "start", start)
+    monkeypatch.setattr(run_all, "LOOK_EVERY", 0.01)
+    options = run_all.parse_arguments([str(data), "--budget", "trial"])
+    options.results, options.work, options.workers = tmp_path / "results", tmp_path / "work", 2
+    assert run_all.run_all(TRIAL, options) == 1
+    found = records.read_records(tmp_path / "results")
+    assert found[broken]["status"] == "failed"
+    assert found[broken]["errors"] == ["the process ended with code -9"]
+    assert {record["status"] for name, record in found.items() if name != broken} == {"finished"}
+    assert "main/overnight.fine-tuning.seed0" in found
+    assert not any("main" in name and "input-tuning" in name for name in found)  # its rate is not known
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere"], r"DATA: there is no e2e/train.jsonl in 'nowhere'\. Name the tasks' folder\."),
+        (["nowhere", "--tasks", "e3e"], r"--tasks: 'e3e' is not one of e2e, "),
+        (["nowhere", "--workers", "0"], r"--workers must be >= 1, got 0\."),
+        (["DATA", "--model", "./no-model"], r"--model: there is no folder './no-model'\."),
+    ],
+)
+def test_wrong_arguments_are_answered_before_any_run(arguments, message, data, tmp_path, capsys):
+    arguments = [str(data) if argument == "DATA" else argument for argument in arguments]
+    assert run_all.main([*arguments, "--results", str(tmp_path / "results")]) == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error), error
+    assert not (tmp_path / "results").exists()
