@@ -58,11 +58,15 @@ def data(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def tiny_t5(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("t5")
-    build(FAMILIES["t5"], "lm").save_pretrained(folder)
-    tokenizer_of(FAMILIES["t5"]).save_pretrained(folder)
-    return folder
+def other_models(tmp_path_factory) -> dict[str, Path]:
+    """Tiny models of the kinds of t5-large and gpt2-large."""
+    folders = {family: tmp_path_factory.mktemp(family) for family in ("t5", "gpt2")}
+    for family, folder in folders.items():
+        config = FAMILIES[family].config()
+        config.n_positions = 256  # of gpt2, whose positions would not be enough
+        FAMILIES[family].heads["lm"](config).save_pretrained(folder)
+        tokenizer_of(FAMILIES[family]).save_pretrained(folder)
+    return folders
 
 
 def a_run(method: str, stage: str = "main", rate: float | None = None, steps: int = 4) -> Run:
@@ -279,9 +283,12 @@ def test_all_methods_see_the_same_rows_in_the_same_order(data, tiny_model, tmp_p
     assert all(rows == seen["lora"] for rows in seen.values())
 
 
-@pytest.mark.parametrize("method", ["prompt-tuning", "prefix-tuning", "input-tuning", "lora", "fine-tuning"])
-def test_an_encoder_decoder_model(method, data, tiny_t5, tmp_path):
-    record = execute(a_run(method), data, tiny_t5, tmp_path)
+@pytest.mark.parametrize("family", ["t5", "gpt2"])
+@pytest.mark.parametrize(
+    "method", ["prompt-tuning", "p-tuning", "prefix-tuning", "input-tuning", "lora", "fine-tuning"]
+)
+def test_other_models(method, family, data, other_models, tmp_path):
+    record = execute(a_run(method, steps=1), data, other_models[family], tmp_path)
     assert record["status"] == "finished", record["errors"]
     assert set(record["metrics"]) == METRICS
 
@@ -440,3 +447,36 @@ def test_wrong_arguments_are_answered_before_any_run(arguments, message, data, t
     error = capsys.readouterr().err
     assert re.search(message, error), error
     assert not (tmp_path / "results").exists()
+
+
+def test_results_of_another_model_are_not_taken_for_this_ones(data, tiny_model, tmp_path, capsys):
+    config = {"model": "another", "dtype": "bfloat16"}
+    records.write_record(tmp_path, "rates/e2e.lora.rate0.001", {"status": "finished", "config": config})
+    assert run_all.main([str(data), "--model", str(tiny_model), "--results", str(tmp_path)]) == 2
+    assert "but rates/e2e.lora.rate0.001 of --results was run with 'another'" in capsys.readouterr().err
+
+
+def test_a_missing_package_is_named_before_any_run(data, monkeypatch, capsys):
+    monkeypatch.setattr(run_all, "find_spec", lambda name: None if name == "pycocoevalcap" else name)
+    assert run_all.main([str(data)]) == 2
+    assert "pycocoevalcap is not installed. Run `pip install '.[benchmark]'`." in capsys.readouterr().err
+
+
+def test_some_tasks_only(data, tmp_path):
+    options = run_all.parse_arguments([str(data), "--results", str(tmp_path), "--tasks", "dart", "webnlg"])
+    for rate in (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1):
+        for task in plan.SEARCH_TASKS:
+            for method in METHODS:
+                name = Run("rates", task, method, 0, rate, 1).name
+                loss = abs(math.log(rate / METHODS[method].start))
+                record = {"status": "finished", "metrics": {"validation_loss": loss}}
+                records.write_record(tmp_path, name, record)
+    known = run_all.wanted_runs(BUDGETS["small"], options)
+    assert {run.task for run in known if run.stage == "main"} == {"dart", "webnlg"}
+    assert {run.task for run in known if run.stage == "rates"} == set(plan.SEARCH_TASKS)
+
+
+def test_each_model_has_a_folder_of_results(tiny_model):
+    parse = run_all.parse_arguments
+    folders = [one_run.results_folder(parse(["DATA", *more])) for more in ([], ["--model", str(tiny_model)])]
+    assert [folder.name for folder in folders] == ["small", f"small-{tiny_model.name}"]

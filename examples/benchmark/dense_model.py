@@ -13,6 +13,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # beside the ot
 from packaged_model import find_model
 
 
+def model_label(model: str) -> str:
+    """The name that records have for a model: without its folder or hub organisation. Raises InputError as below."""
+    name, gguf_file = find_model(model)
+    return Path(gguf_file).stem if gguf_file else Path(name).name
+
+
 def plain_checkpoint(model: str, work: Path) -> str:
     """The folder or hub id to load; for a GGUF file a folder in `work`, written if it is not there.
 
@@ -22,7 +28,7 @@ def plain_checkpoint(model: str, work: Path) -> str:
     name, gguf_file = find_model(model)
     if not gguf_file:
         return name
-    folder = work / "models" / Path(gguf_file).stem
+    folder = work / "models" / model_label(model)
     if not folder.is_dir():
         import torch
 

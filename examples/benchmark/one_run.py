@@ -38,7 +38,7 @@ from transformers import (
 )
 
 from checkpoints import CheckpointFolders, last_complete_checkpoint
-from dense_model import plain_checkpoint
+from dense_model import model_label, plain_checkpoint
 from faults import StopAtNonFinite, TrainingError
 from methods import METHODS, Method
 from packaged_model import PACKAGED
@@ -232,6 +232,7 @@ def peak_memory() -> int | None:
 
 def execute(run: Run, budget: Budget, task: Task, model_name: str, dtype: str, work: Path) -> tuple[Record, list[str]]:
     """Trains, and generates where it is a main run; returns what the record gains, and the texts."""
+    metric = evaluate.load(METRIC) if run.stage == "main" else None  # before any work: what it needs is there
     place = Base.find(plain_checkpoint(model_name, work))
     tokenizer, method = place.tokenizer, METHODS[run.method]
     tokenizer.padding_side = "right"  # PEFT's prompt methods are wrong beside left padding
@@ -246,7 +247,7 @@ def execute(run: Run, budget: Budget, task: Task, model_name: str, dtype: str, w
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     rates = {"prompt": run.rate * method.prompt_ratio, "adapter": run.rate} if method.prompt_ratio else run.rate
     config: Record = {
-        "model": Path(place.name).name if Path(place.name).is_dir() else place.name,
+        "model": model_label(model_name),
         "dtype": dtype,
         "peft": _plain(model.peft_config["default"].to_dict()) if isinstance(model, PeftModel) else None,
         "learning_rate": rates,
@@ -260,14 +261,14 @@ def execute(run: Run, budget: Budget, task: Task, model_name: str, dtype: str, w
     trained = time.perf_counter()
     metrics: Record = {"validation_loss": curve["validation"][-1][1]}
     texts: list[str] = []
-    if run.stage == "main":
+    if metric is not None:
         base.set_attn_implementation("sdpa")
         if method.config is None:
             model = model.to(getattr(torch, dtype))
         prompts = [tokenizer(row.source + "\n").input_ids for row in task.rows["test"]]
         texts = generate(model, tokenizer, prompts, place.seq2seq)
         references = [list(row.references) for row in task.rows["test"]]
-        metrics |= evaluate.load(METRIC).compute(predictions=texts, references=references)
+        metrics |= metric.compute(predictions=texts, references=references)
     ended = time.perf_counter()
     record: Record = {
         "config": config,
@@ -336,12 +337,16 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     add("--budget", choices=sorted(BUDGETS), default="small", help="how much is trained (%(default)s)")
     add("--model", default=PACKAGED, help="folder or hub id (default: the packaged SmolLM2-135M-Instruct)")
     add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of frozen weights (%(default)s)")
-    add("--results", type=Path, help="where the records go (default: results/BUDGET beside this script)")
+    add("--results", type=Path, help="where the records go (default: results/BUDGET[-MODEL] beside this script)")
     add("--work", type=Path, default=Path("outputs/benchmark"), help="where checkpoints go (%(default)s)")
 
 
 def results_folder(options: argparse.Namespace) -> Path:
-    return options.results or HERE / "results" / options.budget
+    """Of one budget and one model."""
+    if options.results:
+        return options.results
+    model = "" if options.model == PACKAGED else f"-{model_label(options.model)}"
+    return HERE / "results" / (options.budget + model)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import IO
 
@@ -24,10 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # beside the ot
 import torch
 from tqdm import tqdm
 
-from dense_model import plain_checkpoint
+from dense_model import model_label, plain_checkpoint
 from one_run import PROGRESS, add_common_arguments, results_folder
-from packaged_model import find_model
-from plan import BUDGETS, TASKS, Budget, Run, runs
+from plan import BUDGETS, SEARCH_TASKS, TASKS, Budget, Run, runs
 from records import FINAL, losses, read_record, read_records, write_record
 from task_data import InputError
 from tasks import find_tasks
@@ -85,6 +85,12 @@ def end(active: Active, results: Path) -> bool:
     return False
 
 
+def wanted_runs(budget: Budget, options: argparse.Namespace) -> list[Run]:
+    """The runs that are known by now; learning rates are searched whatever the tasks."""
+    known = runs(budget, losses(read_records(results_folder(options))))
+    return [run for run in known if run.stage == "rates" or run.task in options.tasks]
+
+
 def run_all(budget: Budget, options: argparse.Namespace) -> int:
     """Runs what is not done; returns how many runs failed."""
     results = results_folder(options)
@@ -93,7 +99,7 @@ def run_all(budget: Budget, options: argparse.Namespace) -> int:
     with tqdm(unit="step", smoothing=0, dynamic_ncols=True) as bar:
         try:
             while True:
-                known = [run for run in runs(budget, losses(read_records(results))) if run.task in options.tasks]
+                known = wanted_runs(budget, options)
                 records = read_records(results)
                 done = {name for name, record in records.items() if record["status"] in FINAL}
                 busy = {one.run.name for one in active}
@@ -128,6 +134,27 @@ def _show(bar: tqdm, active: list[Active], known: list[Run], done: set[str]) -> 
     bar.set_postfix_str(", ".join(f"{one.run.name} {one.steps}/{one.run.steps}" for one in active))
 
 
+def check(options: argparse.Namespace) -> None:
+    """Raises InputError where an argument cannot be used, or where the results are of another model."""
+    unknown = [task for task in options.tasks if task not in TASKS]
+    if unknown:
+        raise InputError(f"--tasks: {unknown[0]!r} is not one of {', '.join(TASKS)}.")
+    if options.workers is not None and options.workers < 1:
+        raise InputError(f"--workers must be >= 1, got {options.workers}.")
+    missing = [name for name in ("nltk", "pycocoevalcap", "rouge_score", "sacrebleu") if find_spec(name) is None]
+    if missing:
+        raise InputError(f"{missing[0]} is not installed. Run `pip install '.[benchmark]'`.")
+    find_tasks(options.data, (*SEARCH_TASKS, *options.tasks))
+    wanted = {"model": model_label(options.model), "dtype": options.dtype}
+    for name, record in read_records(results_folder(options)).items():
+        for argument, value in wanted.items():
+            if (found := record.get("config", {}).get(argument, value)) != value:
+                raise InputError(
+                    f"--{argument}: {value!r} is wanted, but {name} of --results was run with {found!r}. Choose "
+                    "another --results."
+                )
+
+
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_common_arguments(parser)
@@ -140,23 +167,17 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     options = parse_arguments(argv)
     try:
-        unknown = [task for task in options.tasks if task not in TASKS]
-        if unknown:
-            raise InputError(f"--tasks: {unknown[0]!r} is not one of {', '.join(TASKS)}.")
-        if options.workers is not None and options.workers < 1:
-            raise InputError(f"--workers must be >= 1, got {options.workers}.")
-        find_tasks(options.data, tuple(options.tasks))
-        find_model(options.model)
+        check(options)
     except InputError as error:
         print(f"run_all.py: {error}", file=sys.stderr)
         return 2
     budget = BUDGETS[options.budget]
     if options.list:
         records = read_records(results_folder(options))
-        for run in runs(budget, losses(records)):
+        for run in wanted_runs(budget, options):
             print(f"{records.get(run.name, {}).get('status', 'waiting'):<12} {run.name}  rate {run.rate:g}")
         return 0
-    plain_checkpoint(options.model, options.work)
+    plain_checkpoint(options.model, options.work)  # once, before the runs ask for it
     options.accelerators = torch.cuda.device_count()
     options.workers = options.workers or options.accelerators or os.cpu_count() or 1
     try:
