@@ -1,0 +1,206 @@
+"""The bootstrap over all pairs of runs that are to be compared, kept in a file beside the records.
+
+The test sees the choice of rows, not that of the seed. Rows of several seeds put together are not independent (each
+test row is in it once a seed), so that their p is too small; it is given beside those of each seed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # beside the other examples
+
+import sacrebleu
+from tqdm import tqdm
+
+from bootstrap import SAMPLES, SEED, by_position, paired_bootstrap
+from comparisons import finished, in_order
+from peft_input_tuning.unfinished_file import unfinished
+from plan import TASKS
+from records import Record, read_outputs
+from task_data import InputError
+from tasks import SPLITS, Task, find_tasks, read_task
+
+PAIRS = (("input-tuning", "prompt-tuning"), ("input-tuning", "fine-tuning"), ("lora", "input-tuning"))
+_TOLERANCE = 0.1  # BLEU: outputs are kept without their line breaks, which sacrebleu's tokens hardly depend on
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two methods on a task.
+
+    Args:
+        seeds: one, or several whose rows are put together.
+        rows: how many outputs of each method were compared.
+        runs: what tells whether a run has changed since, by its name: see `state_of`.
+    """
+
+    task: str
+    method: str
+    baseline: str
+    seeds: tuple[int, ...]
+    rows: int
+    bleu: float
+    baseline_bleu: float
+    p_value: float
+    runs: Mapping[str, Mapping[str, Any]]
+
+    @property
+    def difference(self) -> float:
+        """In points of BLEU; above 0 where the method is better."""
+        return self.bleu - self.baseline_bleu
+
+    @property
+    def name(self) -> str:
+        seeds = ", ".join(map(str, self.seeds))
+        return f"{self.task}: {self.method} against {self.baseline}, seed{'s' * (len(self.seeds) > 1)} {seeds}"
+
+
+# ---- over the records -----------------------------------------------------------------------------------------------
+
+
+def state_of(results: Path, name: str, record: Record) -> dict[str, Any]:
+    """What a comparison depends on: the attempt, the outputs' hash and the test file's."""
+    outputs = results / f"{name}.txt"
+    if not outputs.is_file():
+        raise InputError(f"{name}: its outputs, {outputs.name}, are missing. Remove its record and run it again.")
+    return {
+        "attempts": record["attempts"],
+        "outputs": hashlib.sha256(outputs.read_bytes()).hexdigest(),
+        "test": record["data_hash"]["test"],
+        "rows": record["config"]["rows"]["test"],
+    }
+
+
+def pairs_to_compare(records: Mapping[str, Record]) -> list[tuple[str, str, str, list[int]]]:
+    """Task, method, baseline, and the seeds that both finished."""
+    seeds: dict[tuple[str, str], set[int]] = {}
+    for record in finished(records).values():
+        seeds.setdefault((record["task"], record["method"]), set()).add(record["seed"])
+    return [
+        (task, method, baseline, sorted(common))
+        for task in in_order((task for task, _ in seeds), TASKS)
+        for method, baseline in PAIRS
+        if (common := seeds.get((task, method), set()) & seeds.get((task, baseline), set()))
+    ]
+
+
+def compare_all(records: Mapping[str, Record], results: Path, data: Path, samples: int = SAMPLES) -> list[Comparison]:
+    """Every pair of `PAIRS` on every task: each seed alone, then the rows of all seeds if there are several.
+
+    Raises:
+        InputError: DATA lacks a task, or is not what a run was tested on; the message names the run.
+    """
+    pairs = pairs_to_compare(records)
+    main = finished(records)
+    names_of = {(record["task"], record["method"], record["seed"]): name for name, record in main.items()}
+    find_tasks(data, tuple(dict.fromkeys(task for task, *_ in pairs)))
+
+    @cache
+    def read(task: str, rows: tuple[int, ...]) -> Task:
+        return read_task(data, task, dict(zip(SPLITS, rows, strict=True)))
+
+    @cache
+    def outputs_and_references(name: str) -> tuple[list[str], list[list[str]]]:
+        record = records[name]
+        task = read(record["task"], tuple(record["config"]["rows"][split] for split in SPLITS))
+        return _checked(results, name, record, task)
+
+    compared = []
+    for task, method, baseline, seeds in tqdm(pairs, desc="Comparing", unit="pair", disable=None):
+        for some in [[seed] for seed in seeds] + ([seeds] if len(seeds) > 1 else []):
+            names = [[names_of[task, one, seed] for seed in some] for one in (method, baseline)]
+            (ours, references), (theirs, others) = (_joined(map(outputs_and_references, each)) for each in names)
+            if references != others:
+                raise InputError(
+                    f"{names[0][0]} and {names[1][0]} were tested on different numbers of rows. "
+                    "Remove the record of one and run it again."
+                )
+            found = paired_bootstrap(ours, theirs, references, samples)
+            runs = {name: state_of(results, name, records[name]) for each in names for name in each}
+            compared.append(Comparison(task, method, baseline, tuple(some), len(ours), **asdict(found), runs=runs))
+    return compared
+
+
+def _joined(parts: Iterator[tuple[list[str], list[list[str]]]]) -> tuple[list[str], list[list[str]]]:
+    outputs, references = zip(*parts, strict=True)
+    return list(chain.from_iterable(outputs)), list(chain.from_iterable(references))
+
+
+def _checked(results: Path, name: str, record: Record, task: Task) -> tuple[list[str], list[list[str]]]:
+    """A run's outputs and their references, if DATA holds the rows that it was tested on."""
+    if task.data_hash["test"] != record["data_hash"]["test"]:
+        raise InputError(
+            f"DATA: {record['task']}/test.jsonl is not the file that {name} was tested on (its SHA-256 begins with "
+            f"{task.data_hash['test'][:12]}, the run's with {record['data_hash']['test'][:12]}). Pass the data of the "
+            "run, or leave DATA out."
+        )
+    state_of(results, name, record)  # the outputs are there
+    outputs, references = read_outputs(results, name), [list(row.references) for row in task.rows["test"]]
+    if len(outputs) != len(references):
+        raise InputError(
+            f"{name}: it has {len(outputs)} outputs for {len(references)} test rows. "
+            "Remove its record and run it again."
+        )
+    score = sacrebleu.corpus_bleu(outputs, by_position(references), lowercase=True).score
+    if abs(score - record["metrics"]["bleu"]) > _TOLERANCE:
+        raise InputError(
+            f"{name}: its outputs have BLEU {score:.2f} on DATA, its record says {record['metrics']['bleu']:.2f}. "
+            "They are of different runs, or of other test rows: remove its record and run it again."
+        )
+    return outputs, references
+
+
+# ---- the file -------------------------------------------------------------------------------------------------------
+
+
+def save(path: Path, comparisons: Sequence[Comparison], samples: int) -> None:
+    """Writes comparisons and how they were made."""
+    how = {"test": "paired bootstrap", "samples": samples, "seed": SEED, "sacrebleu": sacrebleu.__version__}
+    with unfinished(path) as scratch:
+        text = json.dumps({**how, "comparisons": [asdict(one) for one in comparisons]}, indent=1)
+        scratch.write_text(text + "\n", encoding="utf-8")
+
+
+def load(path: Path) -> tuple[list[Comparison], int]:
+    """What `save` wrote: comparisons, and the number of samples.
+
+    Raises:
+        InputError: the file holds something else.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        comparisons = [Comparison(**{**one, "seeds": tuple(one["seeds"])}) for one in found["comparisons"]]
+        return comparisons, int(found["samples"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{path.name} holds no comparisons ({error}). Remove it, or pass DATA.") from None
+
+
+def still_true(
+    comparisons: Sequence[Comparison], records: Mapping[str, Record], results: Path
+) -> tuple[list[Comparison], list[str]]:
+    """Stored comparisons whose runs are the same; a word on each of the others, and on each that was never made."""
+    runs, kept, words = finished(records), [], []
+    for one in comparisons:
+        changed = [name for name, state in one.runs.items() if not _same(results, name, runs.get(name), state)]
+        if changed:
+            words.append(f"{one.name}: {', '.join(changed)} changed since.")
+        else:
+            kept.append(one)
+    made = {(one.task, one.method, one.baseline, seed) for one in comparisons for seed in one.seeds}
+    for task, method, baseline, seeds in pairs_to_compare(records):
+        new = [seed for seed in seeds if (task, method, baseline, seed) not in made]
+        words += [f"{task}: {method} against {baseline}, seed {seed}: not compared yet." for seed in new]
+    return kept, words
+
+
+def _same(results: Path, name: str, record: Record | None, state: Mapping[str, Any]) -> bool:
+    return record is not None and (results / f"{name}.txt").is_file() and state_of(results, name, record) == state
