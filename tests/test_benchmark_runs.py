@@ -312,6 +312,19 @@ def test_a_run_that_fails_is_recorded_with_its_error(data, tiny_model, tmp_path,
     assert (record["status"], record["errors"]) == ("failed", ["ZeroDivisionError: division by zero"])
 
 
+def test_a_run_that_is_terminated_says_that_it_was_interrupted(data, tiny_model, tmp_path, monkeypatch):
+    """As `run_all.py` does to its runs when it is stopped."""
+    monkeypatch.setattr(one_run, "execute", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    places = ["--results", str(tmp_path / "results"), "--work", str(tmp_path / "work")]
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        code = one_run.main([str(data), "--task", "e2e", "--method", "lora", "--rate", "1e-3", *places])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert code == 130
+    assert records.read_record(tmp_path / "results", "main/e2e.lora.seed0")["status"] == "interrupted"
+
+
 @pytest.mark.parametrize("method", ["input-tuning", "fine-tuning"])
 @pytest.mark.parametrize("where", ["training", "generation"])
 def test_an_interrupted_run_goes_on_to_the_same_end(where, method, data, tiny_model, tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ import importlib.metadata
 import os
 import platform
 import shutil
+import signal
 import sys
 import time
 from collections import defaultdict
@@ -359,6 +360,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--rate", type=float, required=True, help="learning rate")
     add("--stage", choices=("rates", "main"), default="main", help="rates trains shorter and generates nothing")
     options = parser.parse_args(argv)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that `run_all.py` can interrupt a run
     quiet()
     budget = BUDGETS[options.budget]
     steps = budget.search_steps if options.stage == "rates" else budget.steps

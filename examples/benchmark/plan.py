@@ -14,7 +14,7 @@ from methods import METHODS
 
 TASKS = ("e2e", "overnight", "multi30k_cs_en", "dart", "multi30k_de_en", "webnlg", "multi30k_fr_en")
 SEARCH_TASKS = ("e2e", "overnight")
-FIRST = ("prompt-tuning", "input-tuning", "fine-tuning")
+FIRST = ("prompt-tuning", "input-tuning")
 OTHERS = (
     "adapter-only",
     "input-tuning-64",
@@ -59,7 +59,7 @@ BUDGETS = {
         validation_rows=4,
         test_rows=4,
         seeds=(0,),
-        tiers=((FIRST, SEARCH_TASKS),),
+        tiers=(((*FIRST, "fine-tuning"), SEARCH_TASKS),),
     ),
     "small": Budget(
         name="small",
@@ -70,7 +70,13 @@ BUDGETS = {
         validation_rows=60,
         test_rows=200,
         seeds=(0,),
-        tiers=((FIRST, TASKS), (("lora",), TASKS), (OTHERS, SEARCH_TASKS), (ABLATIONS, SEARCH_TASKS)),
+        tiers=(
+            (FIRST, TASKS),
+            (("fine-tuning",), TASKS),
+            (("lora",), TASKS),
+            (OTHERS, SEARCH_TASKS),
+            (ABLATIONS, SEARCH_TASKS),
+        ),
     ),
     "full": Budget(
         name="full",
@@ -81,7 +87,7 @@ BUDGETS = {
         validation_rows=None,
         test_rows=None,
         seeds=(0, 1, 2),
-        tiers=(((*FIRST, "lora", *OTHERS), TASKS), (ABLATIONS, SEARCH_TASKS)),
+        tiers=(((*FIRST, "fine-tuning", "lora", *OTHERS), TASKS), (ABLATIONS, SEARCH_TASKS)),
     ),
 }
 
