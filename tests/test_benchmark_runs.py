@@ -19,13 +19,14 @@ import torch
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, Trainer
 
-from families import FAMILIES, build
+from families import EOS, FAMILIES, PAD, build
 from tokenizers_of_families import tokenizer_of
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 BENCHMARK = EXAMPLES / "benchmark"
 sys.path[:0] = [str(BENCHMARK), str(EXAMPLES)]
 
+import generation  # noqa: E402
 import logic_to_text  # noqa: E402
 import one_run  # noqa: E402
 import plan  # noqa: E402
@@ -212,9 +213,14 @@ def test_the_loss_on_targets_is_transformers_loss(family, items):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_of_every_method(method, data, tiny_model, tmp_path, monkeypatch):
-    trainers: list[Trainer] = []
+    parameters: dict[str, torch.nn.Parameter] = {}
     train = one_run.train
-    monkeypatch.setattr(one_run, "train", lambda trainer, folder: trainers.append(trainer) or train(trainer, folder))
+
+    def watched(trainer: Trainer, folder: Path):
+        parameters.update(trainer.model.named_parameters())
+        return train(trainer, folder)
+
+    monkeypatch.setattr(one_run, "train", watched)
     run = a_run(method)
     record = execute(run, data, tiny_model, tmp_path)
     assert record["status"] == "finished", record["errors"]
@@ -228,14 +234,13 @@ def test_a_run_of_every_method(method, data, tiny_model, tmp_path, monkeypatch):
     assert len(texts) == TRIAL.test_rows == len(record["samples"])
     assert not (tmp_path / "work" / run.name).exists()  # its checkpoints
 
-    (trainer,) = trainers
-    trained = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
-    assert record["trainable_parameters"] == sum(p.numel() for p in trained.values())
+    trained = [p for p in parameters.values() if p.requires_grad]
+    assert record["trainable_parameters"] == sum(p.numel() for p in trained)
     if METHODS[method].config is None:
         return
-    assert {p.dtype for p in trained.values()} == {torch.float32}
+    assert {p.dtype for p in trained} == {torch.float32}
     pristine = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16).state_dict()
-    frozen = {name: p for name, p in trainer.model.named_parameters() if not p.requires_grad}
+    frozen = {name: p for name, p in parameters.items() if not p.requires_grad}
     for name, weight in pristine.items():
         matches = [p for key, p in frozen.items() if key.replace(".base_layer", "").endswith(name)]
         assert any(torch.equal(p, weight) for p in matches), name
@@ -291,6 +296,59 @@ def test_other_models(method, family, data, other_models, tmp_path):
     record = execute(a_run(method, steps=1), data, other_models[family], tmp_path)
     assert record["status"] == "finished", record["errors"]
     assert set(record["metrics"]) == METRICS
+
+
+# ---- generation -----------------------------------------------------------------------------------------------------
+
+
+def one_by_one(model, prompts: list[list[int]]) -> list[list[int]]:
+    """New tokens by full forward passes without a cache, as `generation.py` should find them."""
+    found = []
+    for prompt in prompts:
+        ids = list(prompt)
+        while len(ids) < len(prompt) + generation.MAX_NEW_TOKENS and (len(ids) == len(prompt) or ids[-1] != EOS):
+            ids.append(int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+        found.append([token for token in ids[len(prompt) :] if token not in (PAD, EOS)])
+    return found
+
+
+@pytest.mark.parametrize(
+    "method", ["prompt-tuning", "p-tuning", "prefix-tuning", "input-tuning", "lora", "fine-tuning"]
+)
+def test_batches_give_what_each_prompt_gives_alone(method, monkeypatch):
+    class Tokenizer:
+        pad_token_id, eos_token_id = PAD, EOS
+
+        @staticmethod
+        def batch_decode(rows, skip_special_tokens):
+            return [" ".join(str(token) for token in row.tolist() if token not in (PAD, EOS)) for row in rows]
+
+    monkeypatch.setattr(generation, "MAX_NEW_TOKENS", 6)
+    monkeypatch.setattr(generation, "GENERATED_AT_ONCE", 3)
+    torch.manual_seed(0)
+    model = one_run.trainable_model(build(FAMILIES["llama"], "lm"), METHODS[method]).eval()
+    for parameter in model.parameters():  # nothing is left as it starts
+        if parameter.requires_grad and method != "fine-tuning":
+            torch.nn.init.normal_(parameter, std=0.5)
+    draw = torch.Generator().manual_seed(1)
+    prompts = [torch.randint(3, 90, (length,), generator=draw).tolist() for length in (4, 9, 4, 7, 4, 4, 2, 9)]
+    with torch.no_grad():
+        expected = one_by_one(model, prompts)
+    assert len({tuple(tokens) for tokens in expected}) > 3
+    found = generation.generate(model, Tokenizer, prompts)
+    assert found == [" ".join(map(str, tokens)) for tokens in expected]
+
+
+def test_padding_is_for_methods_that_are_right_beside_it():
+    prompts = [[1] * length for length in (3, 5, 3, 4)]
+    assert generation.batches_of(prompts, padded=True) == [[0, 2, 3, 1]]
+    assert generation.batches_of(prompts, padded=False) == [[0, 2], [3], [1]]
+    padded = {}
+    for name, method in METHODS.items():
+        if method.config is not None:
+            model = one_run.trainable_model(build(FAMILIES["llama"], "lm"), method)
+            padded[name] = generation.for_padded_batches(model)[1]
+    assert {name for name, may in padded.items() if not may} == {"p-tuning", "prefix-tuning"}
 
 
 # ---- runs that break off --------------------------------------------------------------------------------------------

@@ -18,7 +18,6 @@ import shutil
 import signal
 import sys
 import time
-from collections import defaultdict
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # beside the ot
 import evaluate
 import torch
 from peft import PeftModel, get_peft_model
-from tqdm.auto import tqdm
 from transformers import (
     DataCollatorForSeq2Seq,
     PreTrainedModel,
@@ -41,6 +39,7 @@ from transformers import (
 from checkpoints import CheckpointFolders, last_complete_checkpoint
 from dense_model import model_label, plain_checkpoint
 from faults import StopAtNonFinite, TrainingError
+from generation import generate
 from methods import METHODS, Method
 from packaged_model import PACKAGED
 from peft_input_tuning import input_tuning_parameter_groups
@@ -69,8 +68,6 @@ PACKAGES = (
     "rouge-score",
 )
 MAX_LENGTH = 512  # tokens of a row
-MAX_NEW_TOKENS = 64
-GENERATED_AT_ONCE = 32
 EVALUATIONS = {"rates": 1, "main": 4}  # of the validation loss, the last one at the end
 SAMPLES = 20
 PROGRESS = "step"  # first word of a line that says how far training is
@@ -175,42 +172,6 @@ def train(trainer: TokenMeanTrainer, folder: Path) -> dict[str, list[list[float]
     return {name: [[log["step"], round(log[key], 5)] for log in history if key in log] for name, key in curves.items()}
 
 
-# ---- generation -----------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def generate(
-    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], seq2seq: bool
-) -> list[str]:
-    """Greedy texts for the prompts, in their order.
-
-    Only prompts of one length share a batch, so that nothing is padded.
-    """
-    by_length: defaultdict[int, list[int]] = defaultdict(list)
-    for row, ids in enumerate(prompts):
-        by_length[len(ids)].append(row)
-    texts = [""] * len(prompts)
-    model.eval()
-    with tqdm(total=len(prompts), desc="Generating", mininterval=5) as bar:
-        for length, rows in sorted(by_length.items()):
-            for start in range(0, len(rows), GENERATED_AT_ONCE):
-                batch = rows[start : start + GENERATED_AT_ONCE]
-                ids = torch.tensor([prompts[row] for row in batch], device=model.device)
-                out = model.generate(
-                    input_ids=ids,
-                    attention_mask=torch.ones_like(ids),
-                    max_new_tokens=MAX_NEW_TOKENS,
-                    do_sample=False,
-                    pad_token_id=tokenizer.pad_token_id,
-                    eos_token_id=tokenizer.eos_token_id,
-                )
-                new = out if seq2seq else out[:, length:]
-                for row, text in zip(batch, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
-                    texts[row] = text.strip()
-                bar.update(len(batch))
-    return texts
-
-
 # ---- the run --------------------------------------------------------------------------------------------------------
 
 
@@ -267,7 +228,7 @@ def execute(run: Run, budget: Budget, task: Task, model_name: str, dtype: str, w
         if method.config is None:
             model = model.to(getattr(torch, dtype))
         prompts = [tokenizer(row.source + "\n").input_ids for row in task.rows["test"]]
-        texts = generate(model, tokenizer, prompts, place.seq2seq)
+        texts = generate(model, tokenizer, prompts)
         references = [list(row.references) for row in task.rows["test"]]
         metrics |= metric.compute(predictions=texts, references=references)
     ended = time.perf_counter()
