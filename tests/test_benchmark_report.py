@@ -708,3 +708,43 @@ def test_the_summary(made, capsys):
     cells = rows[2].strip("| ").split(" | ")
     assert (cells[3], cells[5]) == ("–", f"{both['p_value']:.3f}")
     assert cells[6].endswith(" %")
+
+
+# ---- what the repository says ---------------------------------------------------------------------------------------
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "examples" / "benchmark" / "results"
+
+
+def test_the_stored_report_is_that_of_the_stored_runs(tmp_path, capsys):
+    import report
+
+    copied = shutil.copytree(RESULTS / "small", tmp_path / "small")
+    (copied / "report.md").unlink()
+    assert report.main(["--results", str(copied), "--familiarity", str(RESULTS / "familiarity.json")]) == 0
+    assert (copied / "report.md").read_text() == (RESULTS / "small" / "report.md").read_text()
+    assert "Pass DATA" not in capsys.readouterr().err  # nothing is stale
+
+
+def test_the_readme_has_the_summary(capsys):
+    import report
+
+    assert report.main(["--summary"]) == 0
+    written = re.search(r"<!-- comparison -->\n(.*?)<!-- end -->", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    assert written == capsys.readouterr().out
+
+
+def test_the_advice_has_the_runs_figures():
+    from records import read_records
+
+    records, page = read_records(RESULTS / "small"), (ROOT / "docs" / "which-method.md").read_text()
+    names = {"DART": "dart", "E2E": "e2e", "WebNLG": "webnlg", "Overnight": "overnight"}
+    names |= {"French": "multi30k_fr_en", "German": "multi30k_de_en", "Czech": "multi30k_cs_en"}
+    rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line.count("|") == 7]
+    found = {task: row[2:] for row in rows for name, task in names.items() if name in row[0]}
+    assert set(found) == set(names.values())
+    for task, (low, high, gain, loss) in found.items():
+        ours, theirs = (records[f"main/{task}.{m}.seed0"]["metrics"] for m in ("input-tuning", "prompt-tuning"))
+        assert [low, high] == [f"{theirs['bleu']:.1f}", f"{ours['bleu']:.1f}"]
+        assert gain.split(",")[0] == f"{ours['bleu'] - theirs['bleu']:.1f}"
+        assert loss == f"{theirs['validation_loss'] - ours['validation_loss']:.2f}"

@@ -499,7 +499,7 @@ def test_a_run_whose_process_is_killed_has_failed_and_the_others_go_on(data, tmp
     assert found[broken]["status"] == "failed"
     assert found[broken]["errors"] == ["the process ended with code -9"]
     assert {record["status"] for name, record in found.items() if name != broken} == {"finished"}
-    assert "main/overnight.fine-tuning.seed0" in found
+    assert "main/overnight.prompt-tuning.seed0" in found
     assert not any("main" in name and "input-tuning" in name for name in found)  # its rate is not known
 
 

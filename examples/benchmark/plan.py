@@ -59,7 +59,7 @@ BUDGETS = {
         validation_rows=4,
         test_rows=4,
         seeds=(0,),
-        tiers=(((*FIRST, "fine-tuning"), SEARCH_TASKS),),
+        tiers=((FIRST, SEARCH_TASKS),),
     ),
     "small": Budget(
         name="small",
