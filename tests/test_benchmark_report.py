@@ -126,7 +126,7 @@ def made(tmp_path_factory) -> SimpleNamespace:
     write_run(results, data, "e2e", "lora", 0, 0.9)
     write_run(results, data, "e2e", "input-tuning-gelu", 0, 0.85)
     for name, changes in {
-        "main/e2e.lora.seed1": {"status": "failed", "errors": [f"OSError: '/home/someone/x.bin' {HOSTILE}"]},
+        "main/e2e.lora.seed1": {"status": "failed", "errors": [f"OSError: '/srv/someone/x.bin' {HOSTILE}"]},
         "main/dart.lora.seed0": {"status": "diverged", "errors": ["TrainingError: loss is nan"]},
         "main/dart.lora.seed1": {"status": "interrupted", "attempts": 2},
         "main/overnight.lora.seed0": {},
@@ -642,7 +642,7 @@ def test_links_of_the_markdown_lead_to_files(made, text):
 def test_outputs_stay_code_in_the_markdown(text):
     line = next(line for line in text.splitlines() if line.startswith("| 0 | prompt-tuning |"))
     assert line == "| 0 | prompt-tuning | `` " + HOSTILE.replace("|", r"\|") + " `` |"
-    assert "/home/someone" not in text
+    assert "/srv/someone" not in text
     assert r"OSError: '…/x.bin' <script>" in text
 
 
