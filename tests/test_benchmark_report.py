@@ -748,3 +748,12 @@ def test_the_advice_has_the_runs_figures():
         assert [low, high] == [f"{theirs['bleu']:.1f}", f"{ours['bleu']:.1f}"]
         assert gain.split(",")[0] == f"{ours['bleu'] - theirs['bleu']:.1f}"
         assert loss == f"{theirs['validation_loss'] - ours['validation_loss']:.2f}"
+    searched = [line.strip("| ").split(" | ") for line in page.splitlines() if re.search(r"\| .*\de-\d: ", line)]
+    assert [row[0].partition("'")[0] for row in searched] == ["input-tuning", "prompt-tuning", "fine-tuning"]
+    for name, *cells in searched:
+        for task, cell in zip(("e2e", "overnight"), cells, strict=True):
+            runs = [r for n, r in records.items() if n.startswith(f"rates/{task}.{name.partition(chr(39))[0]}.rate")]
+            losses = {r["rate"]: f"{r['metrics']['validation_loss']:.3f}" for r in runs}
+            assert {float(rate): loss for rate, loss in re.findall(r"(\de-\d): ([\d.]+)", cell)} == losses
+            best = re.search(r"\*\*(\de-\d): [\d.]+\*\*", cell)[1]
+            assert float(best) == min(runs, key=lambda r: r["metrics"]["validation_loss"])["rate"]

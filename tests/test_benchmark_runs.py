@@ -542,7 +542,7 @@ def test_some_tasks_only(data, tmp_path):
                 loss = abs(math.log(rate / METHODS[method].start))
                 record = {"status": "finished", "metrics": {"validation_loss": loss}}
                 records.write_record(tmp_path, name, record)
-    known = run_all.wanted_runs(BUDGETS["small"], options)
+    known = run_all.wanted_runs(BUDGETS["small"], options, records.read_records(tmp_path))
     assert {run.task for run in known if run.stage == "main"} == {"dart", "webnlg"}
     assert {run.task for run in known if run.stage == "rates"} == set(plan.SEARCH_TASKS)
 

@@ -14,12 +14,18 @@ there is, as no d_i is above 0; here a difference of 0 has p = 1.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # beside the other examples
 
 from sacrebleu.metrics import BLEU
 from sacrebleu.significance import PairedTest
+
+from metrics.generation_metrics import by_position
 
 SAMPLES = 1000
 SEED = 12345  # sacrebleu takes 0 for no seed
@@ -35,11 +41,6 @@ class Bootstrap:
     bleu: float
     baseline_bleu: float
     p_value: float
-
-
-def by_position(references: References) -> list[list[str | None]]:
-    """What sacrebleu wants: the n-th reference of all rows together, None where a row has fewer."""
-    return [[row[n] if n < len(row) else None for row in references] for n in range(max(map(len, references)))]
 
 
 @contextmanager

@@ -50,7 +50,7 @@ from target_loss import use_loss_on_targets
 from task_data import Example, InputError
 from tasks import Task, in_order_of_steps, read_task
 from train import Base
-from train_and_generate import IGNORED, quiet
+from train_and_generate import IGNORED, SEPARATOR, quiet
 from training_rows import Columns, Row, encode
 from validation_loss import TokenMeanTrainer, filled_up
 
@@ -66,6 +66,7 @@ PACKAGES = (
     "sacrebleu",
     "nltk",
     "rouge-score",
+    "pycocoevalcap",
 )
 MAX_LENGTH = 512  # tokens of a row
 EVALUATIONS = {"rates": 1, "main": 4}  # of the validation loss, the last one at the end
@@ -85,7 +86,7 @@ class SayStep(TrainerCallback):
 
 def features_of(examples: list[Example], tokenizer: PreTrainedTokenizerBase, seq2seq: bool) -> list[dict]:
     columns = Columns("source", "references")
-    rows = [Row(example.source + "\n", example.references[0], list(example.references)) for example in examples]
+    rows = [Row(example.source + SEPARATOR, example.references[0], list(example.references)) for example in examples]
     return encode(rows, columns, MAX_LENGTH, tokenizer, seq2seq)
 
 
@@ -227,7 +228,7 @@ def execute(run: Run, budget: Budget, task: Task, model_name: str, dtype: str, w
         base.set_attn_implementation("sdpa")
         if method.config is None:
             model = model.to(getattr(torch, dtype))
-        prompts = [tokenizer(row.source + "\n").input_ids for row in task.rows["test"]]
+        prompts = [tokenizer(row.source + SEPARATOR).input_ids for row in task.rows["test"]]
         texts = generate(model, tokenizer, prompts)
         references = [list(row.references) for row in task.rows["test"]]
         metrics |= metric.compute(predictions=texts, references=references)

@@ -176,9 +176,3 @@ def runs(budget: Budget, losses: Mapping[str, float]) -> Iterator[Run]:
                     rate = best_rate(budget, task, method, losses)
                     if rate is not None:
                         yield Run("main", task, method, seed, rate, budget.steps)
-
-
-def count(budget: Budget) -> int:
-    """Runs in all, as far as can be known: searches that go further than three rates come on top."""
-    searches = sum(len(SEARCH_TASKS) * 3 for methods, _ in budget.tiers for m in methods if not METHODS[m].rates_of)
-    return searches + sum(len(methods) * len(tasks) * len(budget.seeds) for methods, tasks in budget.tiers)

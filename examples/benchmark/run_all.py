@@ -2,7 +2,7 @@
 
     python examples/benchmark/run_all.py DATA                   # small: some hours on two CPU cores
     python examples/benchmark/run_all.py DATA --budget full     # all rows, all methods, three seeds: for accelerators
-    python examples/benchmark/report.py DATA                # tables and plots of what is there
+    python examples/benchmark/report.py DATA                    # tables and plots of what is there
 
 DATA is a folder with a folder for each task, in it train.jsonl, validation.jsonl and test.jsonl. What is done is
 skipped, what was interrupted goes on from its last checkpoint; so the command can be stopped and given again.
@@ -28,7 +28,7 @@ from tqdm import tqdm
 from dense_model import model_label, plain_checkpoint
 from one_run import PROGRESS, add_common_arguments, results_folder
 from plan import BUDGETS, SEARCH_TASKS, TASKS, Budget, Run, runs
-from records import FINAL, losses, read_record, read_records, write_record
+from records import FINAL, Record, losses, read_record, read_records, write_record
 from task_data import InputError
 from tasks import find_tasks
 
@@ -85,9 +85,9 @@ def end(active: Active, results: Path) -> bool:
     return False
 
 
-def wanted_runs(budget: Budget, options: argparse.Namespace) -> list[Run]:
+def wanted_runs(budget: Budget, options: argparse.Namespace, records: dict[str, Record]) -> list[Run]:
     """The runs that are known by now; learning rates are searched whatever the tasks."""
-    known = runs(budget, losses(read_records(results_folder(options))))
+    known = runs(budget, losses(records))
     return [run for run in known if run.stage == "rates" or run.task in options.tasks]
 
 
@@ -99,8 +99,8 @@ def run_all(budget: Budget, options: argparse.Namespace) -> int:
     with tqdm(unit="step", smoothing=0, dynamic_ncols=True) as bar:
         try:
             while True:
-                known = wanted_runs(budget, options)
                 records = read_records(results)
+                known = wanted_runs(budget, options, records)
                 done = {name for name, record in records.items() if record["status"] in FINAL}
                 busy = {one.run.name for one in active}
                 waiting = [run for run in known if run.name not in done | busy | failed]
@@ -174,7 +174,7 @@ def main(argv: list[str] | None = None) -> int:
     budget = BUDGETS[options.budget]
     if options.list:
         records = read_records(results_folder(options))
-        for run in wanted_runs(budget, options):
+        for run in wanted_runs(budget, options, records):
             print(f"{records.get(run.name, {}).get('status', 'waiting'):<12} {run.name}  rate {run.rate:g}")
         return 0
     plain_checkpoint(options.model, options.work)  # once, before the runs ask for it

@@ -21,8 +21,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # beside the ot
 import sacrebleu
 from tqdm import tqdm
 
-from bootstrap import SAMPLES, SEED, by_position, paired_bootstrap
+from bootstrap import SAMPLES, SEED, paired_bootstrap
 from comparisons import finished, in_order
+from metrics.generation_metrics import by_position
 from peft_input_tuning.unfinished_file import unfinished
 from plan import TASKS
 from records import Record, read_outputs

@@ -47,8 +47,8 @@ def read_task(data: Path, name: str, most: dict[str, int | None]) -> Task:
 def in_order_of_steps(lengths: list[int], steps: int, batch_size: int, seed: int) -> list[int]:
     """Which row is trained on when: `steps` batches, one after the other. The seed alone fixes it.
 
-    Each epoch is shuffled. Within some batches rows of like length go together, which saves a third of the padding's
-    work; then these batches are shuffled.
+    Each epoch is shuffled. Within some batches rows of like length go together, so that less is padding; then these
+    batches are shuffled.
 
     Args:
         lengths: of each row, in tokens.

@@ -36,6 +36,11 @@ predictions: list of str.
 references: list of lists of str, at least one for each prediction."""
 
 
+FEATURES = datasets.Features(
+    {"predictions": datasets.Value("string"), "references": datasets.Sequence(datasets.Value("string"))}
+)
+
+
 def _plain(text: str) -> str:
     return " ".join(text.lower().split())
 
@@ -71,9 +76,7 @@ class GenerationMetrics(evaluate.Metric):
             description=DESCRIPTION,
             citation=CITATION,
             inputs_description=INPUTS,
-            features=datasets.Features(
-                {"predictions": datasets.Value("string"), "references": datasets.Sequence(datasets.Value("string"))}
-            ),
+            features=FEATURES,
         )
 
     def _compute(self, predictions: list[str], references: list[list[str]]) -> dict[str, float]:

@@ -12,7 +12,6 @@ from functools import cache, reduce
 from operator import or_
 from pathlib import Path
 
-import datasets
 import evaluate
 import sacrebleu
 from nltk.corpus.reader.wordnet import WordNetCorpusReader
@@ -25,7 +24,7 @@ from pycocoevalcap.meteor import meteor as meteor_package
 from pycocoevalcap.tokenizer.ptbtokenizer import PUNCTUATIONS
 from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 
-from .generation_metrics import by_position, generation_scores
+from .generation_metrics import FEATURES, INPUTS, by_position, generation_scores
 
 DESCRIPTION = """\
 bleu, chrf, ter, meteor, rouge_l and exact_match in per cent, nist and cider on their own scales; less ter is better.
@@ -80,10 +79,6 @@ CITATION = """\
     year = "2015",
     pages = "4566--4575",
 }"""
-
-INPUTS = """\
-predictions: list of str.
-references: list of lists of str, at least one for each prediction."""
 
 Words = list[str]
 
@@ -205,9 +200,7 @@ class PaperMetrics(evaluate.Metric):
             description=DESCRIPTION,
             citation=CITATION,
             inputs_description=INPUTS,
-            features=datasets.Features(
-                {"predictions": datasets.Value("string"), "references": datasets.Sequence(datasets.Value("string"))}
-            ),
+            features=FEATURES,
         )
 
     def _compute(self, predictions: list[str], references: list[list[str]]) -> dict[str, float]:
