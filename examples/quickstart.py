@@ -32,7 +32,7 @@ from task_data import Example, InputError, load_task
 
 HERE = Path(__file__).resolve().parent
 METRIC = str(HERE / "metrics" / "bleu_and_exact_match.py")
-MODULES = ("accelerate", "evaluate", "gguf", "matplotlib", "rich", "sacrebleu")
+MODULES = ("accelerate", "evaluate", "gguf", "matplotlib", "rich", "rouge_score", "sacrebleu")
 PACKAGES = ("peft-input-tuning", "torch", "transformers", "peft", "accelerate", "evaluate", "sacrebleu")
 SHOWN = 6  # generations
 

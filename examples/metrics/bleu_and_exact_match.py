@@ -3,9 +3,9 @@
 A local script, so that `evaluate.load("examples/metrics/bleu_and_exact_match.py")` works without a network.
 """
 
-import datasets
 import evaluate
-import sacrebleu
+
+from .generation_metrics import FEATURES, INPUTS, generation_scores
 
 DESCRIPTION = """\
 BLEU of the whole corpus (sacrebleu's defaults: 13a tokens, case counts) and the share of predictions that equal one of
@@ -21,14 +21,6 @@ CITATION = """\
     pages = "186--191",
 }"""
 
-INPUTS = """\
-predictions: list of str.
-references: list of lists of str, at least one for each prediction."""
-
-
-def _plain(text: str) -> str:
-    return " ".join(text.lower().split())
-
 
 class BleuAndExactMatch(evaluate.Metric):
     def _info(self) -> evaluate.MetricInfo:
@@ -36,23 +28,9 @@ class BleuAndExactMatch(evaluate.Metric):
             description=DESCRIPTION,
             citation=CITATION,
             inputs_description=INPUTS,
-            features=datasets.Features(
-                {"predictions": datasets.Value("string"), "references": datasets.Sequence(datasets.Value("string"))}
-            ),
+            features=FEATURES,
         )
 
     def _compute(self, predictions: list[str], references: list[list[str]]) -> dict[str, float]:
-        empty = next((row for row, texts in enumerate(references) if not texts), None)
-        if empty is not None:
-            raise ValueError(f"`references[{empty}]` is empty. Give each prediction at least one reference.")
-        # sacrebleu wants the n-th reference of all rows together, None where a row has fewer.
-        most = max(map(len, references))
-        streams = [[texts[n] if n < len(texts) else None for texts in references] for n in range(most)]
-        matches = [
-            _plain(text) in {_plain(reference) for reference in texts}
-            for text, texts in zip(predictions, references, strict=True)
-        ]
-        return {
-            "bleu": sacrebleu.corpus_bleu(predictions, streams).score,
-            "exact_match": 100 * sum(matches) / len(matches),
-        }
+        scores = generation_scores(predictions, references)
+        return {name: scores[name] for name in ("bleu", "exact_match")}
