@@ -29,7 +29,7 @@ demo: $(DEMO)  ## train prompt-tuning and input-tuning on real weights and compa
 	$(VENV)/bin/python examples/quickstart.py --output-dir $(OUTPUT)
 
 bench: $(DEMO)  ## measure time and memory beside prompt-tuning, LoRA and the base model
-	$(VENV)/bin/python examples/benchmarks/run.py $(BENCH)
+	$(VENV)/bin/python examples/speed/run.py $(BENCH)
 
 test: $(DEV)  ## run the tests
 	$(VENV)/bin/python $(PYTEST) -m "not slow and not engines"

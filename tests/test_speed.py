@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-BENCHMARKS = Path(__file__).parent.parent / "examples" / "benchmarks"
+SPEED = Path(__file__).parent.parent / "examples" / "speed"
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _on_the_path():
     before = list(sys.path)
-    sys.path[:0] = [str(BENCHMARKS), str(BENCHMARKS.parent)]
+    sys.path[:0] = [str(SPEED), str(SPEED.parent)]
     yield
     sys.path[:] = before
 

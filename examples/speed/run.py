@@ -1,8 +1,8 @@
 """How fast input-tuning is beside PEFT's prompt-tuning, LoRA and the bare base model: ratios measured side by side.
 
-python examples/benchmarks/run.py                       all measures on SmolLM2-135M-Instruct
-python examples/benchmarks/run.py --only decode --rounds 15
-python examples/benchmarks/run.py --device cuda --dtype bfloat16 --size 8b
+python examples/speed/run.py                            all measures on SmolLM2-135M-Instruct
+python examples/speed/run.py --only decode --rounds 15
+python examples/speed/run.py --device cuda --dtype bfloat16 --size 8b
 """
 
 from __future__ import annotations
