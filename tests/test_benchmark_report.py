@@ -609,6 +609,47 @@ def test_ablations_are_tabled_where_they_were_run(text):
     assert row_of(ablations, "Activation", "gelu")[1] == "input-tuning-gelu"
 
 
+def test_fewer_rows_stand_beside_the_main_runs(copy):
+    """Two methods on 50 and 500 rows: means over seeds by hand, the step kept, and the main runs of these methods."""
+    import report
+    from records import write_record
+
+    bleu_of = {(50, 0): 10.0, (50, 1): 14.0, (500, 0): 31.0}
+    for (rows, seed), score in bleu_of.items():
+        for method in ("input-tuning", "lora"):
+            run = ended("e2e", method, seed, {"bleu": score + (method == "lora"), "chrf": 40.0})
+            run |= {"stage": "rows", "rows": rows, "curve": {"validation": [[25, 2.0], [50, 1.5], [75, 1.9]]}}
+            run["config"] = run["config"] | {"rows": ROWS | {"train": rows}}
+            write_record(copy.results, f"rows/e2e.{method}.rows{rows}.seed{seed}", run)
+    write_record(copy.results, "rows/dart.lora.rows50.seed0", started("dart", "lora", stage="rows", rows=50))
+    before = (copy.results / "report.md").read_text(encoding="utf-8")
+    assert report.main(copy.options) == 0
+    text = (copy.results / "report.md").read_text(encoding="utf-8")
+    section = text.partition("\n## Number of training rows\n")[2].partition("\n## ")[0]
+    assert re.findall("^### (.*)$", section, re.MULTILINE) == ["e2e"]
+    table = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("| ")][2:]
+    main = [row for row in table if "(main run)" in row[0]]
+    assert [row[1] for row in main] == ["input-tuning", "lora"]
+    assert all(row[0] == "4 (main run)" and row[3] == "200" for row in main)
+    few = [row for row in table if row not in main]
+    assert [row[:4] + row[5:] for row in few] == [
+        ["50", "input-tuning", "200", "50", "12.0 ± 2.8", "40.0 ± 0.0"],
+        ["50", "lora", "200", "50", "13.0 ± 2.8", "40.0 ± 0.0"],
+        ["500", "input-tuning", "200", "50", "31.0 (1 of 2 seeds)", "40.0 (1 of 2 seeds)"],
+        ["500", "lora", "200", "50", "32.0 (1 of 2 seeds)", "40.0 (1 of 2 seeds)"],
+    ]
+    svg = (copy.results / "figures" / "rows.svg").read_text(encoding="utf-8")
+    for words in (">50<", ">500<", ">e2e<", ">lora<", "training rows"):
+        assert words in svg
+    assert "(figures/rows.svg)" in section
+    assert "Number of training rows" not in before
+
+    def of_main_runs(report: str) -> list[str]:
+        return [part for part in report.split("\n## ") if part.startswith(("BLEU", "Each task", "Familiarity", "Abl"))]
+
+    assert of_main_runs(text) == of_main_runs(before)  # they have no part in the other tables
+
+
 def test_2e_is_a_number_where_the_records_tell(made):
     from records import read_records
     from result_sections import _value

@@ -115,15 +115,19 @@ def test_a_budget_has_each_run_once(name):
     budget = BUDGETS[name]
     known = finish(budget, lambda run: abs(math.log(run.rate / METHODS[run.method].start)))
     assert len({run.name for run in known}) == len(known)
-    main = Counter((run.task, run.method, run.seed) for run in known if run.stage == "main")
-    wanted = {
-        (t, m, s) for methods, its_tasks in budget.tiers for m in methods for t in its_tasks for s in budget.seeds
+    main = Counter((run.task, run.method, run.seed, run.rows) for run in known if run.stage != "rates")
+    assert set(main) == {
+        (task, method, seed, rows)
+        for tier in budget.tiers
+        for method in tier.methods
+        for task in tier.tasks
+        for seed in budget.seeds
+        for rows in tier.rows or (None,)
     }
-    assert set(main) == wanted
     assert set(main.values()) == {1}
     searched = {(run.method, run.task) for run in known if run.stage == "rates"}
     assert searched == {
-        (m, t) for methods, _ in budget.tiers for m in methods for t in plan.SEARCH_TASKS if not METHODS[m].rates_of
+        (m, t) for tier in budget.tiers for m in tier.methods for t in plan.SEARCH_TASKS if not METHODS[m].rates_of
     }
 
 
@@ -137,6 +141,22 @@ def test_the_small_budget_has_what_the_comparison_needs():
     main = {(run.task, run.method) for run in known if run.stage == "main"}
     assert main >= {(task, method) for task in plan.TASKS for method in everywhere}
     assert main >= {(task, method) for task in plan.SEARCH_TASKS for method in METHODS}
+
+
+def test_runs_on_fewer_rows():
+    """The methods that all tasks have, at the rates of their main runs; few rows are not passed over without end."""
+    known = finish(BUDGETS["small"], lambda run: abs(math.log(run.rate / METHODS[run.method].start)))
+    main = {(run.task, run.method): run.rate for run in known if run.stage == "main"}
+    few = [run for run in known if run.stage == "rows"]
+    assert {(run.task, run.method, run.rows) for run in few} == {
+        (t, m, n)
+        for t in ("e2e", "overnight")
+        for m in ("prompt-tuning", "input-tuning", "lora", "fine-tuning")
+        for n in (50, 500)
+    }
+    assert all(run.rate == main[run.task, run.method] for run in few)
+    assert {run.steps for run in few} == {200}  # 32 passes over 50 rows, in batches of 8
+    assert [BUDGETS["full"].steps_on(rows) for rows in (1, 50, 500, 5000)] == [1, 50, 500, 3000]
 
 
 def test_rates_are_carried_over_from_the_search_tasks():
@@ -244,6 +264,30 @@ def test_a_run_of_every_method(method, data, tiny_model, tmp_path, monkeypatch):
     for name, weight in pristine.items():
         matches = [p for key, p in frozen.items() if key.replace(".base_layer", "").endswith(name)]
         assert any(torch.equal(p, weight) for p in matches), name
+
+
+@pytest.mark.parametrize("method", ["prompt-tuning", "input-tuning", "lora", "fine-tuning"])
+def test_a_run_on_fewer_rows_keeps_the_step_of_the_lowest_loss(method, data, tiny_model, tmp_path, monkeypatch):
+    """At a rate that is far too high, later steps are worse: the weights at the end are those of the best step."""
+    measured, seen = [], []
+    train = one_run.train
+
+    def watched(trainer: Trainer, folder: Path):
+        seen.append(len({tuple(row["input_ids"]) for row in trainer.train_dataset}))
+        curve = train(trainer, folder)
+        measured.append(trainer.evaluate()["eval_loss"])
+        return curve
+
+    monkeypatch.setattr(one_run, "train", watched)
+    run = Run("rows", "e2e", method, 0, {"prompt-tuning": 3e2, "input-tuning": 1e-1}.get(method, 3e-1), 8, rows=3)
+    record = execute(run, data, tiny_model, tmp_path)
+    assert record["status"] == "finished", record["errors"]
+    assert seen == [3] == [record["config"]["rows"]["train"]] == [record["rows"]]
+    steps, losses = zip(*record["curve"]["validation"], strict=True)
+    assert steps == tuple(range(1, 9))
+    assert min(losses) < losses[-1]
+    assert record["metrics"]["validation_loss"] == min(losses) == pytest.approx(measured[0], abs=1e-5)
+    assert len(records.read_outputs(tmp_path / "results", run.name)) == TRIAL.test_rows
 
 
 def test_sizes_by_hand(data, tiny_model, tmp_path):
@@ -415,6 +459,24 @@ def test_an_interrupted_run_goes_on_to_the_same_end(where, method, data, tiny_mo
     assert record["metrics"] == expected["metrics"]
     outputs = [records.read_outputs(folder / "results", run.name) for folder in (tmp_path, undisturbed)]
     assert outputs[0] == outputs[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--rows", "0"], "--rows must be >= 1, got 0."),
+        (["--rows", "5", "--stage", "rates"], "--rows: a run of --stage rates takes the budget's rows. Leave"),
+    ],
+)
+def test_rows_that_cannot_be(options, message, data, tmp_path, capsys):
+    before = signal.getsignal(signal.SIGTERM)
+    given = [str(data), "--task", "e2e", "--method", "lora", "--rate", "1e-3", "--results", str(tmp_path / "results")]
+    try:
+        assert one_run.main([*given, *options]) == 2
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "results").exists()
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------

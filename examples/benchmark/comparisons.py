@@ -1,6 +1,7 @@
 """What the records say: means over seeds, the gap to fine-tuning, and both against the familiarity of the inputs.
 
-Pure functions of records, as `records.py` reads them. Only main runs that finished count.
+Pure functions of records, as `records.py` reads them. Only runs that finished count; where nothing else is said, only
+main runs.
 """
 
 from __future__ import annotations
@@ -30,14 +31,19 @@ class Mean:
     spread: float | None
     seeds: int
 
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Mean:
+        """Of one value a seed."""
+        return cls(fmean(values), stdev(values) if len(values) > 1 else None, len(values))
+
 
 Means = Mapping[tuple[str, str], Mean]  # by task and method
 
 
-def finished(records: Mapping[str, Record]) -> dict[str, Record]:
-    """The main runs that finished, by name."""
+def finished(records: Mapping[str, Record], stage: str = "main") -> dict[str, Record]:
+    """The runs of a stage that finished, by name."""
     return {
-        name: record for name, record in records.items() if (record["stage"], record["status"]) == ("main", "finished")
+        name: record for name, record in records.items() if (record["stage"], record["status"]) == (stage, "finished")
     }
 
 
@@ -48,10 +54,7 @@ def means_of(records: Mapping[str, Record], figure: Callable[[Record], float | N
         value = figure(record)
         if value is not None:
             values[record["task"], record["method"]].append(value)
-    return {
-        cell: Mean(fmean(found), stdev(found) if len(found) > 1 else None, len(found))
-        for cell, found in values.items()
-    }
+    return {cell: Mean.of(found) for cell, found in values.items()}
 
 
 def means(records: Mapping[str, Record], metric: str) -> dict[tuple[str, str], Mean]:

@@ -198,6 +198,30 @@ def relative_performance(scores: Means, bits: Mapping[str, float]) -> str | None
     return _drawn("relative", "BLEU in per cent of fine-tuning's over bits per byte of the inputs", (7.5, 4.4), draw)
 
 
+def scores_over_rows(scores: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]]) -> str:
+    """BLEU over the number of training rows, for each task.
+
+    Args:
+        scores: of each task and method, numbers of rows and BLEU.
+    """
+
+    def draw(figure: Figure) -> None:
+        axes = _multiples(figure, list(scores))
+        for one, of_methods in zip(axes, scores.values(), strict=True):
+            for method, points in of_methods.items():
+                _line(one, method, *zip(*sorted(points), strict=True))
+            numbers = sorted({number for points in of_methods.values() for number, _ in points})
+            one.set_xscale("log")
+            one.set_xticks(numbers, [f"{number:,}" for number in numbers])
+            one.minorticks_off()
+            one.set_xlabel("training rows")
+        figure.supylabel("BLEU")
+        _legend(figure, axes, [method for method in STYLES if any(method in found for found in scores.values())])
+
+    width, height = _size(len(scores))
+    return _drawn("rows", "BLEU over the number of training rows", (max(width, 8), height + 0.4), draw)
+
+
 def rate_search(records: Mapping[str, Record], tasks: Sequence[str], methods: Sequence[str]) -> str | None:
     """Validation loss over learning rates, for each task of the search; rates that diverged are crosses at the top."""
     searches: dict[tuple[str, str], dict[float, float]] = {}

@@ -69,7 +69,7 @@ PACKAGES = (
     "pycocoevalcap",
 )
 MAX_LENGTH = 512  # tokens of a row
-EVALUATIONS = {"rates": 1, "main": 4}  # of the validation loss, the last one at the end
+EVALUATIONS = {"rates": 1, "main": 4, "rows": 8}  # of the validation loss, the last one at the end
 SAMPLES = 20
 PROGRESS = "step"  # first word of a line that says how far training is
 
@@ -135,6 +135,7 @@ def make_trainer(
         eval_steps=interval,
         save_strategy="steps",
         save_steps=interval,
+        load_best_model_at_end=run.stage == "rows",  # few rows are soon learned by heart
         use_cpu=not torch.cuda.is_available(),
         bf16=model.dtype == torch.bfloat16 or method.config is None,
         seed=run.seed,
@@ -195,7 +196,7 @@ def peak_memory() -> int | None:
 
 def execute(run: Run, budget: Budget, task: Task, model_name: str, dtype: str, work: Path) -> tuple[Record, list[str]]:
     """Trains, and generates where it is a main run; returns what the record gains, and the texts."""
-    metric = evaluate.load(METRIC) if run.stage == "main" else None  # before any work: what it needs is there
+    metric = evaluate.load(METRIC) if run.stage != "rates" else None  # before any work: what it needs is there
     place = Base.find(plain_checkpoint(model_name, work))
     tokenizer, method = place.tokenizer, METHODS[run.method]
     tokenizer.padding_side = "right"  # PEFT's prompt methods are wrong beside left padding
@@ -222,7 +223,8 @@ def execute(run: Run, budget: Budget, task: Task, model_name: str, dtype: str, w
     started = time.perf_counter()
     curve = train(trainer, work / run.name)
     trained = time.perf_counter()
-    metrics: Record = {"validation_loss": curve["validation"][-1][1]}
+    losses = [loss for _, loss in curve["validation"]]
+    metrics: Record = {"validation_loss": min(losses) if run.stage == "rows" else losses[-1]}
     texts: list[str] = []
     if metric is not None:
         base.set_attn_implementation("sdpa")
@@ -259,7 +261,7 @@ def _plain(value: Any) -> Any:
 
 def record_run(run: Run, budget: Budget, data: Path, model: str, dtype: str, results: Path, work: Path) -> int:
     """Executes a run between its two records; returns the exit code."""
-    most = {"train": budget.train_rows, "validation": budget.validation_rows, "test": budget.test_rows}
+    most = {"train": run.rows or budget.train_rows, "validation": budget.validation_rows, "test": budget.test_rows}
     task = read_task(data, run.task, most)
     earlier = read_record(results, run.name) or {}
     record: Record = {
@@ -312,6 +314,18 @@ def results_folder(options: argparse.Namespace) -> Path:
     return HERE / "results" / (options.budget + model)
 
 
+def asked_run(options: argparse.Namespace, budget: Budget) -> Run:
+    """Raises InputError where --rows cannot be used."""
+    stage, steps = options.stage, budget.search_steps if options.stage == "rates" else budget.steps
+    if options.rows is not None:
+        if options.rows < 1:
+            raise InputError(f"--rows must be >= 1, got {options.rows}.")
+        if stage == "rates":
+            raise InputError("--rows: a run of --stage rates takes the budget's rows. Leave one of the two out.")
+        stage, steps = "rows", budget.steps_on(options.rows)
+    return Run(stage, options.task, options.method, options.seed, options.rate, steps, options.rows)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_common_arguments(parser)
@@ -321,13 +335,13 @@ def main(argv: list[str] | None = None) -> int:
     add("--seed", type=int, default=0)
     add("--rate", type=float, required=True, help="learning rate")
     add("--stage", choices=("rates", "main"), default="main", help="rates trains shorter and generates nothing")
+    add("--rows", type=int, metavar="N", help="train on N rows only, and keep the step of the lowest validation loss")
     options = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that `run_all.py` can interrupt a run
     quiet()
     budget = BUDGETS[options.budget]
-    steps = budget.search_steps if options.stage == "rates" else budget.steps
-    run = Run(options.stage, options.task, options.method, options.seed, options.rate, steps)
     try:
+        run = asked_run(options, budget)
         return record_run(
             run, budget, options.data, options.model, options.dtype, results_folder(options), options.work
         )

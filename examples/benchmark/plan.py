@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import product
 from statistics import fmean
 
 from methods import METHODS
@@ -15,16 +16,25 @@ from methods import METHODS
 TASKS = ("e2e", "overnight", "multi30k_cs_en", "dart", "multi30k_de_en", "webnlg", "multi30k_fr_en")
 SEARCH_TASKS = ("e2e", "overnight")
 FIRST = ("prompt-tuning", "input-tuning")
-OTHERS = (
-    "adapter-only",
-    "input-tuning-64",
-    "p-tuning",
-    "prefix-tuning",
-    "input-tuning-19",
-    "input-tuning-256",
-)
+OTHERS = ("adapter-only", "input-tuning-64", "p-tuning", "prefix-tuning")
+SIZES = ("input-tuning-19", "input-tuning-256")
 ABLATIONS = tuple(name for name, method in METHODS.items() if method.rates_of)
+FEW_ROWS = ("prompt-tuning", "input-tuning", "lora", "fine-tuning")  # compared on fewer training rows as well
+MOST_PASSES = 32  # over fewer rows
 GRID = tuple(float(f"{digit}e{power}") for power in range(-6, 2) for digit in (1, 3))
+
+
+@dataclass(frozen=True)
+class Tier:
+    """Runs of like worth: each method on each task.
+
+    Args:
+        rows: training rows of runs on fewer rows; without any, these are main runs.
+    """
+
+    methods: tuple[str, ...]
+    tasks: tuple[str, ...]
+    rows: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -35,7 +45,7 @@ class Budget:
         steps, batch_size: of a main run; rows without an end, in an order that the seed fixes.
         search_steps: of a run of the search.
         train_rows, validation_rows, test_rows: at most, drawn at random, the same in all runs; None is all.
-        tiers: methods and their tasks, in order.
+        tiers: in order; a run that stands in two of them is of the first.
     """
 
     name: str
@@ -46,7 +56,11 @@ class Budget:
     validation_rows: int | None
     test_rows: int | None
     seeds: tuple[int, ...]
-    tiers: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]
+    tiers: tuple[Tier, ...]
+
+    def steps_on(self, rows: int) -> int:
+        """Of a run on fewer rows: as many as of a main run, unless that were too many passes over them."""
+        return max(1, min(self.steps, MOST_PASSES * rows // self.batch_size))
 
 
 BUDGETS = {
@@ -59,7 +73,7 @@ BUDGETS = {
         validation_rows=4,
         test_rows=4,
         seeds=(0,),
-        tiers=((FIRST, SEARCH_TASKS),),
+        tiers=(Tier(FIRST, SEARCH_TASKS), Tier(FIRST, SEARCH_TASKS, rows=(8,))),
     ),
     "small": Budget(
         name="small",
@@ -71,11 +85,14 @@ BUDGETS = {
         test_rows=200,
         seeds=(0,),
         tiers=(
-            (FIRST, TASKS),
-            (("fine-tuning",), TASKS),
-            (("lora",), TASKS),
-            (OTHERS, SEARCH_TASKS),
-            (ABLATIONS, SEARCH_TASKS),
+            Tier(FIRST, TASKS),
+            Tier(("fine-tuning",), TASKS),
+            Tier(("lora",), SEARCH_TASKS),
+            Tier(OTHERS, SEARCH_TASKS),
+            Tier(ABLATIONS, SEARCH_TASKS),
+            Tier(("lora",), TASKS),
+            Tier(FEW_ROWS, SEARCH_TASKS, rows=(50, 500)),
+            Tier(SIZES, SEARCH_TASKS),
         ),
     ),
     "full": Budget(
@@ -87,14 +104,23 @@ BUDGETS = {
         validation_rows=None,
         test_rows=None,
         seeds=(0, 1, 2),
-        tiers=(((*FIRST, "fine-tuning", "lora", *OTHERS), TASKS), (ABLATIONS, SEARCH_TASKS)),
+        tiers=(
+            Tier((*FIRST, "fine-tuning", "lora", *OTHERS, *SIZES), TASKS),
+            Tier(ABLATIONS, SEARCH_TASKS),
+            Tier(FEW_ROWS, SEARCH_TASKS, rows=(50, 500, 5000)),
+        ),
     ),
 }
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training: `stage` is "rates" or "main"."""
+    """One training.
+
+    Args:
+        stage: "rates" (of the search), "main", or "rows" (on fewer training rows).
+        rows: at most, to train on; None is the budget's.
+    """
 
     stage: str
     task: str
@@ -102,12 +128,13 @@ class Run:
     seed: int
     rate: float
     steps: int
+    rows: int | None = None
 
     @property
     def name(self) -> str:
         """Of its result file, without the ending."""
-        last = f"rate{self.rate:g}" if self.stage == "rates" else f"seed{self.seed}"
-        return f"{self.stage}/{self.task}.{self.method}.{last}"
+        what = {"rates": f"rate{self.rate:g}", "main": f"seed{self.seed}", "rows": f"rows{self.rows}.seed{self.seed}"}
+        return f"{self.stage}/{self.task}.{self.method}.{what[self.stage]}"
 
 
 def rates_to_try(start: float, losses: Mapping[float, float]) -> list[float]:
@@ -158,21 +185,25 @@ def _search_run(budget: Budget, task: str, method: str, rate: float) -> Run:
     return Run("rates", task, method, budget.seeds[0], rate, budget.search_steps)
 
 
-def runs(budget: Budget, losses: Mapping[str, float]) -> Iterator[Run]:
-    """All runs that are known by now, done or not, in order.
+def runs(budget: Budget, losses: Mapping[str, float]) -> list[Run]:
+    """All runs that are known by now, done or not, in order, each once.
 
     Args:
         losses: validation loss of each finished run, by its name; infinite where training diverged.
     """
-    for methods, tasks in budget.tiers:
-        for method in methods:
+    return list(dict.fromkeys(_runs_of_tiers(budget, losses)))
+
+
+def _runs_of_tiers(budget: Budget, losses: Mapping[str, float]) -> Iterator[Run]:
+    for tier in budget.tiers:
+        for method in tier.methods:
             if METHODS[method].rates_of is None:
                 for task in SEARCH_TASKS:
                     for rate in rates_to_try(METHODS[method].start, _losses_of(budget, task, method, losses)):
                         yield _search_run(budget, task, method, rate)
-        for seed in budget.seeds:
-            for task in tasks:
-                for method in methods:
-                    rate = best_rate(budget, task, method, losses)
-                    if rate is not None:
-                        yield Run("main", task, method, seed, rate, budget.steps)
+        for seed, task, rows, method in product(budget.seeds, tier.tasks, tier.rows or (None,), tier.methods):
+            rate = best_rate(budget, task, method, losses)
+            if rate is not None and rows is None:
+                yield Run("main", task, method, seed, rate, budget.steps)
+            elif rate is not None:
+                yield Run("rows", task, method, seed, rate, budget.steps_on(rows), rows)

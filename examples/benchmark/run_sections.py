@@ -14,7 +14,7 @@ from plan import SEARCH_TASKS, best_rate, runs
 from records import Record, losses
 from tasks import SPLITS
 
-STAGES = {"rates": "search for rates", "main": "main runs"}
+STAGES = {"rates": "search for rates", "main": "main runs", "rows": "runs on fewer rows"}
 _ERROR_LENGTH = 160  # characters
 
 
@@ -24,6 +24,7 @@ def what_was_run(found: Findings) -> list[Block]:
     training = [
         f"{name}: {each([record['steps'] for record in records if record['stage'] == stage])} steps"
         for stage, name in STAGES.items()
+        if any(record["stage"] == stage for record in records)
     ]
     packages = sorted({package for record in records for package in record["versions"]})
     versions = [f"{one} {each([r['versions'][one] for r in records if one in r['versions']])}" for one in packages]
