@@ -751,6 +751,48 @@ def test_the_summary(made, capsys):
     assert cells[6].endswith(" %")
 
 
+# ---- new metrics of old runs ----------------------------------------------------------------------------------------
+
+
+def test_metrics_are_computed_again_from_the_stored_texts(copy, capsys):
+    import evaluate
+
+    import rescore
+    from one_run import METRIC
+    from records import read_outputs, read_records
+
+    before, given = read_records(copy.results), [str(copy.data), *copy.options[:2]]
+    assert rescore.main(given) == 0
+    after = read_records(copy.results)
+    main = {name for name, record in before.items() if (record["stage"], record["status"]) == ("main", "finished")}
+    assert {name for name in before if before[name] != after[name]} == main
+    metric = evaluate.load(METRIC)
+    for name in main:
+        lines = (copy.data / after[name]["task"] / "test.jsonl").read_text(encoding="utf-8").splitlines()
+        chosen = sorted(random.Random(0).sample(range(30), 24))  # the rows that a run draws
+        references = [json.loads(lines[row])["references"] for row in chosen]
+        expected = metric.compute(predictions=read_outputs(copy.results, name), references=references)
+        assert after[name]["metrics"] == {"validation_loss": before[name]["metrics"]["validation_loss"], **expected}
+        assert after[name] == before[name] | {"metrics": after[name]["metrics"]}
+    assert f"{len(main)} records" in capsys.readouterr().out
+    assert rescore.main(given) == 0
+    assert capsys.readouterr().out.startswith("0 records")
+
+
+@pytest.mark.parametrize(
+    "change", [other_data, missing_task, one_output_less, other_outputs, no_outputs, nothing_finished]
+)
+def test_what_cannot_be_measured_again_changes_nothing(copy, change, capsys):
+    import rescore
+    from records import read_records
+
+    change(copy)
+    before = read_records(copy.results)
+    assert rescore.main([str(copy.data), *copy.options[:2]]) == 2
+    assert capsys.readouterr().err.startswith("rescore.py: ")
+    assert read_records(copy.results) == before
+
+
 # ---- what the repository says ---------------------------------------------------------------------------------------
 
 ROOT = Path(__file__).parent.parent

@@ -44,7 +44,9 @@ KEYS = {
     "task", "method", "seed", "config", "metrics", "versions", "data_hash", "seconds", "peak_memory_mb",
     "trainable_parameters", "curve", "samples",
 }  # fmt: skip
-METRICS = {"bleu", "chrf", "ter", "nist", "meteor", "rouge_l", "cider", "exact_match", "validation_loss"}
+METRICS = {
+    "bleu", "chrf", "ter", "nist", "meteor", "rouge_l", "cider", "exact_match", "length_ratio", "validation_loss",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import pytest
 from nltk.translate.nist_score import corpus_nist
 
 METRICS = Path(__file__).parent.parent / "examples" / "metrics"
-KEYS = {"bleu", "chrf", "ter", "nist", "meteor", "rouge_l", "cider", "exact_match"}
+KEYS = {"bleu", "chrf", "ter", "nist", "meteor", "rouge_l", "cider", "exact_match", "length_ratio"}
 # Words that no tokenizer parts, no stemmer shortens and WordNet does not know.
 VOCABULARY = [f"q{letter}q" for letter in "bcdfghjkmn"]
 SEEDS = range(6)
@@ -241,6 +241,18 @@ def test_chrf(metric):
     assert of_one(metric, "abc", "abd")["chrf"] == pytest.approx(100 * (2 / 3 + 1 / 2 + 0) / 3)
     assert of_one(metric, "abc", "ABC")["chrf"] == 0
     assert of_one(metric, "abc", "xyz", "abc")["chrf"] == pytest.approx(100)
+
+
+def test_lengths_are_beside_the_reference_that_is_next(metric):
+    """4 tokens beside 5 of "a b c d e"; 3 beside 3, not 6; of two that are as near, the shorter: 4 beside 3, not 5."""
+    rows = [
+        ("A b c d", ["a b c d e", "a"]),
+        ("x y.", ["x y z", "x x x x x x"]),
+        ("k l m n", ["k l m n o", "k l m"]),
+    ]
+    assert score(metric, rows)["length_ratio"] == pytest.approx(11 / 11)
+    assert score(metric, rows[:1])["length_ratio"] == pytest.approx(4 / 5)
+    assert score(metric, rows[1:])["length_ratio"] == pytest.approx(7 / 6)
 
 
 def test_exact_match_leaves_case_and_blanks_out(metric):

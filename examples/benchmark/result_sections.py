@@ -22,6 +22,7 @@ METRICS = {
     "rouge_l": ("ROUGE-L", ".1f"),
     "cider": ("CIDEr", ".2f"),
     "exact_match": ("exact match", ".1f"),
+    "length_ratio": ("length", ".2f"),
 }
 COSTS = {  # means only: seeds differ in them by the machine's doings
     "trainable parameters": lambda run: run["trainable_parameters"],
@@ -78,7 +79,8 @@ def scores(found: Findings) -> list[Block]:
         Heading("Each task"),
         Paragraph(
             "Validation loss in nats per target token; TER, loss: lower is better. NIST and CIDEr are on their own "
-            "scales, the others in per cent. Seconds are given of runs that were done in one attempt, on the machines "
+            "scales, the others in per cent. Length is that of the texts over that of their references, in tokens: "
+            "below 1 BLEU has a penalty. Seconds are given of runs that were done in one attempt, on the machines "
             "above, where other runs may have been at work beside them; memory is the process's or the accelerator's."
         ),
     ]

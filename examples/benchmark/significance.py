@@ -113,7 +113,7 @@ def compare_all(records: Mapping[str, Record], results: Path, data: Path, sample
     def outputs_and_references(name: str) -> tuple[list[str], list[list[str]]]:
         record = records[name]
         task = read(record["task"], tuple(record["config"]["rows"][split] for split in SPLITS))
-        return _checked(results, name, record, task)
+        return checked_outputs(results, name, record, task)
 
     compared = []
     for task, method, baseline, seeds in tqdm(pairs, desc="Comparing", unit="pair", disable=None):
@@ -136,7 +136,7 @@ def _joined(parts: Iterator[tuple[list[str], list[list[str]]]]) -> tuple[list[st
     return list(chain.from_iterable(outputs)), list(chain.from_iterable(references))
 
 
-def _checked(results: Path, name: str, record: Record, task: Task) -> tuple[list[str], list[list[str]]]:
+def checked_outputs(results: Path, name: str, record: Record, task: Task) -> tuple[list[str], list[list[str]]]:
     """A run's outputs and their references, if DATA holds the rows that it was tested on."""
     if task.data_hash["test"] != record["data_hash"]["test"]:
         raise InputError(

@@ -43,6 +43,8 @@ rouge_l: rouge-score, with stemming, F1, letters a-z and digits only; the best r
     challenge's has no stemming and favours recall (beta 1.2).
 chrf, ter: sacrebleu's defaults; case counts in chrf only, and words in ter are what stands between blanks.
 exact_match: the share of predictions that equal one of their references, blanks and case apart.
+length_ratio: bleu's tokens of the predictions over those of its references, of each row the one next in length. Below
+    1 bleu has a penalty for brevity.
 
 Tokens of cider and meteor are those of nltk's Treebank tokenizer, sentence by sentence, in lower case and without
 punctuation. They stand in for the Stanford tokenizer (Java), from which they differ in abbreviations ("St. Louis"
@@ -209,8 +211,10 @@ class PaperMetrics(evaluate.Metric):
             ([words(text) for text in predictions], [[words(text) for text in texts] for texts in references])
             for words in (_mteval_words, _caption_words)
         )
+        lengths = sacrebleu.corpus_bleu(predictions, by_position(references), lowercase=True)
         return {
             **scores,
+            "length_ratio": lengths.sys_len / max(1, lengths.ref_len),
             "ter": sacrebleu.corpus_ter(predictions, by_position(references)).score,
             "nist": _nist(*mteval),
             "meteor": _meteor(*captions),

@@ -1,0 +1,82 @@
+"""The metrics of finished runs once more, from their stored texts: for when a metric was added or mended.
+
+    python examples/benchmark/rescore.py DATA
+
+DATA is the folder that the runs were made with. All runs are measured before the first record is written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from functools import cache
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # beside the other examples
+
+import evaluate
+from tqdm import tqdm
+
+from one_run import METRIC
+from plan import BUDGETS
+from records import Record, read_records, write_record
+from report import RESULTS
+from significance import checked_outputs
+from task_data import InputError
+from tasks import SPLITS, Task, find_tasks, read_task
+
+
+def rescore(results: Path, data: Path) -> dict[str, Record]:
+    """The records whose metrics change, with all of their metrics.
+
+    Raises:
+        InputError: there are no such runs, DATA is not that of the runs, or a run's texts are missing or another's;
+            the message names the run.
+    """
+    records = {
+        name: record
+        for name, record in read_records(results).items()
+        if record["status"] == "finished" and record["stage"] != "rates"
+    }
+    if not records:
+        raise InputError(
+            f"--results: no run with texts in {str(results)!r} has finished. Name the folder of the runs."
+        )
+    find_tasks(data, tuple({record["task"] for record in records.values()}))
+    metric = evaluate.load(METRIC)
+
+    @cache
+    def read(task: str, rows: tuple[int, ...]) -> Task:
+        return read_task(data, task, dict(zip(SPLITS, rows, strict=True)))
+
+    changed = {}
+    for name, record in tqdm(records.items(), desc="Measuring", unit="run", disable=None):
+        task = read(record["task"], tuple(record["config"]["rows"][split] for split in SPLITS))
+        texts, references = checked_outputs(results, name, record, task)
+        metrics = record["metrics"] | metric.compute(predictions=texts, references=references)
+        if metrics != record["metrics"]:
+            changed[name] = record | {"metrics": metrics}
+    return changed
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("data", type=Path, metavar="DATA", help="folder with a folder for each task")
+    add("--budget", choices=sorted(BUDGETS), default="small", help="of the runs (%(default)s)")
+    add("--results", type=Path, metavar="FOLDER", help="the records (default: results/BUDGET beside this script)")
+    options = parser.parse_args(argv)
+    results = options.results or RESULTS / options.budget
+    try:
+        changed = rescore(results, options.data)
+    except InputError as error:
+        print(f"rescore.py: {error}", file=sys.stderr)
+        return 2
+    for name, record in changed.items():
+        write_record(results, name, record)
+    print(f"{len(changed)} records in {results} have new metrics.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
