@@ -609,40 +609,42 @@ def test_ablations_are_tabled_where_they_were_run(text):
     assert row_of(ablations, "Activation", "gelu")[1] == "input-tuning-gelu"
 
 
-def test_fewer_rows_stand_beside_the_main_runs(copy):
-    """Two methods on 50 and 500 rows: means over seeds by hand, the step kept, and the main runs of these methods."""
+def test_less_and_more_training_stands_beside_the_main_runs(copy):
+    """Two methods on 50 and 500 rows, and one with more steps: means over seeds by hand, and which step was kept."""
     import report
     from records import write_record
 
-    bleu_of = {(50, 0): 10.0, (50, 1): 14.0, (500, 0): 31.0}
-    for (rows, seed), score in bleu_of.items():
-        for method in ("input-tuning", "lora"):
-            run = ended("e2e", method, seed, {"bleu": score + (method == "lora"), "chrf": 40.0})
-            run |= {"stage": "rows", "rows": rows, "curve": {"validation": [[25, 2.0], [50, 1.5], [75, 1.9]]}}
-            run["config"] = run["config"] | {"rows": ROWS | {"train": rows}}
-            write_record(copy.results, f"rows/e2e.{method}.rows{rows}.seed{seed}", run)
-    write_record(copy.results, "rows/dart.lora.rows50.seed0", started("dart", "lora", stage="rows", rows=50))
+    def write(method: str, seed: int, score: float, rows: int | None, steps: int) -> None:
+        run = ended("e2e", method, seed, {"bleu": score, "chrf": 40.0})
+        run |= {"stage": "amounts", "rows": rows, "steps": steps}
+        run["curve"] = {"validation": [[25, 2.0], [50, 1.5], [75, 1.9]]}
+        run["config"] = run["config"] | {"rows": ROWS | ({"train": rows} if rows else {})}
+        write_record(copy.results, f"amounts/e2e.{method}.{rows}.{steps}.seed{seed}", run)
+
+    for rows, seed, score in ((50, 0, 10.0), (50, 1, 14.0), (500, 0, 31.0)):
+        write("input-tuning", seed, score, rows, 200)
+        write("lora", seed, score + 1, rows, 200)
+    write("input-tuning", 0, 60.0, None, 800)
+    write_record(copy.results, "amounts/dart.lora.rows50.seed0", started("dart", "lora", stage="amounts", rows=50))
     before = (copy.results / "report.md").read_text(encoding="utf-8")
     assert report.main(copy.options) == 0
     text = (copy.results / "report.md").read_text(encoding="utf-8")
-    section = text.partition("\n## Number of training rows\n")[2].partition("\n## ")[0]
+    section = text.partition("\n## Less and more training\n")[2].partition("\n## ")[0]
     assert re.findall("^### (.*)$", section, re.MULTILINE) == ["e2e"]
     table = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("| ")][2:]
-    main = [row for row in table if "(main run)" in row[0]]
-    assert [row[1] for row in main] == ["input-tuning", "lora"]
-    assert all(row[0] == "4 (main run)" and row[3] == "200" for row in main)
-    few = [row for row in table if row not in main]
-    assert [row[:4] + row[5:] for row in few] == [
-        ["50", "input-tuning", "200", "50", "12.0 ± 2.8", "40.0 ± 0.0"],
-        ["50", "lora", "200", "50", "13.0 ± 2.8", "40.0 ± 0.0"],
-        ["500", "input-tuning", "200", "50", "31.0 (1 of 2 seeds)", "40.0 (1 of 2 seeds)"],
-        ["500", "lora", "200", "50", "32.0 (1 of 2 seeds)", "40.0 (1 of 2 seeds)"],
+    assert [row[:4] for row in table[:2]] == [["4", "200 (main run)", m, "200"] for m in ("input-tuning", "lora")]
+    assert [row[:4] + row[5:] for row in table[2:]] == [
+        ["4", "800", "input-tuning", "50", "60.0 (1 of 2 seeds)", "40.0 (1 of 2 seeds)"],
+        ["50", "200", "input-tuning", "50", "12.0 ± 2.8", "40.0 ± 0.0"],
+        ["50", "200", "lora", "50", "13.0 ± 2.8", "40.0 ± 0.0"],
+        ["500", "200", "input-tuning", "50", "31.0 (1 of 2 seeds)", "40.0 (1 of 2 seeds)"],
+        ["500", "200", "lora", "50", "32.0 (1 of 2 seeds)", "40.0 (1 of 2 seeds)"],
     ]
     svg = (copy.results / "figures" / "rows.svg").read_text(encoding="utf-8")
-    for words in (">50<", ">500<", ">e2e<", ">lora<", "training rows"):
+    for words in (">4<", ">50<", ">500<", ">e2e<", ">lora<", "training rows"):
         assert words in svg
     assert "(figures/rows.svg)" in section
-    assert "Number of training rows" not in before
+    assert "Less and more training" not in before
 
     def of_main_runs(report: str) -> list[str]:
         return [part for part in report.split("\n## ") if part.startswith(("BLEU", "Each task", "Familiarity", "Abl"))]

@@ -117,14 +117,17 @@ def test_a_budget_has_each_run_once(name):
     budget = BUDGETS[name]
     known = finish(budget, lambda run: abs(math.log(run.rate / METHODS[run.method].start)))
     assert len({run.name for run in known}) == len(known)
-    main = Counter((run.task, run.method, run.seed, run.rows) for run in known if run.stage != "rates")
+    main = Counter((r.task, r.method, r.seed, r.rows, r.steps) for r in known if r.stage != "rates")
     assert set(main) == {
-        (task, method, seed, rows)
+        (task, method, seed, rows, steps)
         for tier in budget.tiers
         for method in tier.methods
         for task in tier.tasks
         for seed in budget.seeds
-        for rows in tier.rows or (None,)
+        for rows, steps in [
+            *((rows, min(budget.steps, 32 * rows // budget.batch_size)) for rows in tier.rows),
+            *((None, steps) for steps in tier.steps or (() if tier.rows else (budget.steps,))),
+        ]
     }
     assert set(main.values()) == {1}
     searched = {(run.method, run.task) for run in known if run.stage == "rates"}
@@ -145,19 +148,18 @@ def test_the_small_budget_has_what_the_comparison_needs():
     assert main >= {(task, method) for task in plan.SEARCH_TASKS for method in METHODS}
 
 
-def test_runs_on_fewer_rows():
+def test_runs_with_less_and_more_training():
     """The methods that all tasks have, at the rates of their main runs; few rows are not passed over without end."""
     known = finish(BUDGETS["small"], lambda run: abs(math.log(run.rate / METHODS[run.method].start)))
     main = {(run.task, run.method): run.rate for run in known if run.stage == "main"}
-    few = [run for run in known if run.stage == "rows"]
-    assert {(run.task, run.method, run.rows) for run in few} == {
-        (t, m, n)
-        for t in ("e2e", "overnight")
-        for m in ("prompt-tuning", "input-tuning", "lora", "fine-tuning")
-        for n in (50, 500)
+    varied = [run for run in known if run.stage == "amounts"]
+    assert {(run.task, run.method, run.rows, run.steps) for run in varied} == {
+        (task, method, *amount)
+        for task in ("e2e", "overnight")
+        for method in ("prompt-tuning", "input-tuning", "lora", "fine-tuning")
+        for amount in ((50, 200), (500, 200), (None, 800))  # 200 is 32 passes over 50 rows, in batches of 8
     }
-    assert all(run.rate == main[run.task, run.method] for run in few)
-    assert {run.steps for run in few} == {200}  # 32 passes over 50 rows, in batches of 8
+    assert all(run.rate == main[run.task, run.method] for run in varied)
     assert [BUDGETS["full"].steps_on(rows) for rows in (1, 50, 500, 5000)] == [1, 50, 500, 3000]
 
 
@@ -281,7 +283,7 @@ def test_a_run_on_fewer_rows_keeps_the_step_of_the_lowest_loss(method, data, tin
         return curve
 
     monkeypatch.setattr(one_run, "train", watched)
-    run = Run("rows", "e2e", method, 0, {"prompt-tuning": 3e2, "input-tuning": 1e-1}.get(method, 3e-1), 8, rows=3)
+    run = Run("amounts", "e2e", method, 0, {"prompt-tuning": 3e2, "input-tuning": 1e-1}.get(method, 3e-1), 8, rows=3)
     record = execute(run, data, tiny_model, tmp_path)
     assert record["status"] == "finished", record["errors"]
     assert seen == [3] == [record["config"]["rows"]["train"]] == [record["rows"]]
@@ -467,10 +469,12 @@ def test_an_interrupted_run_goes_on_to_the_same_end(where, method, data, tiny_mo
     ("options", "message"),
     [
         (["--rows", "0"], "--rows must be >= 1, got 0."),
-        (["--rows", "5", "--stage", "rates"], "--rows: a run of --stage rates takes the budget's rows. Leave"),
+        (["--steps", "-1"], "--steps must be >= 1, got -1."),
+        (["--rows", "5", "--stage", "rates"], "--rows: a run of --stage rates takes the budget's. Leave"),
+        (["--steps", "5", "--stage", "rates"], "--steps: a run of --stage rates takes the budget's. Leave"),
     ],
 )
-def test_rows_that_cannot_be(options, message, data, tmp_path, capsys):
+def test_amounts_that_cannot_be(options, message, data, tmp_path, capsys):
     before = signal.getsignal(signal.SIGTERM)
     given = [str(data), "--task", "e2e", "--method", "lora", "--rate", "1e-3", "--results", str(tmp_path / "results")]
     try:

@@ -69,7 +69,7 @@ PACKAGES = (
     "pycocoevalcap",
 )
 MAX_LENGTH = 512  # tokens of a row
-EVALUATIONS = {"rates": 1, "main": 4, "rows": 8}  # of the validation loss, the last one at the end
+EVALUATIONS = {"rates": 1, "main": 4, "amounts": 8}  # of the validation loss, the last one at the end
 SAMPLES = 20
 PROGRESS = "step"  # first word of a line that says how far training is
 
@@ -135,7 +135,7 @@ def make_trainer(
         eval_steps=interval,
         save_strategy="steps",
         save_steps=interval,
-        load_best_model_at_end=run.stage == "rows",  # few rows are soon learned by heart
+        load_best_model_at_end=run.stage == "amounts",  # few rows are soon learned by heart
         use_cpu=not torch.cuda.is_available(),
         bf16=model.dtype == torch.bfloat16 or method.config is None,
         seed=run.seed,
@@ -224,7 +224,7 @@ def execute(run: Run, budget: Budget, task: Task, model_name: str, dtype: str, w
     curve = train(trainer, work / run.name)
     trained = time.perf_counter()
     losses = [loss for _, loss in curve["validation"]]
-    metrics: Record = {"validation_loss": min(losses) if run.stage == "rows" else losses[-1]}
+    metrics: Record = {"validation_loss": min(losses) if run.stage == "amounts" else losses[-1]}
     texts: list[str] = []
     if metric is not None:
         base.set_attn_implementation("sdpa")
@@ -315,14 +315,16 @@ def results_folder(options: argparse.Namespace) -> Path:
 
 
 def asked_run(options: argparse.Namespace, budget: Budget) -> Run:
-    """Raises InputError where --rows cannot be used."""
+    """Raises InputError where --rows or --steps cannot be used."""
     stage, steps = options.stage, budget.search_steps if options.stage == "rates" else budget.steps
-    if options.rows is not None:
-        if options.rows < 1:
-            raise InputError(f"--rows must be >= 1, got {options.rows}.")
-        if stage == "rates":
-            raise InputError("--rows: a run of --stage rates takes the budget's rows. Leave one of the two out.")
-        stage, steps = "rows", budget.steps_on(options.rows)
+    for name in ("rows", "steps"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise InputError(f"--{name} must be >= 1, got {value}.")
+        if value is not None and stage == "rates":
+            raise InputError(f"--{name}: a run of --stage rates takes the budget's. Leave one of the two out.")
+    if options.rows or options.steps:
+        stage, steps = "amounts", options.steps or budget.steps_on(options.rows)
     return Run(stage, options.task, options.method, options.seed, options.rate, steps, options.rows)
 
 
@@ -336,6 +338,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--rate", type=float, required=True, help="learning rate")
     add("--stage", choices=("rates", "main"), default="main", help="rates trains shorter and generates nothing")
     add("--rows", type=int, metavar="N", help="train on N rows only, and keep the step of the lowest validation loss")
+    add("--steps", type=int, metavar="N", help="train N steps, and keep the one of the lowest validation loss")
     options = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that `run_all.py` can interrupt a run
     quiet()

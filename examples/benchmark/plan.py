@@ -19,7 +19,7 @@ FIRST = ("prompt-tuning", "input-tuning")
 OTHERS = ("adapter-only", "input-tuning-64", "p-tuning", "prefix-tuning")
 SIZES = ("input-tuning-19", "input-tuning-256")
 ABLATIONS = tuple(name for name, method in METHODS.items() if method.rates_of)
-FEW_ROWS = ("prompt-tuning", "input-tuning", "lora", "fine-tuning")  # compared on fewer training rows as well
+AMOUNTS = ("prompt-tuning", "input-tuning", "lora", "fine-tuning")  # compared with less and more training as well
 MOST_PASSES = 32  # over fewer rows
 GRID = tuple(float(f"{digit}e{power}") for power in range(-6, 2) for digit in (1, 3))
 
@@ -29,12 +29,14 @@ class Tier:
     """Runs of like worth: each method on each task.
 
     Args:
-        rows: training rows of runs on fewer rows; without any, these are main runs.
+        rows: training rows of runs on fewer rows.
+        steps: of runs with more steps. Without either, these are main runs.
     """
 
     methods: tuple[str, ...]
     tasks: tuple[str, ...]
     rows: tuple[int, ...] = ()
+    steps: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ BUDGETS = {
         validation_rows=4,
         test_rows=4,
         seeds=(0,),
-        tiers=(Tier(FIRST, SEARCH_TASKS), Tier(FIRST, SEARCH_TASKS, rows=(8,))),
+        tiers=(Tier(FIRST, SEARCH_TASKS), Tier(FIRST, SEARCH_TASKS, rows=(8,), steps=(16,))),
     ),
     "small": Budget(
         name="small",
@@ -91,8 +93,9 @@ BUDGETS = {
             Tier(OTHERS, SEARCH_TASKS),
             Tier(ABLATIONS, SEARCH_TASKS),
             Tier(("lora",), TASKS),
-            Tier(FEW_ROWS, SEARCH_TASKS, rows=(50, 500)),
+            Tier(AMOUNTS, SEARCH_TASKS, rows=(50, 500)),
             Tier(SIZES, SEARCH_TASKS),
+            Tier(AMOUNTS, SEARCH_TASKS, steps=(800,)),
         ),
     ),
     "full": Budget(
@@ -107,7 +110,7 @@ BUDGETS = {
         tiers=(
             Tier((*FIRST, "fine-tuning", "lora", *OTHERS, *SIZES), TASKS),
             Tier(ABLATIONS, SEARCH_TASKS),
-            Tier(FEW_ROWS, SEARCH_TASKS, rows=(50, 500, 5000)),
+            Tier(AMOUNTS, SEARCH_TASKS, rows=(50, 500, 5000), steps=(12000,)),
         ),
     ),
 }
@@ -118,7 +121,7 @@ class Run:
     """One training.
 
     Args:
-        stage: "rates" (of the search), "main", or "rows" (on fewer training rows).
+        stage: "rates" (of the search), "main", or "amounts" (on fewer rows, or with more steps).
         rows: at most, to train on; None is the budget's.
     """
 
@@ -133,8 +136,9 @@ class Run:
     @property
     def name(self) -> str:
         """Of its result file, without the ending."""
-        what = {"rates": f"rate{self.rate:g}", "main": f"seed{self.seed}", "rows": f"rows{self.rows}.seed{self.seed}"}
-        return f"{self.stage}/{self.task}.{self.method}.{what[self.stage]}"
+        amount = f"steps{self.steps}" if self.rows is None else f"rows{self.rows}"
+        last = {"rates": f"rate{self.rate:g}", "main": f"seed{self.seed}", "amounts": f"{amount}.seed{self.seed}"}
+        return f"{self.stage}/{self.task}.{self.method}.{last[self.stage]}"
 
 
 def rates_to_try(start: float, losses: Mapping[float, float]) -> list[float]:
@@ -201,9 +205,11 @@ def _runs_of_tiers(budget: Budget, losses: Mapping[str, float]) -> Iterator[Run]
                 for task in SEARCH_TASKS:
                     for rate in rates_to_try(METHODS[method].start, _losses_of(budget, task, method, losses)):
                         yield _search_run(budget, task, method, rate)
-        for seed, task, rows, method in product(budget.seeds, tier.tasks, tier.rows or (None,), tier.methods):
+        amounts = [(budget.steps_on(rows), rows) for rows in tier.rows] + [(steps, None) for steps in tier.steps]
+        stage = "amounts" if amounts else "main"
+        for seed, task, amount, method in product(
+            budget.seeds, tier.tasks, amounts or [(budget.steps, None)], tier.methods
+        ):
             rate = best_rate(budget, task, method, losses)
-            if rate is not None and rows is None:
-                yield Run("main", task, method, seed, rate, budget.steps)
-            elif rate is not None:
-                yield Run("rows", task, method, seed, rate, budget.steps_on(rows), rows)
+            if rate is not None:
+                yield Run(stage, task, method, seed, rate, *amount)

@@ -19,11 +19,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # beside the other examples
 
+from amount_sections import amounts
 from blocks import FIGURES, Block, Figure, Table, block_markdown, markdown, page
 from bootstrap import SAMPLES
 from comparisons import LOWEST, OURS, finished, gap_closed
 from familiarity_sections import familiarity, gap, line, significance
-from fewer_rows_sections import fewer_rows
 from findings import MISSING, SHARED, Findings, number
 from peft_input_tuning.unfinished_file import unfinished
 from plan import BUDGETS
@@ -35,7 +35,7 @@ from task_data import InputError
 
 RESULTS = Path(__file__).resolve().parent / "results"
 STORED = "significance.json"
-SECTIONS = (what_was_run, scores, significance, gap, familiarity, rates, ablations, fewer_rows, samples, all_runs)
+SECTIONS = (what_was_run, scores, significance, gap, familiarity, rates, ablations, amounts, samples, all_runs)
 
 
 def gather(options: argparse.Namespace) -> Findings:

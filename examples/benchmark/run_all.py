@@ -60,7 +60,10 @@ def start(run: Run, options: argparse.Namespace, device: int) -> Active:
     log.parent.mkdir(parents=True, exist_ok=True)
     arguments = [str(options.data), "--task", run.task, "--method", run.method, "--seed", str(run.seed)]
     arguments += ["--rate", repr(run.rate), "--budget", options.budget, "--model", options.model]
-    arguments += ["--stage", run.stage] if run.rows is None else ["--rows", str(run.rows)]
+    if run.stage == "amounts":
+        arguments += ["--steps", str(run.steps)] if run.rows is None else ["--rows", str(run.rows)]
+    else:
+        arguments += ["--stage", run.stage]
     arguments += ["--dtype", options.dtype, "--results", str(results_folder(options)), "--work", str(options.work)]
     threads = str(max(1, (os.cpu_count() or 1) // options.workers))
     environment = {**os.environ, "OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}

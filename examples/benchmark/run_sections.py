@@ -14,7 +14,7 @@ from plan import SEARCH_TASKS, best_rate, runs
 from records import Record, losses
 from tasks import SPLITS
 
-STAGES = {"rates": "search for rates", "main": "main runs", "rows": "runs on fewer rows"}
+STAGES = {"rates": "search for rates", "main": "main runs", "amounts": "less or more training"}
 _ERROR_LENGTH = 160  # characters
 
 
