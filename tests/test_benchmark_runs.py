@@ -47,6 +47,7 @@ KEYS = {
 METRICS = {
     "bleu", "chrf", "ter", "nist", "meteor", "rouge_l", "cider", "exact_match", "length_ratio", "validation_loss",
 }  # fmt: skip
+BEST_IS_EARLY = {"prompt-tuning": 3e2, "input-tuning": 1e-1, "lora": 3e-1, "fine-tuning": 3e-1}  # rates, for 3 rows
 
 
 @pytest.fixture(scope="module")
@@ -283,7 +284,7 @@ def test_a_run_on_fewer_rows_keeps_the_step_of_the_lowest_loss(method, data, tin
         return curve
 
     monkeypatch.setattr(one_run, "train", watched)
-    run = Run("amounts", "e2e", method, 0, {"prompt-tuning": 3e2, "input-tuning": 1e-1}.get(method, 3e-1), 8, rows=3)
+    run = Run("amounts", "e2e", method, 0, BEST_IS_EARLY[method], 8, rows=3)
     record = execute(run, data, tiny_model, tmp_path)
     assert record["status"] == "finished", record["errors"]
     assert seen == [3] == [record["config"]["rows"]["train"]] == [record["rows"]]
@@ -432,9 +433,12 @@ def test_a_run_that_is_terminated_says_that_it_was_interrupted(data, tiny_model,
 
 
 @pytest.mark.parametrize("method", ["input-tuning", "fine-tuning"])
+@pytest.mark.parametrize("stage", ["main", "amounts"])
 @pytest.mark.parametrize("where", ["training", "generation"])
-def test_an_interrupted_run_goes_on_to_the_same_end(where, method, data, tiny_model, tmp_path, monkeypatch):
+def test_an_interrupted_run_goes_on_to_the_same_end(where, stage, method, data, tiny_model, tmp_path, monkeypatch):
     run, undisturbed = a_run(method), tmp_path / "undisturbed"
+    if stage == "amounts":
+        run = Run(stage, "e2e", method, 0, BEST_IS_EARLY[method], 4, rows=3)
     expected = execute(run, data, tiny_model, undisturbed)
     step = one_run.SayStep.on_step_end
 
