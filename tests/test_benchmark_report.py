@@ -488,7 +488,11 @@ def nothing_finished(copy) -> None:
 @pytest.mark.parametrize(
     ("change", "options", "message"),
     [
-        (other_data, [], r"DATA: dart/test.jsonl is not the file that main/dart\.\S+ was tested on .* leave DATA out"),
+        (
+            other_data,
+            [],
+            r"DATA: dart/test.jsonl is not the file that main/dart\.\S+ was tested on .* Pass the data of the run\.",
+        ),
         (missing_task, [], "DATA: there is no dart/test.jsonl"),
         (one_output_less, [], "main/dart.input-tuning.seed0: it has 23 outputs for 24 test rows. Remove its record"),
         (other_outputs, [], r"main/dart.input-tuning.seed0: its outputs have BLEU \d\.\d\d on DATA, its record says"),
@@ -612,12 +616,15 @@ def test_ablations_are_tabled_where_they_were_run(text):
 def test_less_and_more_training_stands_beside_the_main_runs(copy):
     """Two methods on 50 and 500 rows, and one with more steps: means over seeds by hand, and which step was kept."""
     import report
+    from amount_sections import _groups, _scores_over_rows
     from records import write_record
+
+    def gathered(copy) -> object:
+        return report.gather(report.parse_arguments(copy.options))
 
     def write(method: str, seed: int, score: float, rows: int | None, steps: int) -> None:
         run = ended("e2e", method, seed, {"bleu": score, "chrf": 40.0})
-        run |= {"stage": "amounts", "rows": rows, "steps": steps}
-        run["curve"] = {"validation": [[25, 2.0], [50, 1.5], [75, 1.9]]}
+        run |= {"stage": "amounts", "rows": rows, "steps": steps, "step_kept": 50}
         run["config"] = run["config"] | {"rows": ROWS | ({"train": rows} if rows else {})}
         write_record(copy.results, f"amounts/e2e.{method}.{rows}.{steps}.seed{seed}", run)
 
@@ -641,6 +648,12 @@ def test_less_and_more_training_stands_beside_the_main_runs(copy):
         ["500", "200", "lora", "50", "32.0 (1 of 2 seeds)", "40.0 (1 of 2 seeds)"],
     ]
     svg = (copy.results / "figures" / "rows.svg").read_text(encoding="utf-8")
+    ours = _scores_over_rows(_groups(gathered(copy), "e2e", {"input-tuning"}))["input-tuning"]
+    assert [rows for rows, _ in ours] == [
+        4,
+        50,
+        500,
+    ]  # without the run with more steps
     for words in (">4<", ">50<", ">500<", ">e2e<", ">lora<", "training rows"):
         assert words in svg
     assert "(figures/rows.svg)" in section

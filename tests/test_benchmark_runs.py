@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import random
 import re
 import signal
 import subprocess
@@ -36,6 +37,7 @@ import tasks  # noqa: E402
 from methods import METHODS  # noqa: E402
 from plan import BUDGETS, GRID, Run  # noqa: E402
 from target_loss import use_loss_on_targets  # noqa: E402
+from task_data import Example, InputError  # noqa: E402
 
 TRIAL = BUDGETS["trial"]
 DECODERS = [name for name, family in FAMILIES.items() if family.kind == "decoder"]
@@ -162,6 +164,7 @@ def test_runs_with_less_and_more_training():
     }
     assert all(run.rate == main[run.task, run.method] for run in varied)
     assert [BUDGETS["full"].steps_on(rows) for rows in (1, 50, 500, 5000)] == [1, 50, 500, 3000]
+    assert max(tier.rows for tier in BUDGETS["full"].tiers) == (50, 500)  # main runs have some 5,000 there
 
 
 def test_rates_are_carried_over_from_the_search_tasks():
@@ -175,6 +178,28 @@ def test_rates_are_carried_over_from_the_search_tasks():
     assert rates["e2e", "input-tuning"] == rates["e2e", "input-tuning-gelu"] == 1e-3
     assert rates["overnight", "input-tuning"] == rates["overnight", "input-tuning-gelu"] == 3e-3
     assert rates["dart", "input-tuning"] == 3e-3  # 2 + 2 is less than 1 + 5
+
+
+def test_a_run_of_the_plan_is_the_one_that_its_process_makes(data, tmp_path, monkeypatch):
+    """All that a run is goes through the command line of its process."""
+    started: list[list[str]] = []
+    monkeypatch.setattr(run_all.subprocess, "Popen", lambda command, **_: started.append(command[2:]))
+    options = run_all.parse_arguments([str(data), "--budget", "trial", "--work", str(tmp_path), "--workers", "1"])
+    options.accelerators = 0
+    known = finish(TRIAL, lambda run: abs(math.log(run.rate / METHODS[run.method].start)))
+    assert {run.stage for run in known} == {"rates", "main", "amounts"}
+    for run in known:
+        run_all.start(run, options, 0).output.close()
+    assert [one_run.asked_run(one_run.parse_arguments(command), TRIAL) for command in started] == known
+
+
+def test_budgets_and_models_have_checkpoints_of_their_own(tiny_model):
+    run = a_run("lora")
+    places = set()
+    for more in ([], ["--budget", "full"], ["--model", str(tiny_model)]):
+        options = run_all.parse_arguments(["DATA", *more])
+        places.add(one_run.checkpoints_of(run, one_run.results_folder(options), options.work))
+    assert len(places) == 3
 
 
 # ---- rows -----------------------------------------------------------------------------------------------------------
@@ -201,6 +226,27 @@ def test_rows_of_like_length_share_a_batch_and_lengths_do_not_drift():
     assert sum(longest) < 0.75 * sum(shuffled)
     halves = sum(longest[:32]) / sum(longest[32:])
     assert 0.9 < halves < 1.1
+
+
+@pytest.mark.parametrize(("rows", "batch"), [(50, 8), (50, 32), (500, 8), (500, 32), (8, 2)])
+def test_few_rows_are_not_copies_in_a_batch(rows, batch):
+    """A pool that spans epochs and is sorted by length would have copies of a row side by side."""
+    draw = random.Random(0)
+    order = tasks.in_order_of_steps([draw.randint(20, 60) for _ in range(rows)], 200, batch, seed=0)
+    different = [len(set(order[n : n + batch])) for n in range(0, len(order), batch)]
+    assert sum(different) / len(different) > 0.9 * batch
+
+
+def test_fewer_rows_are_among_more_of_them():
+    rows = [Example(f"row {number}", ("text",)) for number in range(4168)]
+    task = tasks.Task({"train": rows, "test": rows[:3]}, {})
+    some, more = tasks.with_fewer_rows(task, 50), tasks.with_fewer_rows(task, 500)
+    assert (len(some.rows["train"]), len(more.rows["train"])) == (50, 500)
+    assert set(some.rows["train"]) < set(more.rows["train"]) < set(rows)
+    assert {int(row.source[4:]) // 1000 for row in some.rows["train"]} == {0, 1, 2, 3, 4}  # of the whole
+    assert some.rows["test"] == rows[:3]
+    with pytest.raises(InputError, match=r"--rows: this budget has 4168 training rows of the task, got 4169\."):
+        tasks.with_fewer_rows(task, 4169)
 
 
 def test_a_task_is_the_same_rows_in_every_run_and_knows_its_files(data):
@@ -257,7 +303,7 @@ def test_a_run_of_every_method(method, data, tiny_model, tmp_path, monkeypatch):
     assert record["curve"]["validation"][-1][1] == pytest.approx(record["metrics"]["validation_loss"], abs=1e-5)
     texts = records.read_outputs(tmp_path / "results", run.name)
     assert len(texts) == TRIAL.test_rows == len(record["samples"])
-    assert not (tmp_path / "work" / run.name).exists()  # its checkpoints
+    assert not one_run.checkpoints_of(run, tmp_path / "results", tmp_path / "work").exists()
 
     trained = [p for p in parameters.values() if p.requires_grad]
     assert record["trainable_parameters"] == sum(p.numel() for p in trained)
@@ -284,13 +330,13 @@ def test_a_run_on_fewer_rows_keeps_the_step_of_the_lowest_loss(method, data, tin
         return curve
 
     monkeypatch.setattr(one_run, "train", watched)
-    run = Run("amounts", "e2e", method, 0, BEST_IS_EARLY[method], 8, rows=3)
+    run = Run("amounts", "e2e", method, 0, BEST_IS_EARLY[method], 13, rows=3)
     record = execute(run, data, tiny_model, tmp_path)
     assert record["status"] == "finished", record["errors"]
     assert seen == [3] == [record["config"]["rows"]["train"]] == [record["rows"]]
     steps, losses = zip(*record["curve"]["validation"], strict=True)
-    assert steps == tuple(range(1, 9))
-    assert min(losses) < losses[-1]
+    assert steps == (2, 4, 6, 8, 10, 12, 13)
+    assert record["step_kept"] == steps[losses.index(min(losses))] < 13
     assert record["metrics"]["validation_loss"] == min(losses) == pytest.approx(measured[0], abs=1e-5)
     assert len(records.read_outputs(tmp_path / "results", run.name)) == TRIAL.test_rows
 
@@ -432,14 +478,18 @@ def test_a_run_that_is_terminated_says_that_it_was_interrupted(data, tiny_model,
     assert records.read_record(tmp_path / "results", "main/e2e.lora.seed0")["status"] == "interrupted"
 
 
-@pytest.mark.parametrize("method", ["input-tuning", "fine-tuning"])
-@pytest.mark.parametrize("stage", ["main", "amounts"])
+@pytest.mark.parametrize(
+    ("stage", "method"),
+    [("main", "input-tuning"), ("main", "fine-tuning"), ("amounts", "lora"), ("amounts", "fine-tuning")],
+)
 @pytest.mark.parametrize("where", ["training", "generation"])
 def test_an_interrupted_run_goes_on_to_the_same_end(where, stage, method, data, tiny_model, tmp_path, monkeypatch):
     run, undisturbed = a_run(method), tmp_path / "undisturbed"
     if stage == "amounts":
-        run = Run(stage, "e2e", method, 0, BEST_IS_EARLY[method], 4, rows=3)
+        run = Run(stage, "e2e", method, 0, 10.0, 4, rows=3)  # a rate that soon ruins the weights
     expected = execute(run, data, tiny_model, undisturbed)
+    if stage == "amounts":
+        assert expected["step_kept"] == 1  # long before the checkpoint that the run goes on from
     step = one_run.SayStep.on_step_end
 
     def interrupted(self, args, state, control, **kwargs):
@@ -474,6 +524,11 @@ def test_an_interrupted_run_goes_on_to_the_same_end(where, stage, method, data, 
     [
         (["--rows", "0"], "--rows must be >= 1, got 0."),
         (["--steps", "-1"], "--steps must be >= 1, got -1."),
+        (
+            ["--rows", "5", "--steps", "9"],
+            "--steps: 9 is given beside --rows 5, which fixes the steps. Leave",
+        ),
+        (["--rows", "1601"], "--rows: this budget has"),
         (["--rows", "5", "--stage", "rates"], "--rows: a run of --stage rates takes the budget's. Leave"),
         (["--steps", "5", "--stage", "rates"], "--steps: a run of --stage rates takes the budget's. Leave"),
     ],
@@ -615,7 +670,7 @@ def test_some_tasks_only(data, tmp_path):
                 record = {"status": "finished", "metrics": {"validation_loss": loss}}
                 records.write_record(tmp_path, name, record)
     known = run_all.wanted_runs(BUDGETS["small"], options, records.read_records(tmp_path))
-    assert {run.task for run in known if run.stage == "main"} == {"dart", "webnlg"}
+    assert {run.task for run in known if run.stage != "rates"} == {"dart", "webnlg"}
     assert {run.task for run in known if run.stage == "rates"} == set(plan.SEARCH_TASKS)
 
 

@@ -1,4 +1,4 @@
-"""The benchmarks: the arithmetic of rounds, the count of memory, and every measure once on a tiny model."""
+"""Speed and memory: the arithmetic of rounds, the count of memory, and every measure once on a tiny model."""
 
 from __future__ import annotations
 

@@ -27,9 +27,10 @@ def amounts(found: Findings) -> list[Block]:
     blocks: list[Block] = [
         Heading("Less and more training"),
         Paragraph(
-            f"On fewer of the same training rows, with as many steps as a main run but at most {MOST_PASSES} passes "
-            "over the rows; or on the rows of a main run with more steps. Learning rates are the main run's. The step "
-            "with the lowest validation loss of eight is kept, of a main run the last."
+            f"On some of the rows of a main run, with as many steps but at most {MOST_PASSES} passes over them; or on "
+            "all of its rows with more steps. Learning rates are the main run's. The step with the lowest validation "
+            "loss of at most eight is kept, of a main run the last. All seeds have the same rows: the spread does not "
+            "include their choice."
         ),
     ]
     head = ("training rows", "steps", "method", "step kept", "validation loss", "BLEU", "chrF")
@@ -55,18 +56,12 @@ def _groups(found: Findings, task: str, methods: set[str]) -> dict[Group, list[R
 def _row(found: Findings, group: Group, runs: Sequence[Record]) -> list[str]:
     rows, steps, main, method = group
     scores = [found.shown(_mean(runs, metric), form) for metric, form in _METRICS.items()]
-    kept = each([_kept(run) for run in runs])
+    kept = each([run.get("step_kept", run["steps"]) for run in runs])  # older main runs do not say
     return [f"{rows:,}", f"{steps:,}" + (" (main run)" if main else ""), method, kept, *scores]
 
 
 def _mean(runs: Sequence[Record], metric: str) -> Mean:
     return Mean.of([run["metrics"][metric] for run in runs])
-
-
-def _kept(run: Record) -> int:
-    """The step whose weights made the texts."""
-    curve = run["curve"]["validation"]
-    return curve[-1][0] if run["stage"] == "main" else min(curve, key=lambda point: point[1])[0]
 
 
 def _scores_over_rows(groups: dict[Group, list[Record]]) -> dict[str, list[tuple[int, float]]]:

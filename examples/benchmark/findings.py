@@ -13,7 +13,6 @@ from records import Record
 from significance import Comparison
 
 MISSING = "–"
-SHARED = ("prompt-tuning", "input-tuning", "lora", "fine-tuning")  # methods that all tasks have
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ from transformers import (
     set_seed,
 )
 
-from checkpoints import CheckpointFolders, last_complete_checkpoint
+from checkpoints import CheckpointFolders, is_complete, last_complete_checkpoint
 from dense_model import model_label, plain_checkpoint
 from faults import StopAtNonFinite, TrainingError
 from generation import generate
@@ -48,7 +48,7 @@ from quickstart import peak_memory_mb
 from records import Record, read_record, write_outputs, write_record
 from target_loss import use_loss_on_targets
 from task_data import Example, InputError
-from tasks import Task, in_order_of_steps, read_task
+from tasks import Task, in_order_of_steps, read_task, with_fewer_rows
 from train import Base
 from train_and_generate import IGNORED, SEPARATOR, quiet
 from training_rows import Columns, Row, encode
@@ -69,7 +69,7 @@ PACKAGES = (
     "pycocoevalcap",
 )
 MAX_LENGTH = 512  # tokens of a row
-EVALUATIONS = {"rates": 1, "main": 4, "amounts": 8}  # of the validation loss, the last one at the end
+EVALUATIONS = {"rates": 1, "main": 4, "amounts": 8}  # of the validation loss at most, the last one at the end
 SAMPLES = 20
 PROGRESS = "step"  # first word of a line that says how far training is
 
@@ -119,9 +119,9 @@ def make_trainer(
 ) -> TokenMeanTrainer:
     """Trainer with AdamW and linear decay; the rows come in their order, the same for all methods."""
     method = METHODS[run.method]
-    interval = max(1, run.steps // EVALUATIONS[run.stage])
+    interval = -(-run.steps // EVALUATIONS[run.stage])
     arguments = TrainingArguments(
-        output_dir=str(folder),
+        output_dir=str(folder.resolve()),  # checkpoints remember it, and may be read from elsewhere
         max_steps=run.steps,
         per_device_train_batch_size=budget.batch_size,
         per_device_eval_batch_size=budget.batch_size,
@@ -166,9 +166,15 @@ def make_trainer(
 
 
 def train(trainer: TokenMeanTrainer, folder: Path) -> dict[str, list[list[float]]]:
-    """Trains, from the last checkpoint if there is one; returns the losses of training and validation by step."""
+    """Trains, from the last checkpoint if there is one; returns the losses of training and validation by step.
+
+    Raises:
+        RuntimeError: the weights of the best step were to be taken, and are gone.
+    """
     checkpoint, _ = last_complete_checkpoint(folder)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if trainer.args.load_best_model_at_end and not is_complete(Path(trainer.state.best_model_checkpoint or folder)):
+        raise RuntimeError(f"the checkpoint of the best step is not there. Remove {folder} and run it again.")
     history = trainer.state.log_history
     curves = {"train": "loss", "validation": "eval_loss"}
     return {name: [[log["step"], round(log[key], 5)] for log in history if key in log] for name, key in curves.items()}
@@ -194,8 +200,15 @@ def peak_memory() -> int | None:
     return peak_memory_mb()
 
 
-def execute(run: Run, budget: Budget, task: Task, model_name: str, dtype: str, work: Path) -> tuple[Record, list[str]]:
-    """Trains, and generates where it is a main run; returns what the record gains, and the texts."""
+def execute(
+    run: Run, budget: Budget, task: Task, model_name: str, dtype: str, work: Path, folder: Path
+) -> tuple[Record, list[str]]:
+    """Trains, and generates unless it is a run of the search; returns what the record gains, and the texts.
+
+    Args:
+        work: where the model may be kept.
+        folder: where the run's checkpoints go.
+    """
     metric = evaluate.load(METRIC) if run.stage != "rates" else None  # before any work: what it needs is there
     place = Base.find(plain_checkpoint(model_name, work))
     tokenizer, method = place.tokenizer, METHODS[run.method]
@@ -219,12 +232,13 @@ def execute(run: Run, budget: Budget, task: Task, model_name: str, dtype: str, w
         "batch_size": budget.batch_size,
         "rows": {split: len(rows) for split, rows in task.rows.items()},
     }
-    trainer = make_trainer(model, run, budget, features, tokenizer, work / run.name)
+    trainer = make_trainer(model, run, budget, features, tokenizer, folder)
     started = time.perf_counter()
-    curve = train(trainer, work / run.name)
+    curve = train(trainer, folder)
     trained = time.perf_counter()
     losses = [loss for _, loss in curve["validation"]]
     metrics: Record = {"validation_loss": min(losses) if run.stage == "amounts" else losses[-1]}
+    step_kept = trainer.state.best_global_step if run.stage == "amounts" else run.steps
     texts: list[str] = []
     if metric is not None:
         base.set_attn_implementation("sdpa")
@@ -242,6 +256,7 @@ def execute(run: Run, budget: Budget, task: Task, model_name: str, dtype: str, w
         "peak_memory_mb": peak_memory(),
         "trainable_parameters": trainable,
         "curve": curve,
+        "step_kept": step_kept,
         "samples": [{"row": row, "output": text} for row, text in enumerate(texts[:SAMPLES])],
     }
     return record, texts
@@ -261,8 +276,11 @@ def _plain(value: Any) -> Any:
 
 def record_run(run: Run, budget: Budget, data: Path, model: str, dtype: str, results: Path, work: Path) -> int:
     """Executes a run between its two records; returns the exit code."""
-    most = {"train": run.rows or budget.train_rows, "validation": budget.validation_rows, "test": budget.test_rows}
+    most = {"train": budget.train_rows, "validation": budget.validation_rows, "test": budget.test_rows}
     task = read_task(data, run.task, most)
+    if run.rows is not None:
+        task = with_fewer_rows(task, run.rows)
+    folder = checkpoints_of(run, results, work)
     earlier = read_record(results, run.name) or {}
     record: Record = {
         **asdict(run),
@@ -276,7 +294,7 @@ def record_run(run: Run, budget: Budget, data: Path, model: str, dtype: str, res
     }
     write_record(results, run.name, record)
     try:
-        gained, texts = execute(run, budget, task, model, dtype, work)
+        gained, texts = execute(run, budget, task, model, dtype, work, folder)
     except KeyboardInterrupt:
         write_record(results, run.name, record | {"status": "interrupted"})
         return 130
@@ -291,8 +309,13 @@ def record_run(run: Run, budget: Budget, data: Path, model: str, dtype: str, res
     if texts:
         write_outputs(results, run.name, texts)
     write_record(results, run.name, record | gained | {"status": "finished"})
-    shutil.rmtree(work / run.name, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)
     return 0
+
+
+def checkpoints_of(run: Run, results: Path, work: Path) -> Path:
+    """The folder of a run's checkpoints: its own, whatever other budgets and models are run in `work`."""
+    return work / results.name / run.name
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
@@ -316,6 +339,10 @@ def results_folder(options: argparse.Namespace) -> Path:
 
 def asked_run(options: argparse.Namespace, budget: Budget) -> Run:
     """Raises InputError where --rows or --steps cannot be used."""
+    if options.rows is not None and options.steps is not None:
+        raise InputError(
+            f"--steps: {options.steps} is given beside --rows {options.rows}, which fixes the steps. Leave one out."
+        )
     stage, steps = options.stage, budget.search_steps if options.stage == "rates" else budget.steps
     for name in ("rows", "steps"):
         value = getattr(options, name)
@@ -328,7 +355,7 @@ def asked_run(options: argparse.Namespace, budget: Budget) -> Run:
     return Run(stage, options.task, options.method, options.seed, options.rate, steps, options.rows)
 
 
-def main(argv: list[str] | None = None) -> int:
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_common_arguments(parser)
     add = parser.add_argument
@@ -337,9 +364,13 @@ def main(argv: list[str] | None = None) -> int:
     add("--seed", type=int, default=0)
     add("--rate", type=float, required=True, help="learning rate")
     add("--stage", choices=("rates", "main"), default="main", help="rates trains shorter and generates nothing")
-    add("--rows", type=int, metavar="N", help="train on N rows only, and keep the step of the lowest validation loss")
-    add("--steps", type=int, metavar="N", help="train N steps, and keep the one of the lowest validation loss")
-    options = parser.parse_args(argv)
+    add("--rows", type=int, metavar="N", help="no main run, but one on N rows; the step of the lowest loss is kept")
+    add("--steps", type=int, metavar="N", help="no main run, but one of N steps; the step of the lowest loss is kept")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = parse_arguments(argv)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that `run_all.py` can interrupt a run
     quiet()
     budget = BUDGETS[options.budget]

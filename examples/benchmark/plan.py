@@ -19,7 +19,7 @@ FIRST = ("prompt-tuning", "input-tuning")
 OTHERS = ("adapter-only", "input-tuning-64", "p-tuning", "prefix-tuning")
 SIZES = ("input-tuning-19", "input-tuning-256")
 ABLATIONS = tuple(name for name, method in METHODS.items() if method.rates_of)
-AMOUNTS = ("prompt-tuning", "input-tuning", "lora", "fine-tuning")  # compared with less and more training as well
+SHARED = ("prompt-tuning", "input-tuning", "lora", "fine-tuning")  # on all tasks; with less and more training, too
 MOST_PASSES = 32  # over fewer rows
 GRID = tuple(float(f"{digit}e{power}") for power in range(-6, 2) for digit in (1, 3))
 
@@ -93,9 +93,9 @@ BUDGETS = {
             Tier(OTHERS, SEARCH_TASKS),
             Tier(ABLATIONS, SEARCH_TASKS),
             Tier(("lora",), TASKS),
-            Tier(AMOUNTS, SEARCH_TASKS, rows=(50, 500)),
+            Tier(SHARED, SEARCH_TASKS, rows=(50, 500)),
             Tier(SIZES, SEARCH_TASKS),
-            Tier(AMOUNTS, SEARCH_TASKS, steps=(800,)),
+            Tier(SHARED, SEARCH_TASKS, steps=(800,)),
         ),
     ),
     "full": Budget(
@@ -110,7 +110,7 @@ BUDGETS = {
         tiers=(
             Tier((*FIRST, "fine-tuning", "lora", *OTHERS, *SIZES), TASKS),
             Tier(ABLATIONS, SEARCH_TASKS),
-            Tier(AMOUNTS, SEARCH_TASKS, rows=(50, 500, 5000), steps=(12000,)),
+            Tier(SHARED, SEARCH_TASKS, rows=(50, 500), steps=(12000,)),
         ),
     ),
 }

@@ -24,9 +24,9 @@ from blocks import FIGURES, Block, Figure, Table, block_markdown, markdown, page
 from bootstrap import SAMPLES
 from comparisons import LOWEST, OURS, finished, gap_closed
 from familiarity_sections import familiarity, gap, line, significance
-from findings import MISSING, SHARED, Findings, number
+from findings import MISSING, Findings, number
 from peft_input_tuning.unfinished_file import unfinished
-from plan import BUDGETS
+from plan import BUDGETS, SHARED
 from records import read_records
 from result_sections import ablations, samples, scores
 from run_sections import all_runs, rates, what_was_run

@@ -1,15 +1,16 @@
-"""The metrics of finished runs once more, from their stored texts: for when a metric was added or mended.
+"""The metrics of finished runs once more, from their stored texts: for when one was added or mended (BLEU apart, by
+which a record and its texts are known to belong together).
 
     python examples/benchmark/rescore.py DATA
 
-DATA is the folder that the runs were made with. All runs are measured before the first record is written.
+DATA is the folder that the runs were made with. All runs are measured before the first record is written; their
+`versions` stay those of the training.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from functools import cache
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # beside the other examples
@@ -21,9 +22,9 @@ from one_run import METRIC
 from plan import BUDGETS
 from records import Record, read_records, write_record
 from report import RESULTS
-from significance import checked_outputs
+from significance import outputs_and_references
 from task_data import InputError
-from tasks import SPLITS, Task, find_tasks, read_task
+from tasks import find_tasks
 
 
 def rescore(results: Path, data: Path) -> dict[str, Record]:
@@ -44,15 +45,9 @@ def rescore(results: Path, data: Path) -> dict[str, Record]:
         )
     find_tasks(data, tuple({record["task"] for record in records.values()}))
     metric = evaluate.load(METRIC)
-
-    @cache
-    def read(task: str, rows: tuple[int, ...]) -> Task:
-        return read_task(data, task, dict(zip(SPLITS, rows, strict=True)))
-
     changed = {}
     for name, record in tqdm(records.items(), desc="Measuring", unit="run", disable=None):
-        task = read(record["task"], tuple(record["config"]["rows"][split] for split in SPLITS))
-        texts, references = checked_outputs(results, name, record, task)
+        texts, references = outputs_and_references(results, data, name, record)
         metrics = record["metrics"] | metric.compute(predictions=texts, references=references)
         if metrics != record["metrics"]:
             changed[name] = record | {"metrics": metrics}

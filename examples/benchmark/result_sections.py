@@ -7,8 +7,9 @@ from collections.abc import Callable
 from blocks import Block, Code, Figure, Heading, Paragraph, Table
 from comparisons import in_order, means, means_of
 from figures import loss_curves
-from findings import MISSING, SHARED, Findings
+from findings import MISSING, Findings
 from methods import METHODS
+from plan import SHARED
 
 Column = Callable[[str, str], str]  # of a table: the cell for a task and a method
 

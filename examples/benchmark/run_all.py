@@ -1,6 +1,6 @@
 """The paper's comparison on real data: every run of a budget, each in a process of its own.
 
-    python examples/benchmark/run_all.py DATA                   # small: some hours on two CPU cores
+    python examples/benchmark/run_all.py DATA                   # small: eight hours on two CPU cores
     python examples/benchmark/run_all.py DATA --budget full     # all rows, all methods, three seeds: for accelerators
     python examples/benchmark/report.py DATA                    # tables and plots of what is there
 
@@ -26,7 +26,7 @@ import torch
 from tqdm import tqdm
 
 from dense_model import model_label, plain_checkpoint
-from one_run import PROGRESS, add_common_arguments, results_folder
+from one_run import PROGRESS, add_common_arguments, checkpoints_of, results_folder
 from plan import BUDGETS, SEARCH_TASKS, TASKS, Budget, Run, runs
 from records import FINAL, Record, losses, read_record, read_records, write_record
 from task_data import InputError
@@ -56,7 +56,8 @@ class Active:
 
 def start(run: Run, options: argparse.Namespace, device: int) -> Active:
     """Starts a run's process on its share of the cores, or on its accelerator."""
-    log = options.work / f"{run.name}.log"
+    folder = checkpoints_of(run, results_folder(options), options.work)
+    log = folder.with_name(f"{folder.name}.log")
     log.parent.mkdir(parents=True, exist_ok=True)
     arguments = [str(options.data), "--task", run.task, "--method", run.method, "--seed", str(run.seed)]
     arguments += ["--rate", repr(run.rate), "--budget", options.budget, "--model", options.model]

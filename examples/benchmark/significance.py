@@ -28,7 +28,7 @@ from peft_input_tuning.unfinished_file import unfinished
 from plan import TASKS
 from records import Record, read_outputs
 from task_data import InputError
-from tasks import SPLITS, Task, find_tasks, read_task
+from tasks import SPLITS, find_tasks, read_task
 
 PAIRS = (("input-tuning", "prompt-tuning"), ("input-tuning", "fine-tuning"), ("lora", "input-tuning"))
 _TOLERANCE = 0.1  # BLEU: outputs are kept without their line breaks, which sacrebleu's tokens hardly depend on
@@ -106,20 +106,14 @@ def compare_all(records: Mapping[str, Record], results: Path, data: Path, sample
     find_tasks(data, tuple(dict.fromkeys(task for task, *_ in pairs)))
 
     @cache
-    def read(task: str, rows: tuple[int, ...]) -> Task:
-        return read_task(data, task, dict(zip(SPLITS, rows, strict=True)))
-
-    @cache
-    def outputs_and_references(name: str) -> tuple[list[str], list[list[str]]]:
-        record = records[name]
-        task = read(record["task"], tuple(record["config"]["rows"][split] for split in SPLITS))
-        return checked_outputs(results, name, record, task)
+    def of(name: str) -> tuple[list[str], list[list[str]]]:
+        return outputs_and_references(results, data, name, records[name])
 
     compared = []
     for task, method, baseline, seeds in tqdm(pairs, desc="Comparing", unit="pair", disable=None):
         for some in [[seed] for seed in seeds] + ([seeds] if len(seeds) > 1 else []):
             names = [[names_of[task, one, seed] for seed in some] for one in (method, baseline)]
-            (ours, references), (theirs, others) = (_joined(map(outputs_and_references, each)) for each in names)
+            (ours, references), (theirs, others) = (_joined(map(of, each)) for each in names)
             if references != others:
                 raise InputError(
                     f"{names[0][0]} and {names[1][0]} were tested on different numbers of rows. "
@@ -136,13 +130,18 @@ def _joined(parts: Iterator[tuple[list[str], list[list[str]]]]) -> tuple[list[st
     return list(chain.from_iterable(outputs)), list(chain.from_iterable(references))
 
 
-def checked_outputs(results: Path, name: str, record: Record, task: Task) -> tuple[list[str], list[list[str]]]:
-    """A run's outputs and their references, if DATA holds the rows that it was tested on."""
+def outputs_and_references(results: Path, data: Path, name: str, record: Record) -> tuple[list[str], list[list[str]]]:
+    """A run's outputs and their references.
+
+    Raises:
+        InputError: DATA does not hold the rows that it was tested on, or the outputs are missing or another run's.
+    """
+    task = read_task(data, record["task"], {**dict.fromkeys(SPLITS), "test": record["config"]["rows"]["test"]})
     if task.data_hash["test"] != record["data_hash"]["test"]:
         raise InputError(
             f"DATA: {record['task']}/test.jsonl is not the file that {name} was tested on (its SHA-256 begins with "
             f"{task.data_hash['test'][:12]}, the run's with {record['data_hash']['test'][:12]}). Pass the data of the "
-            "run, or leave DATA out."
+            "run."
         )
     state_of(results, name, record)  # the outputs are there
     outputs, references = read_outputs(results, name), [list(row.references) for row in task.rows["test"]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # beside the other examples
@@ -14,7 +14,8 @@ from task_data import Example, InputError, limit, read_json_lines
 
 SPLITS = ("train", "validation", "test")
 _SUBSET_SEED = 0  # all methods and seeds see the same rows
-_POOL = 16  # batches whose rows are sorted by length together
+_POOL = 16  # batches at most, whose rows are sorted by length together
+_POOLS = 4  # in an epoch at least: a pool of several epochs would put copies of a row into one batch
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,19 @@ def read_task(data: Path, name: str, most: dict[str, int | None]) -> Task:
     return Task(rows, hashes)
 
 
+def with_fewer_rows(task: Task, rows: int) -> Task:
+    """The task with so many of its training rows; fewer ones are among more of them.
+
+    Raises:
+        InputError: it has not that many.
+    """
+    train = task.rows["train"]
+    if rows > len(train):
+        raise InputError(f"--rows: this budget has {len(train)} training rows of the task, got {rows}. Ask for fewer.")
+    order = random.Random(_SUBSET_SEED).sample(train, len(train))
+    return replace(task, rows={**task.rows, "train": order[:rows]})
+
+
 def in_order_of_steps(lengths: list[int], steps: int, batch_size: int, seed: int) -> list[int]:
     """Which row is trained on when: `steps` batches, one after the other. The seed alone fixes it.
 
@@ -60,8 +74,9 @@ def in_order_of_steps(lengths: list[int], steps: int, batch_size: int, seed: int
         order += epoch
     order = order[: steps * batch_size]
     batches: list[list[int]] = []
-    for start in range(0, len(order), _POOL * batch_size):
-        pool = sorted(order[start : start + _POOL * batch_size], key=lambda row: lengths[row])
+    size = batch_size * min(_POOL, max(1, len(lengths) // batch_size // _POOLS))
+    for start in range(0, len(order), size):
+        pool = sorted(order[start : start + size], key=lambda row: lengths[row])
         some = [pool[n : n + batch_size] for n in range(0, len(pool), batch_size)]
         draw.shuffle(some)
         batches += some
