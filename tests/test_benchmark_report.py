@@ -832,26 +832,102 @@ def test_the_readme_has_the_summary(capsys):
     assert written == capsys.readouterr().out
 
 
-def test_the_advice_has_the_runs_figures():
+@pytest.fixture(scope="module")
+def runs_of_the_repository() -> dict[str, dict]:
     from records import read_records
 
-    records, page = read_records(RESULTS / "small"), (ROOT / "docs" / "which-method.md").read_text()
+    return read_records(RESULTS / "small")
+
+
+@pytest.fixture(scope="module")
+def advice() -> str:
+    return (ROOT / "docs" / "which-method.md").read_text(encoding="utf-8")
+
+
+def rows_in(page: str, columns: int) -> list[list[str]]:
+    """Of its tables with so many columns."""
+    return [line.strip("| ").split(" | ") for line in page.splitlines() if line.count("|") == columns + 1]
+
+
+def shares_of_the_gap(runs: dict) -> list[int]:
+    """The lowest and the highest share that input-tuning closes, over all tasks."""
+    from plan import TASKS
+
+    shares = []
+    for task in TASKS:
+        methods = ("prompt-tuning", "input-tuning", "fine-tuning")
+        low, ours, high = (runs[f"main/{task}.{method}.seed0"]["metrics"]["bleu"] for method in methods)
+        shares.append(round(100 * (ours - low) / (high - low)))
+    return [min(shares), max(shares)]
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/which-method.md"])
+def test_pages_say_how_much_of_the_gap_is_closed(page, runs_of_the_repository):
+    ((low, high),) = re.findall(r"closes (\d+) to (\d+) % of the gap", (ROOT / page).read_text(encoding="utf-8"))
+    assert [int(low), int(high)] == shares_of_the_gap(runs_of_the_repository)
+
+
+def test_the_advice_has_what_input_tuning_gains(advice, runs_of_the_repository):
     names = {"DART": "dart", "E2E": "e2e", "WebNLG": "webnlg", "Overnight": "overnight"}
     names |= {"French": "multi30k_fr_en", "German": "multi30k_de_en", "Czech": "multi30k_cs_en"}
-    rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line.count("|") == 7]
-    found = {task: row[2:] for row in rows for name, task in names.items() if name in row[0]}
+    found = {task: row[2:] for row in rows_in(advice, 6) for name, task in names.items() if name in row[0]}
     assert set(found) == set(names.values())
     for task, (low, high, gain, loss) in found.items():
-        ours, theirs = (records[f"main/{task}.{m}.seed0"]["metrics"] for m in ("input-tuning", "prompt-tuning"))
+        ours, theirs = (
+            runs_of_the_repository[f"main/{task}.{method}.seed0"]["metrics"]
+            for method in ("input-tuning", "prompt-tuning")
+        )
         assert [low, high] == [f"{theirs['bleu']:.1f}", f"{ours['bleu']:.1f}"]
         assert gain.split(",")[0] == f"{ours['bleu'] - theirs['bleu']:.1f}"
         assert loss == f"{theirs['validation_loss'] - ours['validation_loss']:.2f}"
-    searched = [line.strip("| ").split(" | ") for line in page.splitlines() if re.search(r"\| .*\de-\d: ", line)]
-    assert [row[0].partition("'")[0] for row in searched] == ["input-tuning", "prompt-tuning", "fine-tuning"]
-    for name, *cells in searched:
+
+
+def test_the_advice_has_the_search_for_rates(advice, runs_of_the_repository):
+    tried = [run for run in runs_of_the_repository.values() if (run["stage"], run["status"]) == ("rates", "finished")]
+    rows = [row for row in rows_in(advice, 3) if re.search(r"\de-\d: ", row[1])]
+    assert {row[0].partition("'")[0] for row in rows} == {run["method"] for run in tried}
+    for name, *cells in rows:
         for task, cell in zip(("e2e", "overnight"), cells, strict=True):
-            runs = [r for n, r in records.items() if n.startswith(f"rates/{task}.{name.partition(chr(39))[0]}.rate")]
-            losses = {r["rate"]: f"{r['metrics']['validation_loss']:.3f}" for r in runs}
+            runs = [run for run in tried if (run["task"], run["method"]) == (task, name.partition("'")[0])]
+            losses = {run["rate"]: f"{run['metrics']['validation_loss']:.3f}" for run in runs}
             assert {float(rate): loss for rate, loss in re.findall(r"(\de-\d): ([\d.]+)", cell)} == losses
             best = re.search(r"\*\*(\de-\d): [\d.]+\*\*", cell)[1]
-            assert float(best) == min(runs, key=lambda r: r["metrics"]["validation_loss"])["rate"]
+            assert float(best) == min(runs, key=lambda run: run["metrics"]["validation_loss"])["rate"]
+
+
+@pytest.mark.parametrize("columns", [5, 6], ids=["ablations", "methods"])
+def test_the_advice_has_the_scores_of_methods(columns, advice, runs_of_the_repository):
+    from methods import METHODS
+
+    rows = [row for row in rows_in(advice, columns) if row[0] in METHODS]
+    assert len(rows) == len({row[0] for row in rows}) >= 8
+    for name, *cells in rows:
+        runs = [runs_of_the_repository.get(f"main/{task}.{name}.seed0", {}) for task in ("e2e", "overnight")]
+        expected = [cell for run in runs for cell in shown(run)]
+        numbers = {f"{run['trainable_parameters']:,}" for run in runs if "metrics" in run}
+        assert cells == ([*numbers, *expected] if columns == 6 else expected)
+
+
+def shown(run: dict) -> list[str]:
+    metrics = run.get("metrics")
+    return [f"{metrics['bleu']:.1f}", f"{metrics['validation_loss']:.3f}"] if metrics else ["–", "–"]
+
+
+def test_the_advice_has_the_lengths_of_texts(advice, runs_of_the_repository):
+    """And BLEU without its penalty, exp(1 - references' length / texts' length) where texts are shorter."""
+    said = re.search(
+        r"they have (\d+) % .* \(prompt-tuning's (\d+) %, fine-tuning's (\d+) %\)\. On DART it is (\d+) % \("
+        r"(\d+) %, (\d+) %\)\. Without the penalty input-tuning is ([\d.]+) ahead of prompt-tuning on "
+        r"WebNLG and ([\d.]+) on DART",
+        " ".join(advice.split()),
+    ).groups()
+    lengths, ahead = [], []
+    for task in ("webnlg", "dart"):
+        ours, low, high = (
+            runs_of_the_repository[f"main/{task}.{method}.seed0"]["metrics"]
+            for method in ("input-tuning", "prompt-tuning", "fine-tuning")
+        )
+        lengths += [f"{100 * m['length_ratio']:.0f}" for m in (ours, low, high)]
+        scores = [m["bleu"] / min(1.0, math.exp(1 - 1 / m["length_ratio"])) for m in (ours, low)]
+        ahead.append(f"{scores[0] - scores[1]:.1f}")
+    assert list(said) == [*lengths, *ahead]
