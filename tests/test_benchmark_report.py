@@ -649,11 +649,7 @@ def test_less_and_more_training_stands_beside_the_main_runs(copy):
     ]
     svg = (copy.results / "figures" / "rows.svg").read_text(encoding="utf-8")
     ours = _scores_over_rows(_groups(gathered(copy), "e2e", {"input-tuning"}))["input-tuning"]
-    assert [rows for rows, _ in ours] == [
-        4,
-        50,
-        500,
-    ]  # without the run with more steps
+    assert [rows for rows, _ in ours] == [4, 50, 500]  # without the run with more steps
     for words in (">4<", ">50<", ">500<", ">e2e<", ">lora<", "training rows"):
         assert words in svg
     assert "(figures/rows.svg)" in section

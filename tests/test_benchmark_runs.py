@@ -8,6 +8,7 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -339,6 +340,21 @@ def test_a_run_on_fewer_rows_keeps_the_step_of_the_lowest_loss(method, data, tin
     assert record["step_kept"] == steps[losses.index(min(losses))] < 13
     assert record["metrics"]["validation_loss"] == min(losses) == pytest.approx(measured[0], abs=1e-5)
     assert len(records.read_outputs(tmp_path / "results", run.name)) == TRIAL.test_rows
+
+
+def test_a_best_step_whose_checkpoint_is_gone_is_an_error(data, tiny_model, tmp_path, monkeypatch):
+    """Trainer would only log it, and go on with the last step's weights."""
+    load = Trainer._load_best_model
+
+    def without_it(self) -> None:
+        shutil.rmtree(self.state.best_model_checkpoint)
+        load(self)
+
+    monkeypatch.setattr(Trainer, "_load_best_model", without_it)
+    run = Run("amounts", "e2e", "lora", 0, 1e-3, 2, rows=3)
+    with pytest.raises(RuntimeError, match=r"the checkpoint of the best step is not there\. Remove .*rows3"):
+        execute(run, data, tiny_model, tmp_path)
+    assert records.read_record(tmp_path / "results", run.name)["status"] == "failed"
 
 
 def test_sizes_by_hand(data, tiny_model, tmp_path):
