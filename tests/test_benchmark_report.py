@@ -614,7 +614,7 @@ def test_ablations_are_tabled_where_they_were_run(text):
 
 
 def test_less_and_more_training_stands_beside_the_main_runs(copy):
-    """Two methods on 50 and 500 rows, and one with more steps: means over seeds by hand, and which step was kept."""
+    """Two methods on 50 and 500 rows, and one on 5,000: means over seeds by hand, and which step was kept."""
     import report
     from amount_sections import _groups, _scores_over_rows
     from records import write_record
@@ -622,16 +622,16 @@ def test_less_and_more_training_stands_beside_the_main_runs(copy):
     def gathered(copy) -> object:
         return report.gather(report.parse_arguments(copy.options))
 
-    def write(method: str, seed: int, score: float, rows: int | None, steps: int) -> None:
+    def write(method: str, seed: int, score: float, rows: int, steps: int) -> None:
         run = ended("e2e", method, seed, {"bleu": score, "chrf": 40.0})
         run |= {"stage": "amounts", "rows": rows, "steps": steps, "step_kept": 50}
-        run["config"] = run["config"] | {"rows": ROWS | ({"train": rows} if rows else {})}
-        write_record(copy.results, f"amounts/e2e.{method}.{rows}.{steps}.seed{seed}", run)
+        run["config"] = run["config"] | {"rows": ROWS | {"train": rows}}
+        write_record(copy.results, f"amounts/e2e.{method}.rows{rows}.seed{seed}", run)
 
     for rows, seed, score in ((50, 0, 10.0), (50, 1, 14.0), (500, 0, 31.0)):
         write("input-tuning", seed, score, rows, 200)
         write("lora", seed, score + 1, rows, 200)
-    write("input-tuning", 0, 60.0, None, 800)
+    write("input-tuning", 0, 60.0, 5000, 625)
     write_record(copy.results, "amounts/dart.lora.rows50.seed0", started("dart", "lora", stage="amounts", rows=50))
     before = (copy.results / "report.md").read_text(encoding="utf-8")
     assert report.main(copy.options) == 0
@@ -641,15 +641,15 @@ def test_less_and_more_training_stands_beside_the_main_runs(copy):
     table = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("| ")][2:]
     assert [row[:4] for row in table[:2]] == [["4", "200 (main run)", m, "200"] for m in ("input-tuning", "lora")]
     assert [row[:4] + row[5:] for row in table[2:]] == [
-        ["4", "800", "input-tuning", "50", "60.0 (1 of 2 seeds)", "40.0 (1 of 2 seeds)"],
         ["50", "200", "input-tuning", "50", "12.0 ± 2.8", "40.0 ± 0.0"],
         ["50", "200", "lora", "50", "13.0 ± 2.8", "40.0 ± 0.0"],
         ["500", "200", "input-tuning", "50", "31.0 (1 of 2 seeds)", "40.0 (1 of 2 seeds)"],
         ["500", "200", "lora", "50", "32.0 (1 of 2 seeds)", "40.0 (1 of 2 seeds)"],
+        ["5,000", "625", "input-tuning", "50", "60.0 (1 of 2 seeds)", "40.0 (1 of 2 seeds)"],
     ]
     svg = (copy.results / "figures" / "rows.svg").read_text(encoding="utf-8")
     ours = _scores_over_rows(_groups(gathered(copy), "e2e", {"input-tuning"}))["input-tuning"]
-    assert [rows for rows, _ in ours] == [4, 50, 500]  # without the run with more steps
+    assert [rows for rows, _ in ours] == [4, 50, 500, 5000]
     for words in (">4<", ">50<", ">500<", ">e2e<", ">lora<", "training rows"):
         assert words in svg
     assert "(figures/rows.svg)" in section

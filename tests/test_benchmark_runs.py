@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -38,7 +39,6 @@ import tasks  # noqa: E402
 from methods import METHODS  # noqa: E402
 from plan import BUDGETS, GRID, Run  # noqa: E402
 from target_loss import use_loss_on_targets  # noqa: E402
-from task_data import Example, InputError  # noqa: E402
 
 TRIAL = BUDGETS["trial"]
 DECODERS = [name for name, family in FAMILIES.items() if family.kind == "decoder"]
@@ -121,18 +121,16 @@ def test_a_budget_has_each_run_once(name):
     budget = BUDGETS[name]
     known = finish(budget, lambda run: abs(math.log(run.rate / METHODS[run.method].start)))
     assert len({run.name for run in known}) == len(known)
-    main = Counter((r.task, r.method, r.seed, r.rows, r.steps) for r in known if r.stage != "rates")
+    main = Counter((r.task, r.method, r.seed, r.rows) for r in known if r.stage != "rates")
     assert set(main) == {
-        (task, method, seed, rows, steps)
+        (task, method, seed, rows)
         for tier in budget.tiers
         for method in tier.methods
         for task in tier.tasks
         for seed in budget.seeds
-        for rows, steps in [
-            *((rows, min(budget.steps, 32 * rows // budget.batch_size)) for rows in tier.rows),
-            *((None, steps) for steps in tier.steps or (() if tier.rows else (budget.steps,))),
-        ]
+        for rows in tier.rows or [None]
     }
+    assert all(run.steps == budget.steps for run in known if run.stage == "main")
     assert set(main.values()) == {1}
     searched = {(run.method, run.task) for run in known if run.stage == "rates"}
     assert searched == {
@@ -152,8 +150,8 @@ def test_the_small_budget_has_what_the_comparison_needs():
     assert main >= {(task, method) for task in plan.SEARCH_TASKS for method in METHODS}
 
 
-def test_runs_with_less_and_more_training():
-    """The methods that all tasks have, at the rates of their main runs; few rows are not passed over without end."""
+def test_runs_on_fewer_and_more_rows():
+    """The methods that all tasks have, at the rates of their main runs; all rows are seen, but not without end."""
     known = finish(BUDGETS["small"], lambda run: abs(math.log(run.rate / METHODS[run.method].start)))
     main = {(run.task, run.method): run.rate for run in known if run.stage == "main"}
     varied = [run for run in known if run.stage == "amounts"]
@@ -161,10 +159,11 @@ def test_runs_with_less_and_more_training():
         (task, method, *amount)
         for task in ("e2e", "overnight")
         for method in ("prompt-tuning", "input-tuning", "lora", "fine-tuning")
-        for amount in ((50, 200), (500, 200), (None, 800))  # 200 is 32 passes over 50 rows, in batches of 8
+        for amount in ((50, 200), (500, 200), (5000, 625))  # in batches of 8: 32, 3.2 and 1 passes
     }
     assert all(run.rate == main[run.task, run.method] for run in varied)
     assert [BUDGETS["full"].steps_on(rows) for rows in (1, 50, 500, 5000)] == [1, 50, 500, 3000]
+    assert [BUDGETS["small"].steps_on(rows) for rows in (1, 9, 1601, 5001)] == [4, 36, 201, 626]
     assert max(tier.rows for tier in BUDGETS["full"].tiers) == (50, 500)  # main runs have some 5,000 there
 
 
@@ -238,16 +237,25 @@ def test_few_rows_are_not_copies_in_a_batch(rows, batch):
     assert sum(different) / len(different) > 0.9 * batch
 
 
-def test_fewer_rows_are_among_more_of_them():
-    rows = [Example(f"row {number}", ("text",)) for number in range(4168)]
-    task = tasks.Task({"train": rows, "test": rows[:3]}, {})
-    some, more = tasks.with_fewer_rows(task, 50), tasks.with_fewer_rows(task, 500)
-    assert (len(some.rows["train"]), len(more.rows["train"])) == (50, 500)
-    assert set(some.rows["train"]) < set(more.rows["train"]) < set(rows)
-    assert {int(row.source[4:]) // 1000 for row in some.rows["train"]} == {0, 1, 2, 3, 4}  # of the whole
-    assert some.rows["test"] == rows[:3]
-    with pytest.raises(InputError, match=r"--rows: this budget has 4168 training rows of the task, got 4169\."):
-        tasks.with_fewer_rows(task, 4169)
+@pytest.mark.parametrize("copies", [1, 2], ids=["different rows", "equal rows"])
+def test_fewer_rows_are_among_more_of_them(copies, tmp_path):
+    """Of the file's 4,168 rows a main run has 1,600."""
+    lines = [json.dumps({"source": f"row {number // copies}", "references": ["text"]}) for number in range(4168)]
+    for split in tasks.SPLITS:
+        (tmp_path / "e2e").mkdir(exist_ok=True)
+        (tmp_path / "e2e" / f"{split}.jsonl").write_text("\n".join(lines))
+    most = {"train": 1600, "validation": 3, "test": 3}
+
+    def drawn(rows: int | None) -> Counter:
+        task = tasks.read_task(tmp_path, "e2e", most, rows)
+        assert task.rows["test"] == tasks.read_task(tmp_path, "e2e", most).rows["test"]
+        return Counter(task.rows["train"])
+
+    amounts = [drawn(rows) for rows in (50, 500, None, 3000, 5000)]
+    assert [some.total() for some in amounts] == [50, 500, 1600, 3000, 4168]
+    assert all(some < more for some, more in pairwise(amounts))
+    assert set(amounts[-1].values()) == {copies}
+    assert {int(row.source[4:]) * copies // 1000 for row in amounts[0]} == {0, 1, 2, 3, 4}  # of the whole
 
 
 def test_a_task_is_the_same_rows_in_every_run_and_knows_its_files(data):
@@ -539,17 +547,11 @@ def test_an_interrupted_run_goes_on_to_the_same_end(where, stage, method, data, 
     ("options", "message"),
     [
         (["--rows", "0"], "--rows must be >= 1, got 0."),
-        (["--steps", "-1"], "--steps must be >= 1, got -1."),
-        (
-            ["--rows", "5", "--steps", "9"],
-            "--steps: 9 is given beside --rows 5, which fixes the steps. Leave",
-        ),
-        (["--rows", "1601"], "--rows: this budget has"),
+        (["--rows", "-1"], "--rows must be >= 1, got -1."),
         (["--rows", "5", "--stage", "rates"], "--rows: a run of --stage rates takes the budget's. Leave"),
-        (["--steps", "5", "--stage", "rates"], "--steps: a run of --stage rates takes the budget's. Leave"),
     ],
 )
-def test_amounts_that_cannot_be(options, message, data, tmp_path, capsys):
+def test_rows_that_cannot_be(options, message, data, tmp_path, capsys):
     before = signal.getsignal(signal.SIGTERM)
     given = [str(data), "--task", "e2e", "--method", "lora", "--rate", "1e-3", "--results", str(tmp_path / "results")]
     try:

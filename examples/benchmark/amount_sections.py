@@ -1,4 +1,4 @@
-"""The report's section on less and more training: runs on fewer rows and with more steps beside the main runs."""
+"""The report's section on less and more training: runs on fewer and more rows beside the main runs."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def amounts(found: Findings) -> list[Block]:
     blocks: list[Block] = [
         Heading("Less and more training"),
         Paragraph(
-            f"On some of the rows of a main run, with as many steps but at most {MOST_PASSES} passes over them; or on "
-            "all of its rows with more steps. Learning rates are the main run's. The step with the lowest validation "
+            "On some of the rows of a main run, or on all of them and others: with as many steps, but one pass at "
+            f"least and {MOST_PASSES} at most. Learning rates are the main run's. The step with the lowest validation "
             "loss of at most eight is kept, of a main run the last. All seeds have the same rows: the spread does not "
             "include their choice."
         ),
@@ -65,9 +65,8 @@ def _mean(runs: Sequence[Record], metric: str) -> Mean:
 
 
 def _scores_over_rows(groups: dict[Group, list[Record]]) -> dict[str, list[tuple[int, float]]]:
-    """Of each method that has runs on fewer rows: numbers of rows and BLEU, the main run's among them."""
+    """Of each method that has other runs than main runs: numbers of rows and BLEU."""
     lines: defaultdict[str, list[tuple[int, float]]] = defaultdict(list)
-    for (rows, _, main, method), runs in groups.items():
-        if main or runs[0]["rows"] is not None:
-            lines[method].append((rows, _mean(runs, "bleu").mean))
+    for (rows, _, _, method), runs in groups.items():
+        lines[method].append((rows, _mean(runs, "bleu").mean))
     return {method: points for method, points in lines.items() if len(points) > 1}

@@ -43,12 +43,12 @@ from generation import generate
 from methods import METHODS, Method
 from packaged_model import PACKAGED
 from peft_input_tuning import input_tuning_parameter_groups
-from plan import BUDGETS, Budget, Run
+from plan import BUDGETS, Budget, Run, run_on
 from quickstart import peak_memory_mb
 from records import Record, read_record, write_outputs, write_record
 from target_loss import use_loss_on_targets
 from task_data import Example, InputError
-from tasks import Task, in_order_of_steps, read_task, with_fewer_rows
+from tasks import Task, in_order_of_steps, read_task
 from train import Base
 from train_and_generate import IGNORED, SEPARATOR, quiet
 from training_rows import Columns, Row, encode
@@ -277,9 +277,7 @@ def _plain(value: Any) -> Any:
 def record_run(run: Run, budget: Budget, data: Path, model: str, dtype: str, results: Path, work: Path) -> int:
     """Executes a run between its two records; returns the exit code."""
     most = {"train": budget.train_rows, "validation": budget.validation_rows, "test": budget.test_rows}
-    task = read_task(data, run.task, most)
-    if run.rows is not None:
-        task = with_fewer_rows(task, run.rows)
+    task = read_task(data, run.task, most, run.rows)
     folder = checkpoints_of(run, results, work)
     earlier = read_record(results, run.name) or {}
     record: Record = {
@@ -338,21 +336,14 @@ def results_folder(options: argparse.Namespace) -> Path:
 
 
 def asked_run(options: argparse.Namespace, budget: Budget) -> Run:
-    """Raises InputError where --rows or --steps cannot be used."""
-    if options.rows is not None and options.steps is not None:
-        raise InputError(
-            f"--steps: {options.steps} is given beside --rows {options.rows}, which fixes the steps. Leave one out."
-        )
-    stage, steps = options.stage, budget.search_steps if options.stage == "rates" else budget.steps
-    for name in ("rows", "steps"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise InputError(f"--{name} must be >= 1, got {value}.")
-        if value is not None and stage == "rates":
-            raise InputError(f"--{name}: a run of --stage rates takes the budget's. Leave one of the two out.")
-    if options.rows or options.steps:
-        stage, steps = "amounts", options.steps or budget.steps_on(options.rows)
-    return Run(stage, options.task, options.method, options.seed, options.rate, steps, options.rows)
+    """Raises InputError where --rows cannot be used."""
+    if options.rows is not None and options.rows < 1:
+        raise InputError(f"--rows must be >= 1, got {options.rows}.")
+    if options.stage == "rates":
+        if options.rows is not None:
+            raise InputError("--rows: a run of --stage rates takes the budget's. Leave one of the two out.")
+        return Run("rates", options.task, options.method, options.seed, options.rate, budget.search_steps)
+    return run_on(budget, options.rows, options.task, options.method, options.seed, options.rate)
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -364,8 +355,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=0)
     add("--rate", type=float, required=True, help="learning rate")
     add("--stage", choices=("rates", "main"), default="main", help="rates trains shorter and generates nothing")
-    add("--rows", type=int, metavar="N", help="no main run, but one on N rows; the step of the lowest loss is kept")
-    add("--steps", type=int, metavar="N", help="no main run, but one of N steps; the step of the lowest loss is kept")
+    add("--rows", type=int, metavar="N", help="train on at most N rows, and keep the step of the lowest loss")
     return parser.parse_args(argv)
 
 

@@ -29,14 +29,12 @@ class Tier:
     """Runs of like worth: each method on each task.
 
     Args:
-        rows: training rows of runs on fewer rows.
-        steps: of runs with more steps. Without either, these are main runs.
+        rows: training rows of runs on fewer or more of them. Without, these are main runs.
     """
 
     methods: tuple[str, ...]
     tasks: tuple[str, ...]
     rows: tuple[int, ...] = ()
-    steps: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -61,8 +59,9 @@ class Budget:
     tiers: tuple[Tier, ...]
 
     def steps_on(self, rows: int) -> int:
-        """Of a run on fewer rows: as many as of a main run, unless that were too many passes over them."""
-        return max(1, min(self.steps, MOST_PASSES * rows // self.batch_size))
+        """Of a run on so many rows: as many as of a main run, but one pass at least, and not too many."""
+        one_pass = -(-rows // self.batch_size)
+        return max(1, min(max(self.steps, one_pass), MOST_PASSES * rows // self.batch_size))
 
 
 BUDGETS = {
@@ -75,7 +74,7 @@ BUDGETS = {
         validation_rows=4,
         test_rows=4,
         seeds=(0,),
-        tiers=(Tier(FIRST, SEARCH_TASKS), Tier(FIRST, SEARCH_TASKS, rows=(8,), steps=(16,))),
+        tiers=(Tier(FIRST, SEARCH_TASKS), Tier(FIRST, SEARCH_TASKS, rows=(8, 32))),
     ),
     "small": Budget(
         name="small",
@@ -95,7 +94,7 @@ BUDGETS = {
             Tier(("lora",), TASKS),
             Tier(SHARED, SEARCH_TASKS, rows=(50, 500)),
             Tier(SIZES, SEARCH_TASKS),
-            Tier(SHARED, SEARCH_TASKS, steps=(800,)),
+            Tier(SHARED, SEARCH_TASKS, rows=(5000,)),
         ),
     ),
     "full": Budget(
@@ -110,7 +109,7 @@ BUDGETS = {
         tiers=(
             Tier((*FIRST, "fine-tuning", "lora", *OTHERS, *SIZES), TASKS),
             Tier(ABLATIONS, SEARCH_TASKS),
-            Tier(SHARED, SEARCH_TASKS, rows=(50, 500), steps=(12000,)),
+            Tier(SHARED, SEARCH_TASKS, rows=(50, 500)),  # main runs have some 5,000 there
         ),
     ),
 }
@@ -121,7 +120,7 @@ class Run:
     """One training.
 
     Args:
-        stage: "rates" (of the search), "main", or "amounts" (on fewer rows, or with more steps).
+        stage: "rates" (of the search), "main", or "amounts" (on fewer or more rows than a main run).
         rows: at most, to train on; None is the budget's.
     """
 
@@ -136,9 +135,16 @@ class Run:
     @property
     def name(self) -> str:
         """Of its result file, without the ending."""
-        amount = f"steps{self.steps}" if self.rows is None else f"rows{self.rows}"
-        last = {"rates": f"rate{self.rate:g}", "main": f"seed{self.seed}", "amounts": f"{amount}.seed{self.seed}"}
+        seed = f"seed{self.seed}"
+        last = {"rates": f"rate{self.rate:g}", "main": seed, "amounts": f"rows{self.rows}.{seed}"}
         return f"{self.stage}/{self.task}.{self.method}.{last[self.stage]}"
+
+
+def run_on(budget: Budget, rows: int | None, task: str, method: str, seed: int, rate: float) -> Run:
+    """A run on so many training rows; without, a main run."""
+    if rows is None:
+        return Run("main", task, method, seed, rate, budget.steps)
+    return Run("amounts", task, method, seed, rate, budget.steps_on(rows), rows)
 
 
 def rates_to_try(start: float, losses: Mapping[float, float]) -> list[float]:
@@ -205,11 +211,7 @@ def _runs_of_tiers(budget: Budget, losses: Mapping[str, float]) -> Iterator[Run]
                 for task in SEARCH_TASKS:
                     for rate in rates_to_try(METHODS[method].start, _losses_of(budget, task, method, losses)):
                         yield _search_run(budget, task, method, rate)
-        amounts = [(budget.steps_on(rows), rows) for rows in tier.rows] + [(steps, None) for steps in tier.steps]
-        stage = "amounts" if amounts else "main"
-        for seed, task, amount, method in product(
-            budget.seeds, tier.tasks, amounts or [(budget.steps, None)], tier.methods
-        ):
+        for seed, task, rows, method in product(budget.seeds, tier.tasks, tier.rows or (None,), tier.methods):
             rate = best_rate(budget, task, method, losses)
             if rate is not None:
-                yield Run(stage, task, method, seed, rate, *amount)
+                yield run_on(budget, rows, task, method, seed, rate)

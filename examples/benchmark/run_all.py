@@ -62,7 +62,7 @@ def start(run: Run, options: argparse.Namespace, device: int) -> Active:
     arguments = [str(options.data), "--task", run.task, "--method", run.method, "--seed", str(run.seed)]
     arguments += ["--rate", repr(run.rate), "--budget", options.budget, "--model", options.model]
     if run.stage == "amounts":
-        arguments += ["--steps", str(run.steps)] if run.rows is None else ["--rows", str(run.rows)]
+        arguments += ["--rows", str(run.rows)]
     else:
         arguments += ["--stage", run.stage]
     arguments += ["--dtype", options.dtype, "--results", str(results_folder(options)), "--work", str(options.work)]

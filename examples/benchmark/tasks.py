@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # beside the other examples
@@ -34,28 +34,30 @@ def find_tasks(data: Path, names: tuple[str, ...]) -> None:
                 raise InputError(f"DATA: there is no {name}/{split}.jsonl in {str(data)!r}. Name the tasks' folder.")
 
 
-def read_task(data: Path, name: str, most: dict[str, int | None]) -> Task:
-    """Reads a task; `most` says how many rows of each split are drawn, None is all."""
+def read_task(data: Path, name: str, most: dict[str, int | None], train_rows: int | None = None) -> Task:
+    """Reads a task.
+
+    Args:
+        most: how many rows of each split are drawn; None is all.
+        train_rows: instead of `most["train"]`, at most. Fewer rows are among more of them.
+    """
     rows, hashes = {}, {}
     for split in SPLITS:
         path = data / name / f"{split}.jsonl"
         found = read_json_lines(str(path), "DATA")
         rows[split] = limit(found, most[split] or len(found), _SUBSET_SEED)
+        if split == "train" and train_rows is not None:
+            rows[split] = _fewer_or_more(rows[split], found, train_rows)
         hashes[split] = hashlib.sha256(path.read_bytes()).hexdigest()
     return Task(rows, hashes)
 
 
-def with_fewer_rows(task: Task, rows: int) -> Task:
-    """The task with so many of its training rows; fewer ones are among more of them.
-
-    Raises:
-        InputError: it has not that many.
-    """
-    train = task.rows["train"]
-    if rows > len(train):
-        raise InputError(f"--rows: this budget has {len(train)} training rows of the task, got {rows}. Ask for fewer.")
-    order = random.Random(_SUBSET_SEED).sample(train, len(train))
-    return replace(task, rows={**task.rows, "train": order[:rows]})
+def _fewer_or_more(drawn: list[Example], found: list[Example], rows: int) -> list[Example]:
+    """Some of the rows that were drawn, or all of them and some of the others that were found."""
+    taken = {id(row) for row in drawn}  # rows may be equal
+    others = [row for row in found if id(row) not in taken]
+    draw = random.Random(_SUBSET_SEED)
+    return [*draw.sample(drawn, len(drawn)), *draw.sample(others, len(others))][:rows]
 
 
 def in_order_of_steps(lengths: list[int], steps: int, batch_size: int, seed: int) -> list[int]:
