@@ -160,6 +160,7 @@ def test_runs_on_fewer_and_more_rows():
         for task in ("e2e", "overnight")
         for method in ("prompt-tuning", "input-tuning", "lora", "fine-tuning")
         for amount in ((50, 200), (500, 200), (5000, 625))  # in batches of 8: 32, 3.2 and 1 passes
+        if (task, amount[0]) != ("e2e", 5000)  # it has 4,168
     }
     assert all(run.rate == main[run.task, run.method] for run in varied)
     assert [BUDGETS["full"].steps_on(rows) for rows in (1, 50, 500, 5000)] == [1, 50, 500, 3000]
