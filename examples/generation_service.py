@@ -1,7 +1,8 @@
 """A small HTTP service: one frozen model, many input-tuning adapters, requests that come together share a batch.
 
-    python examples/generation_service.py --adapter e2e=outputs/many-tasks/e2e --adapter logic=outputs/many-tasks/logic
-    curl localhost:8000/generate --json '{"adapter": "e2e", "text": "name[The Eagle], food[French]"}'
+    python examples/many_tasks.py  # trains adapters, among them the one below
+    python examples/generation_service.py --adapter logic=outputs/many-tasks/logic-to-text
+    curl localhost:8000/generate --json '{"adapter": "logic", "text": "sort(releaseDate asc of MusicRecording())[1]"}'
 
 | | |
 | :-- | :-- |

@@ -88,7 +88,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def check_installed() -> None:
     missing = [name for name in MODULES if importlib.util.find_spec(name) is None]
     if missing:
-        raise InputError(f"{missing[0]} is not installed. Run `pip install 'peft-input-tuning[demo]'`.")
+        raise InputError(f"{missing[0]} is not installed. Run `pip install '.[demo]'`.")
 
 
 def check_output_dir(path: str) -> Path:

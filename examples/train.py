@@ -6,8 +6,8 @@
 Data are JSON lines, or a dataset's name for `datasets`: a source and a target column, or chat messages of which the
 last one is the target. The loss is on the target only. Decoder-only and encoder-decoder models are told apart by their
 configuration. All options of `TrainingArguments` can be given too (--max_steps, --learning_rate, --save_steps,
---load_best_model_at_end, --bf16, ...); `--resume_from_checkpoint last` goes on from the last complete checkpoint of a
-run that was interrupted.
+--load_best_model_at_end, --bf16, ...). --learning_rate has a default for each method. `--resume_from_checkpoint last`
+goes on from the last complete checkpoint of a run that was interrupted.
 
 What comes out in --output_dir: the adapter with a model card that holds the figures, generations.jsonl, curves.png,
 and results.json, which is written last: a run without it did not end.
@@ -52,7 +52,9 @@ from train_and_generate import IGNORED
 from training_rows import Columns, Row, encode, read_rows
 from validation_loss import TokenMeanTrainer, filled_up
 
-METHODS = ("input-tuning", "prompt-tuning", "lora", "full")
+# Of each method, and its rate where none is given: what docs/which-method.md found; of LoRA a step less, as its best
+# rate stood beside one that diverged.
+LEARNING_RATES = {"input-tuning": 3e-3, "prompt-tuning": 3e-2, "lora": 3e-3, "full": 1e-4}
 METRIC = str(Path(__file__).resolve().parent / "metrics" / "generation_metrics.py")
 SHOWN = 5  # generations in the model card
 
@@ -71,7 +73,7 @@ class Options:
     test_rows: int | None = field(default=None, metadata={"help": "at most"})
     model: str = field(default=PACKAGED, metadata={"help": "hub id or folder (default: SmolLM2-135M-Instruct)"})
     dtype: str = field(default="float32", metadata={"help": "of the weights", "choices": ["float32", "bfloat16"]})
-    method: str = field(default="input-tuning", metadata={"choices": METHODS})
+    method: str = field(default="input-tuning", metadata={"choices": list(LEARNING_RATES)})
     num_virtual_tokens: int = field(default=20, metadata={"help": "of input-tuning and prompt-tuning"})
     adapter_hidden_dim: int | None = field(default=None, metadata={"help": "of input-tuning (default: the paper's)"})
     prompt_learning_rate: float | None = field(
@@ -322,11 +324,19 @@ def run(options: Options, arguments: TrainingArguments) -> dict[str, Any]:
     return results
 
 
-def main(argv: list[str] | None = None) -> int:
+def parse_arguments(argv: list[str] | None) -> tuple[Options, TrainingArguments]:
+    """Raises ValueError at an option that nobody knows, or TrainingArguments that do not go together."""
     parser = HfArgumentParser((Options, TrainingArguments), description=__doc__)
+    parser.set_defaults(learning_rate=None)  # not transformers' default, which is far too low for a prompt
+    method = parser.parse_known_args(argv)[0].method
+    parser.set_defaults(learning_rate=LEARNING_RATES[method])
+    return parser.parse_args_into_dataclasses(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
     try:
-        options, arguments = parser.parse_args_into_dataclasses(argv)
-    except ValueError as error:  # an option that nobody knows, or TrainingArguments that do not go together
+        options, arguments = parse_arguments(argv)
+    except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     try:

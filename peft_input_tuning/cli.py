@@ -1,7 +1,7 @@
 """The command line: `peft-input-tuning export ADAPTER OUTPUT`, `peft-input-tuning inspect ADAPTER` and
 `peft-input-tuning familiarity DATA.jsonl --model MODEL`.
 
-Heavy imports stand inside the commands, so that `--help` answers at once.
+Imports that only one command needs stand inside it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import familiarity_command
+from .gguf_file import gguf_arguments
 from .unfinished_file import check_file_to_write, unfinished
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_adapter(command: argparse.ArgumentParser) -> None:
     command.add_argument("adapter", help="folder or hub id of the adapter")
     command.add_argument("--base", help="folder or hub id of the base model (default: the one the adapter names)")
-    command.add_argument("--gguf-file", help="the base model's file, where it is a GGUF file in its folder")
+    command.add_argument("--gguf-file", help="the base model's file, if its folder has several GGUF files")
 
 
 def _export(arguments: argparse.Namespace) -> int:
@@ -105,7 +106,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
     try:
         from rich.console import Console
     except ImportError as error:
-        raise ValueError("`inspect` needs rich. Install it with: pip install 'peft-input-tuning[inspect]'") from error
+        raise ValueError("`inspect` needs rich. Install it with: pip install rich") from error
     from tqdm.auto import tqdm
 
     from .inspection import inspect_adapter
@@ -186,7 +187,7 @@ def _load(arguments: argparse.Namespace) -> tuple[PeftModel, PreTrainedTokenizer
     suffix = task_suffix(config)
     name = f"AutoModel{suffix}" if suffix else auto_mapping.get("base_model_class") or ""
     auto_class = getattr(transformers, name, transformers.AutoModel)
-    more = {"gguf_file": arguments.gguf_file} if arguments.gguf_file else {}
+    more = gguf_arguments(base_name, arguments.gguf_file)
     base = auto_class.from_pretrained(base_name, dtype="auto", **more)
     model = PeftModel.from_pretrained(base, arguments.adapter)
     if arguments.no_tokenizer:

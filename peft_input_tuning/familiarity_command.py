@@ -13,6 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .gguf_file import gguf_arguments
 from .unfinished_file import check_file_to_write, unfinished
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def add_arguments(command: argparse.ArgumentParser, dtypes: tuple[str, ...]) -> 
     add = command.add_argument
     add("data", type=Path, metavar="DATA.jsonl", help="the inputs: one JSON object a line")
     add("--model", required=True, help="folder or hub id of the frozen model")
-    add("--gguf-file", help="the model's file, where it is a GGUF file in its folder")
+    add("--gguf-file", help="the model's file, if its folder has several GGUF files")
     add("--no-weights", action="store_true", help="take the tokenizer only: no bits per byte, for any kind of model")
     add("--field", default="source", help="where in a line's object the input is (default: source)")
     add("--limit", type=int, metavar="N", help="the first N inputs only")
@@ -58,9 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         from rich.console import Console
     except ImportError as error:
-        raise ValueError(
-            "`familiarity` needs rich. Install it with: pip install 'peft-input-tuning[inspect]'"
-        ) from error
+        raise ValueError("`familiarity` needs rich. Install it with: pip install rich") from error
     from .familiarity_measure import familiarity
     from .familiarity_page import familiarity_page
     from .familiarity_regression import FamiliarityRegression
@@ -160,7 +159,7 @@ def _load(arguments: argparse.Namespace) -> tuple[Any, PreTrainedTokenizerBase, 
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    more = {"gguf_file": arguments.gguf_file} if arguments.gguf_file else {}
+    more = gguf_arguments(arguments.model, arguments.gguf_file)
     if not arguments.no_weights:
         config = AutoConfig.from_pretrained(arguments.model, **more)
         if config.is_encoder_decoder:

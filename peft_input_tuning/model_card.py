@@ -42,7 +42,7 @@ An input-tuning adapter (arXiv 2203.03131) of {base}: {config.num_virtual_tokens
 of inner size {adapter}. PEFT loads it once the package that brings the method is imported:
 
 ```python
-# pip install peft-input-tuning
+# of the package peft-input-tuning
 import peft_input_tuning  # registers INPUT_TUNING with PEFT; without it PEFT raises KeyError: 'INPUT_TUNING'
 from peft import {auto_class}
 

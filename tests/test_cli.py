@@ -7,12 +7,15 @@ import sys
 
 import pytest
 import torch
+from peft import AutoPeftModelForCausalLM, get_peft_model
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from adapters import adapted
+import quantized_bases
+from adapters import adapted, config, randomize
 from families import FAMILIES, VOCAB
 from oracles import row_output
+from peft_input_tuning.gguf_file import gguf_arguments
 from tokenizers_of_families import tokenizer_of
 
 
@@ -53,6 +56,47 @@ def test_export_with_options(saved, tmp_path):
     assert run("export", folder / "adapter", tmp_path / "plain", *options).returncode == 0
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "plain").dtype == torch.bfloat16
     assert not (tmp_path / "plain" / "tokenizer.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("files", "found"),
+    [
+        (["model.gguf"], {"gguf_file": "model.gguf"}),
+        (["model.gguf", "config.json"], {}),
+        (["model.gguf", "other.gguf"], {}),
+        ([], {}),
+    ],
+    ids=["one", "a plain checkpoint too", "two", "none"],
+)
+def test_the_only_gguf_file_of_a_folder_is_found(files, found, tmp_path):
+    for name in files:
+        (tmp_path / name).touch()
+    assert gguf_arguments(str(tmp_path)) == found
+    assert gguf_arguments(str(tmp_path), "named.gguf") == {"gguf_file": "named.gguf"}
+    assert gguf_arguments("an-id/on-a-hub") == {}
+
+
+def test_an_adapter_whose_base_is_a_gguf_file(tmp_path):
+    """As the demo's is. The adapter's file names the folder, not the file in it."""
+    pytest.importorskip("gguf")
+    quantized_bases.write_plain(tmp_path / "base")
+    for file in (tmp_path / "base").iterdir():
+        if file.suffix != ".gguf":
+            file.unlink()
+    model = get_peft_model(quantized_bases.gguf_file(tmp_path / "base"), config(FAMILIES["llama"])).eval()
+    randomize(model)
+    model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter", gguf_file="model.gguf")
+    result = run("export", tmp_path / "adapter", tmp_path / "plain", "--no-tokenizer")
+    assert result.returncode == 0, result.stderr
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.float32)
+    row = torch.tensor([[5, 7, 11]])
+    prompt = torch.arange(VOCAB, VOCAB + 4)[None]
+    with torch.no_grad():
+        expected = model(row).logits
+        assert_close(loaded(row).logits, expected)
+        assert_close(plain(torch.cat([prompt, row], 1)).logits[:, 4:, :VOCAB], expected, atol=1e-4, rtol=1e-3)
 
 
 def test_errors_are_one_line_and_status_2(saved, tmp_path):

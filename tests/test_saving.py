@@ -450,7 +450,7 @@ def test_card_says_to_import_the_package_first(card_directory):
     text = (card_directory / "README.md").read_text()
     assert text.count("import peft_input_tuning") == 1
     assert text.count("## How to load this adapter") == 1
-    assert "pip install peft-input-tuning" in text
+    assert "package peft-input-tuning" in text
     assert text.index("import peft_input_tuning") < text.index("AutoPeftModelForCausalLM.from_pretrained(")
     assert "4 virtual tokens" in text
     assert "of inner size 24" in text

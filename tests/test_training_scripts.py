@@ -20,7 +20,7 @@ from peft import AutoPeftModelForCausalLM, AutoPeftModelForSeq2SeqLM
 from rouge_score.rouge_scorer import RougeScorer
 from safetensors.torch import load_file
 from torch.testing import assert_close
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, TrainingArguments
 
 from families import FAMILIES, build
 from tokenizers_of_families import tokenizer_of
@@ -261,7 +261,7 @@ def test_early_stopping(options, tmp_path):
         assert_close(value, saved[name])
 
 
-@pytest.mark.parametrize("method", [pytest.param(m, marks=train_py(f"method {m}")) for m in train.METHODS])
+@pytest.mark.parametrize("method", [pytest.param(m, marks=train_py(f"method {m}")) for m in train.LEARNING_RATES])
 def test_each_method_runs(options, tmp_path, method):
     assert train.main([*options, "--method", method, "--output_dir", str(tmp_path), "--max_steps", "2"]) == 0
     saved = "model.safetensors" if method == "full" else "adapter_model.safetensors"
@@ -314,6 +314,15 @@ def test_an_encoder_decoder_model(data, tmp_path):
     model = AutoPeftModelForSeq2SeqLM.from_pretrained(str(out))
     by_hand = validation_loss_by_hand(model, out, rows_of(data / "validation.jsonl"))
     assert results(out)["validation_loss"] == pytest.approx(by_hand, rel=1e-5)
+
+
+@pytest.mark.parametrize("method", train.LEARNING_RATES)
+def test_each_method_has_a_learning_rate_of_its_own(method, tmp_path):
+    """transformers' default is one for all, 5e-5: so low that a prompt would stay where it started."""
+    given = ["--train_data", "rows.jsonl", "--output_dir", str(tmp_path), "--method", method]
+    rates = [train.parse_arguments([*given, *more])[1].learning_rate for more in ([], ["--learning_rate", "5e-5"])]
+    assert rates == [train.LEARNING_RATES[method], 5e-5]
+    assert rates[0] > TrainingArguments(str(tmp_path)).learning_rate
 
 
 WRONG = {  # the options, what has to be said

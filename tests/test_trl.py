@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from adapters import config, randomize
 from families import FAMILIES
 from oracles import adapter_weights, row_output
+from peft_input_tuning import create_input_tuning_optimizer
 
 LLAMA = FAMILIES["llama"]
 CLOSE = {"rel": 1e-3, "abs": 1e-4}
@@ -177,6 +178,26 @@ def test_sft_with_an_adapter_for_the_input_only(base, tokenizer, tmp_path, more)
     want = -(logps * logps.exp() if "loss_type" in more else logps).mean()
     assert float(trainer.compute_loss(trainer.model, dict(batch))) == pytest.approx(float(want), **CLOSE)
     trains(trainer, base)
+
+
+@pytest.mark.trains_with("TRL", "SFTTrainer: a learning rate for the prompt, one for the adapter")
+def test_sft_with_two_learning_rates(base, tokenizer, tmp_path):
+    """Adam's first step moves each weight that has a gradient by the rate."""
+    model = get_peft_model(copy.deepcopy(base), config(LLAMA))
+    randomize(model)
+    before = adapter_weights(model)
+    optimizer = create_input_tuning_optimizer(model, torch.optim.AdamW, lr=3e-3, weight_decay=0.0)
+    trainer = trl.SFTTrainer(
+        model=model,
+        args=arguments(trl.SFTConfig, tmp_path, max_steps=1),
+        train_dataset=Dataset.from_list(SFT_DATA["text"]),
+        processing_class=tokenizer,
+        optimizers=(optimizer, None),
+    )
+    trainer.train()
+    after = adapter_weights(trainer.model)
+    moved = {name: float((after[name] - before[name]).abs().max()) for name in before}
+    assert moved == {name: pytest.approx(3e-2 if "prompt" in name else 3e-3, rel=1e-2) for name in before}
 
 
 # ---- preferences ----------------------------------------------------------------------------------------------------

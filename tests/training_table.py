@@ -47,7 +47,7 @@ HEAD = """\
 # What one can train with
 
 Each tick is a test that ran and passed where the column says; `make compatibility` writes this page from the outcomes
-of `make test-all`. "not run" is what it says: nothing is known of it.
+of `make test-all`. "not run" is what it says: nothing is known of it. An empty cell: there is no such test.
 
 """
 

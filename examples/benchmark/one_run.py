@@ -3,7 +3,7 @@
 `run_all.py` starts this script in a process of its own for every run, so that peak memory is the run's, and a crash
 costs one run. By hand:
 
-    python examples/benchmark/one_run.py DATA --task e2e --method lora --rate 1e-3
+    python examples/benchmark/one_run.py DATA --task e2e --method lora --rate 1e-3 --results outputs/my-runs
 
 A run that was interrupted goes on from its last checkpoint.
 """
