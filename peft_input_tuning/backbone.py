@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from .layer import InputTuningLayer
 from .modules import base_embedding
 
+_STATES = ("cache_params", "state", "mems")  # arguments of Mamba, RWKV, XLNet for what other models have a cache for
 _WINDOWS = ("sliding_window", "window_size", "attention_chunk_size")
 
 
@@ -132,7 +133,26 @@ def describe_backbone(model: nn.Module, backbone_path: str, embedding_path: str)
         max_positions=_max_positions(table, first_position),
         is_causal=any(getattr(module, "is_causal", False) is True for module in backbone.modules()),
         has_window=any(getattr(backbone.config, name, None) for name in _WINDOWS),
-        adds_token_types="token_type_ids" in parameters and not hasattr(owner, "token_type_embeddings"),
+        adds_token_types="token_type_ids" in parameters and owner is backbone and not _state_argument(backbone),
+    )
+
+
+def _state_argument(backbone: nn.Module) -> str | None:
+    return next((name for name in forward_parameters(backbone) if name in _STATES), None)
+
+
+def refuse_virtual_tokens(backbone: nn.Module, count: int) -> None:
+    """Raises ValueError where virtual tokens would be lost or put in again and again."""
+    state = _state_argument(backbone)
+    if state is not None:
+        why = f"keeps its state in `{state}`, which does not tell that it has a prompt: each step would add one more"
+    elif getattr(backbone.config, "hidden_size_per_layer_input", None):
+        why = "looks up the ids of all tokens in each layer, and virtual tokens have none"
+    else:
+        return
+    raise ValueError(
+        f"`num_virtual_tokens` is {count}, but {type(backbone).__name__} {why}. Use num_virtual_tokens=0, the "
+        "input-adapter alone."
     )
 
 

@@ -211,7 +211,7 @@ def continue_after_prompt(
         call["position_ids"] = layout.shift_positions(positions)
     elif layout.lengths is not None and "position_ids" in site.parameters and not site.positions_from_mask:
         at = torch.arange(past, past + length, device=new.device).unsqueeze(0)
-        call["position_ids"] = layout.shift_positions(at)
+        call["position_ids"] = layout.shift_positions(at + site.first_position)
     call["attention_mask"] = layout.join_mask(mask, batch, past + length)
     refuse_too_long(call, layout.slots + past + length, layout.slots, site)
     add_token_types(call, layer, site)

@@ -75,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_adapter(command: argparse.ArgumentParser) -> None:
     command.add_argument("adapter", help="folder or hub id of the adapter")
     command.add_argument("--base", help="folder or hub id of the base model (default: the one the adapter names)")
+    command.add_argument("--num-labels", type=int, metavar="N", help="of a classifier that has not two")
     command.add_argument("--gguf-file", help="the base model's file, if its folder has several GGUF files")
 
 
@@ -187,14 +188,27 @@ def _load(arguments: argparse.Namespace) -> tuple[PeftModel, PreTrainedTokenizer
     suffix = task_suffix(config)
     name = f"AutoModel{suffix}" if suffix else auto_mapping.get("base_model_class") or ""
     auto_class = getattr(transformers, name, transformers.AutoModel)
-    more = gguf_arguments(base_name, arguments.gguf_file)
-    base = auto_class.from_pretrained(base_name, dtype="auto", **more)
+    more: dict[str, Any] = gguf_arguments(base_name, arguments.gguf_file)
+    if not arguments.base and config.revision:
+        more["revision"] = config.revision
+    labels = {"num_labels": arguments.num_labels} if arguments.num_labels else {}
+    base = auto_class.from_pretrained(base_name, dtype="auto", **more, **labels)
+    own = _has_tokenizer(arguments.adapter)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(arguments.adapter) if own else None
+    if tokenizer is not None and len(tokenizer) > base.get_input_embeddings().num_embeddings:
+        base.resize_token_embeddings(len(tokenizer))  # as AutoPeftModel does
     model = PeftModel.from_pretrained(base, arguments.adapter)
     if arguments.no_tokenizer:
         return model, None
-    has_own = (Path(arguments.adapter) / "tokenizer_config.json").is_file()
-    source, more = (arguments.adapter, {}) if has_own else (base_name, more)
-    return model, transformers.AutoTokenizer.from_pretrained(source, **more)
+    return model, tokenizer or transformers.AutoTokenizer.from_pretrained(base_name, **more)
+
+
+def _has_tokenizer(adapter: str) -> bool:
+    """Whether an adapter's folder, or its repository on the hub, has a tokenizer of its own."""
+    from peft.utils.other import check_file_exists_on_hf_hub
+
+    folder, file = Path(adapter), "tokenizer_config.json"
+    return (folder / file).is_file() if folder.is_dir() else bool(check_file_exists_on_hf_hub(adapter, file))
 
 
 if __name__ == "__main__":

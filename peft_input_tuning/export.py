@@ -145,6 +145,11 @@ def _refuse_what_no_checkpoint_holds(base: nn.Module, layer: InputTuningLayer, c
             "`model` is quantized: its weights are not those of a plain checkpoint. Load the adapter on the base "
             "model in bfloat16 or float32, export that, and quantize the result."
         )
+    away = next((key for key, weight in base.named_parameters() if weight.is_meta), None)
+    if away is not None:
+        raise ValueError(
+            f"`model` is offloaded: `{away}` is not in memory. Load the base model without offloading to export it."
+        )
     if not count:
         return
     reads_first = getattr(base.base_model, "pooler", None) is not None

@@ -95,6 +95,7 @@ def take_prompt_out(backbone: nn.Module, args: tuple, call: dict[str, Any], outp
     layout = call.layout
     if layout is None:
         return None
+    batch, places = output.last_hidden_state.shape[:2]
     if not site.feeds_decoder:
         output.last_hidden_state = layout.remove(output.last_hidden_state)
     for name, dim in (("hidden_states", 1), ("attentions", -2)):
@@ -102,9 +103,23 @@ def take_prompt_out(backbone: nn.Module, args: tuple, call: dict[str, Any], outp
         if states is not None:
             # Attention maps keep their virtual columns: that is what the tokens looked at.
             setattr(output, name, tuple(layout.remove(state, dim) for state in states))
+    routers = getattr(output, "router_logits", None)
+    if routers is not None:  # of mixtures of experts, a row a token: (batch * places, experts)
+        output.router_logits = tuple(
+            layout.remove(router.unflatten(0, (batch, places))).flatten(0, 1) for router in routers
+        )
     if getattr(output, "pooler_output", None) is not None:  # BERT pools the first place, which was a virtual token
-        output.pooler_output = backbone.pooler(output.last_hidden_state)
+        output.pooler_output = _pooled(backbone, output.last_hidden_state)
     return output.to_tuple() if call.as_tuple else output
+
+
+def _pooled(backbone: nn.Module, hidden: Tensor) -> Tensor:
+    pooler = backbone.pooler
+    if not isinstance(pooler, nn.Linear):
+        return pooler(hidden)
+    # ALBERT and BigBird take the first place, and apply the activation, outside of the pooler.
+    activation = getattr(backbone, "pooler_activation", None) or backbone.activation
+    return activation(pooler(hidden[:, 0]))
 
 
 # ---- around an encoder-decoder model's decoder ----------------------------------------------------------------------

@@ -196,6 +196,12 @@ class InputTuningLayer(nn.Module, BaseTunerLayer):
                 )
         self.awaiting_weights.discard(name)
 
+    def has_no_weights(self, name: str) -> bool:
+        """Whether an adapter that is to be read from a file has none of the file's values yet."""
+        return name in self.awaiting_weights and all(
+            parameter.is_meta or torch.isnan(parameter).all() for _, parameter in self.named_adapter_parameters(name)
+        )
+
     def _is_offloaded(self, key: str, name: str) -> bool:
         """Whether accelerate keeps a parameter elsewhere, to fetch it when its module runs."""
         return any(hasattr(module, "_hf_hook") for module in getattr(self, key.partition(".")[0])[name].modules())

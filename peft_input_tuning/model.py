@@ -8,6 +8,7 @@ the rest, saving, switching, disabling, is PEFT's. What is added here: checks be
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -21,7 +22,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from .backbone import find_backbone, refuse_changed_embedding
+from .backbone import find_backbone, refuse_changed_embedding, refuse_virtual_tokens
 from .cache_mark import mark_of
 from .checkpoint import check_adapter_state_dict
 from .config import InputTuningConfig
@@ -63,6 +64,8 @@ class InputTuningModel(BaseTuner):
         self._backbone_paths = backbone_path, embedding_path
         if not isinstance(embedding, InputTuningLayer) and _holds_our_layer(embedding):
             refuse_changed_embedding(backbone, embedding_path, embedding)
+        if config.num_virtual_tokens:
+            refuse_virtual_tokens(backbone, config.num_virtual_tokens)
         if config.adapter_scope == "input":
             tells_input_from_output(self.model)
         _check_modules_to_save(config, self.model, self.embedding_path)
@@ -217,8 +220,8 @@ class InputTuningModel(BaseTuner):
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """`generate` of the model, where rows of a mixed batch are repeated for beams, and static caches get room for
         the virtual tokens: the prompt is put in front here."""
-        kwargs = {**dict(zip(("inputs", "generation_config"), args, strict=False)), **kwargs}
-        args = args[2:]
+        bound = inspect.signature(self.model.generate).bind(*args, **kwargs).arguments
+        kwargs = {**bound, **bound.pop("kwargs", {})}
         if kwargs.get("cache_implementation") == "paged":
             raise ValueError(
                 '`cache_implementation` "paged" batches requests by itself and leaves no room for virtual tokens.'
@@ -237,11 +240,11 @@ class InputTuningModel(BaseTuner):
             if layer.adapts_input_only:
                 stack.enter_context(input_of_generate(layer, ids, cache))
             if uses_static_cache(self.model, kwargs):
-                prepared = input_with_prompt(self.model, layer, args, kwargs)
+                prepared = input_with_prompt(self.model, layer, kwargs)
                 if prepared is not None:
                     stack.enter_context(prompt_in_place(layer))
-                    args, kwargs = (), prepared
-            return self.model.generate(*args, **kwargs)
+                    kwargs = prepared
+            return self.model.generate(**kwargs)
 
 
 _eager_calls = 0
@@ -302,7 +305,7 @@ def _check_modules_to_save(config: InputTuningConfig, model: nn.Module, embeddin
 
 
 def _check_sizes(config: InputTuningConfig, embedding_dim: int, max_positions: int | None) -> None:
-    if max_positions and config.num_virtual_tokens >= max_positions:
+    if 0 < (max_positions or 0) <= config.num_virtual_tokens:
         raise ValueError(
             f"`num_virtual_tokens` is {config.num_virtual_tokens}, but the model has {max_positions} positions in "
             "all. Use a shorter prompt; 5 to 200 virtual tokens are usual."

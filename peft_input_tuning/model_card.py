@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from .export import ExportReport
 
 HEADING = "## How to load this adapter"
+_FACTS = r"An input-tuning adapter \(arXiv 2203\.03131\) of .{1,500}?\nof inner size [^.\n]*\."
 TAGS = ("input-tuning", "peft")
 # What PEFT's `AutoPeftModel…` and, but for the last, transformers' `AutoModel…` are called after.
 TASK_SUFFIXES = {
@@ -30,16 +32,21 @@ def task_suffix(config: InputTuningConfig) -> str:
     return TASK_SUFFIXES.get(getattr(task, "value", task) or "", "")
 
 
-def loading_section(config: InputTuningConfig) -> str:
-    """The section as Markdown."""
-    auto_class = f"AutoPeftModel{task_suffix(config)}"
+def _facts(config: InputTuningConfig) -> str:
     hidden = config.adapter_hidden_dim
     adapter = "2 x the embedding size" if hidden is None else hidden
     base = f"`{config.base_model_name_or_path}`" if config.base_model_name_or_path else "the base model"
+    return f"""\
+An input-tuning adapter (arXiv 2203.03131) of {base}: {config.num_virtual_tokens} virtual tokens and an input-adapter
+of inner size {adapter}."""
+
+
+def loading_section(config: InputTuningConfig) -> str:
+    """The section as Markdown."""
+    auto_class = f"AutoPeftModel{task_suffix(config)}"
     return f"""{HEADING}
 
-An input-tuning adapter (arXiv 2203.03131) of {base}: {config.num_virtual_tokens} virtual tokens and an input-adapter
-of inner size {adapter}. PEFT loads it once the package that brings the method is imported:
+{_facts(config)} PEFT loads it once the package that brings the method is imported:
 
 ```python
 # of the package peft-input-tuning
@@ -63,6 +70,8 @@ def update_model_card(directory: str, config: InputTuningConfig) -> None:
     card.data["tags"] = sorted(tags | {f"base_model:adapter:{base}"} if base else tags)
     if HEADING not in card.text:
         card.text = f"{card.text.rstrip()}\n\n{loading_section(config)}"
+    else:  # of an adapter that was saved here before; what was written beside these words is kept
+        card.text = re.sub(_FACTS, lambda _: _facts(config), card.text, count=1, flags=re.DOTALL)
     card.save(path)
 
 

@@ -69,7 +69,8 @@ def refuse_expanded_mask(mask: Any) -> None:
         shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(
             f"`attention_mask` must have the shape (batch, length), got {shape}: virtual tokens cannot be added to "
-            "a mask that is already expanded. Pass the two-dimensional mask."
+            "a mask that is already expanded. Pass the two-dimensional mask; where the model expands it by itself, as "
+            "multimodal ones do, use its class for text alone, or num_virtual_tokens=0."
         )
 
 

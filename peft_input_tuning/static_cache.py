@@ -36,9 +36,7 @@ def uses_static_cache(model: nn.Module, kwargs: dict[str, Any]) -> bool:
     return implementation == "sliding_window" or any(kind in implementation for kind in ("static", "hybrid"))
 
 
-def input_with_prompt(
-    model: nn.Module, layer: InputTuningLayer, args: tuple, kwargs: dict[str, Any]
-) -> dict[str, Any] | None:
+def input_with_prompt(model: nn.Module, layer: InputTuningLayer, kwargs: dict[str, Any]) -> dict[str, Any] | None:
     """The arguments of a `generate` call with the virtual tokens in front of the input.
 
     Returns:
@@ -55,12 +53,6 @@ def input_with_prompt(
             "supported with virtual tokens. Pass an empty one (`.reset()`), or use a dynamic cache."
         )
     kwargs = dict(kwargs)
-    if args:
-        kwargs["inputs"] = args[0]
-    if len(args) > 1:
-        kwargs["generation_config"] = args[1]
-    if len(args) > 2:
-        raise ValueError("Pass the arguments of `generate` after `generation_config` by name.")
     ids = kwargs.pop("inputs", None)
     ids = kwargs.pop("input_ids", None) if ids is None else ids
     x = kwargs.get("inputs_embeds")

@@ -264,6 +264,16 @@ def test_a_spoiled_file_is_not_loaded_over_an_adapter_that_works(file, spoil, sa
     assert torch.equal(answer(model), want)
 
 
+def test_a_spoiled_file_is_not_loaded_over_an_adapter_that_was_loaded_and_never_used(file):
+    want = answer(PeftModel.from_pretrained(build(LLAMA), file).eval())
+    model = PeftModel.from_pretrained(build(LLAMA), file).eval()
+    change_tensors(lambda tensors: tensors.pop(next(iter(tensors))))(file)
+    with pytest.raises(ValueError, match="The file of adapter 'default' has no"):
+        model.load_adapter(file, "default")
+    assert list(model.peft_config) == ["default"]
+    assert torch.equal(answer(model), want)
+
+
 def test_an_adapter_that_is_there_is_loaded_with_its_own_configuration(file):
     """PEFT does not look at the folder's then, and the tensors fit."""
     model, _, _ = adapted(LLAMA, seed=7)

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import argparse
+import json
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, get_peft_model
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import quantized_bases
 from adapters import adapted, config, randomize
-from families import FAMILIES, VOCAB
+from families import FAMILIES, VOCAB, build
 from oracles import row_output
+from peft_input_tuning import cli
 from peft_input_tuning.gguf_file import gguf_arguments
 from tokenizers_of_families import tokenizer_of
 
@@ -97,6 +102,70 @@ def test_an_adapter_whose_base_is_a_gguf_file(tmp_path):
         expected = model(row).logits
         assert_close(loaded(row).logits, expected)
         assert_close(plain(torch.cat([prompt, row], 1)).logits[:, 4:, :VOCAB], expected, atol=1e-4, rtol=1e-3)
+
+
+def test_a_classifier_of_five_labels(tmp_path):
+    """What its base was loaded with is not in the adapter's folder."""
+    base = build(FAMILIES["llama"], "base")
+    base.config.num_labels = 5
+    model = get_peft_model(AutoModelForSequenceClassification.from_config(base.config), config(task_type="SEQ_CLS"))
+    base.save_pretrained(tmp_path / "base")
+    model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    model.save_pretrained(tmp_path / "adapter")
+    settings = tmp_path / "base" / "config.json"
+    settings.write_text(json.dumps({k: v for k, v in json.loads(settings.read_text()).items() if "label" not in k}))
+    without = run("inspect", tmp_path / "adapter", "--no-tokenizer")
+    assert without.returncode == 2
+    assert "with its `num_labels` as it was then" in without.stderr
+    result = run("inspect", tmp_path / "adapter", "--no-tokenizer", "--num-labels", 5)
+    assert result.returncode == 0, result.stderr
+
+
+def arguments_of(adapter: Path, *more: str) -> argparse.Namespace:
+    return cli._parser().parse_args(["inspect", str(adapter), *more])
+
+
+def test_the_base_is_that_of_the_adapters_revision(saved, tmp_path, monkeypatch):
+    folder, _, _ = saved
+    shutil.copytree(folder / "adapter", tmp_path / "adapter")
+    settings = tmp_path / "adapter" / "adapter_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"revision": "v1"}))
+    asked = []
+
+    def watched(kind):
+        load = kind.from_pretrained
+
+        def from_pretrained(name, **more):
+            asked.append((kind.__name__, str(name), more.get("revision")))
+            return load(name, **more)
+
+        monkeypatch.setattr(kind, "from_pretrained", from_pretrained)
+
+    watched(AutoModelForCausalLM)
+    watched(AutoTokenizer)
+    cli._load(arguments_of(tmp_path / "adapter"))
+    base = str(folder / "base")
+    assert asked == [("AutoModelForCausalLM", base, "v1"), ("AutoTokenizer", base, "v1")]
+    asked.clear()
+    cli._load(arguments_of(tmp_path / "adapter", "--base", base))
+    assert {revision for _, _, revision in asked} == {None}
+
+
+def test_the_tokenizer_beside_the_adapter_may_have_more_words_than_the_base(tmp_path):
+    """As AutoPeftModel does: the base grows before it gets its adapter."""
+    llama = FAMILIES["llama"]
+    base, tokenizer = build(llama), tokenizer_of(llama)
+    base.save_pretrained(tmp_path / "base")
+    tokenizer.add_tokens([f"word{number}" for number in range(VOCAB)])
+    base.resize_token_embeddings(len(tokenizer))
+    model = get_peft_model(base, config(llama))
+    model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    loaded, found = cli._load(arguments_of(tmp_path / "adapter"))
+    assert len(found) == len(tokenizer) == loaded.get_input_embeddings().num_embeddings
+    row = torch.tensor([[5, VOCAB + 3]])
+    assert_close(loaded.eval()(row).logits, model.eval()(row).logits)
 
 
 def test_errors_are_one_line_and_status_2(saved, tmp_path):

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 import transformers
+from accelerate import cpu_offload
 from peft import get_peft_model
 from safetensors.torch import load_file
 from torch.testing import assert_close
@@ -375,3 +376,11 @@ def test_compiled_static_cache(tmp_path):
     )
     torch.compiler.reset()
     assert torch.equal(out[0, -6:], greedy(base, weights, row, 6))
+
+
+def test_an_offloaded_base_is_refused(tmp_path):
+    base = cpu_offload(build(FAMILIES["llama"]), execution_device=torch.device("cpu"))
+    model = get_peft_model(base, config(FAMILIES["llama"]))
+    with pytest.raises(ValueError, match=r"`model` is offloaded: `model\.\S+` is not in memory\. Load the base model"):
+        export_model(model, tmp_path / "plain")
+    assert not list(tmp_path.iterdir())

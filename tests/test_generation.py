@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from torch.testing import assert_close
+from transformers import GenerationConfig, LogitsProcessorList, SuppressTokensLogitsProcessor
 
 from adapters import adapted, add
 from families import DECODERS, FAMILIES, GENERATORS, PAD, SEQ2SEQ, UNPADDED_STATIC_CACHE, ids, padded
@@ -503,3 +504,23 @@ def test_adapter_weights_oracle_sees_what_was_set():
     assert set(weights) == {"prompt.weight", "fc1.weight", "fc2.weight"}
     assert torch.equal(adapter_weights(model)["fc2.weight"], weights["fc2.weight"])
     assert weights["fc2.weight"].abs().mean() > 0.1
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_arguments_by_position(static):
+    """As of the model's own `generate`: ids, configuration, logits processors."""
+    model, base, weights = adapted(FAMILIES["llama"])
+    settings = GenerationConfig(max_new_tokens=NEW, do_sample=False, pad_token_id=PAD, eos_token_id=None)
+    if static:
+        settings.cache_implementation = "static"
+    row = ids(7)
+    likeliest = greedy(base, weights, row, 1)
+    banned = LogitsProcessorList([SuppressTokensLogitsProcessor(likeliest.tolist(), device="cpu")])
+    got = model.generate(row[None], settings, banned)[0, 7:]
+    assert torch.equal(
+        got, model.generate(input_ids=row[None], generation_config=settings, logits_processor=banned)[0, 7:]
+    )
+    assert got[0] != likeliest
+    assert torch.equal(model.generate(row[None], settings)[0, 7:], greedy(base, weights, row, NEW))
+    with pytest.raises(TypeError, match="multiple values"):
+        model.generate(row[None], inputs=row[None])

@@ -456,6 +456,18 @@ def test_card_says_to_import_the_package_first(card_directory):
     assert "of inner size 24" in text
 
 
+def test_card_has_the_facts_of_the_last_adapter_that_was_saved_there(tmp_path):
+    for sizes in ({"num_virtual_tokens": 4}, {"num_virtual_tokens": 7, "adapter_hidden_dim": None}):
+        get_peft_model(build(LLAMA), config(LLAMA, **sizes)).save_pretrained(tmp_path)
+        card = tmp_path / "README.md"
+        card.write_text(card.read_text() + "\nWords of mine.\n")
+    text = card.read_text()
+    assert "7 virtual tokens and an input-adapter\nof inner size 2 x the embedding size. PEFT loads it" in text
+    assert "4 virtual tokens" not in text
+    assert text.count("Words of mine.") == 2
+    assert text.count("## How to load this adapter") == 1
+
+
 def test_card_names_the_base(card_directory):
     text = (card_directory / "README.md").read_text()
     assert "`some-org/some-base`" in text
