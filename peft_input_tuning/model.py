@@ -221,7 +221,7 @@ class InputTuningModel(BaseTuner):
         """`generate` of the model, where rows of a mixed batch are repeated for beams, and static caches get room for
         the virtual tokens: the prompt is put in front here."""
         bound = inspect.signature(self.model.generate).bind(*args, **kwargs).arguments
-        kwargs = {**bound, **bound.pop("kwargs", {})}
+        kwargs = bound.pop("kwargs", {}) | bound
         if kwargs.get("cache_implementation") == "paged":
             raise ValueError(
                 '`cache_implementation` "paged" batches requests by itself and leaves no room for virtual tokens.'
