@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 from .layer import InputTuningLayer
 from .modules import base_embedding
 
-_STATES = ("cache_params", "state", "mems")  # arguments of Mamba, RWKV, XLNet for what other models have a cache for
+# Arguments for what other models have `past_key_values` for; transformers' ALL_CACHE_NAMES are these and that.
+_STATES = ("cache_params", "state", "mems", "past_buckets_states")
 _WINDOWS = ("sliding_window", "window_size", "attention_chunk_size")
 
 
@@ -141,19 +142,24 @@ def _state_argument(backbone: nn.Module) -> str | None:
     return next((name for name in forward_parameters(backbone) if name in _STATES), None)
 
 
-def refuse_virtual_tokens(backbone: nn.Module, count: int) -> None:
-    """Raises ValueError where virtual tokens would be lost or put in again and again."""
+def refuse_models_without_place(backbone: nn.Module, virtual_tokens: int, input_only: bool) -> None:
+    """Raises ValueError where a prompt would be lost or put in again and again, or output be taken for input.
+
+    Args:
+        virtual_tokens: of the adapter.
+        input_only: whether it leaves the output's tokens alone.
+    """
+    if not virtual_tokens and not input_only:
+        return
     state = _state_argument(backbone)
     if state is not None:
-        why = f"keeps its state in `{state}`, which does not tell that it has a prompt: each step would add one more"
+        why = f"keeps its past in `{state}`, not `past_key_values`: a generated token looks like the start of a text"
     elif getattr(backbone.config, "hidden_size_per_layer_input", None):
-        why = "looks up the ids of all tokens in each layer, and virtual tokens have none"
+        why = "looks up each token's id in every layer, and would get embeddings instead of ids"
     else:
         return
-    raise ValueError(
-        f"`num_virtual_tokens` is {count}, but {type(backbone).__name__} {why}. Use num_virtual_tokens=0, the "
-        "input-adapter alone."
-    )
+    what = f"`num_virtual_tokens` is {virtual_tokens}" if virtual_tokens else '`adapter_scope` is "input"'
+    raise ValueError(f'{what}, but {type(backbone).__name__} {why}. Use num_virtual_tokens=0 and adapter_scope="all".')
 
 
 def _is_position_table(path: str) -> bool:

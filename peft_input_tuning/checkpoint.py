@@ -72,11 +72,10 @@ def _check_what_else_is_there(model: nn.Module, name: str, found: dict[str, Tens
                 "adapter_config.json belongs to another adapter, or it was not made by input-tuning."
             )
         if tensor.shape != known[key].shape:
-            then = "embedding resized" if key.rpartition(".")[0] in embeddings else "`num_labels`"
             raise ValueError(
                 f"`{key}` has the shape {tuple(tensor.shape)} in the file of adapter {name!r}, but this model needs "
-                f"{tuple(known[key].shape)}. Load the adapter on the base model that it was trained on, with its "
-                f"{then} as it was then."
+                f"{tuple(known[key].shape)}. Load the adapter on the base model that it was trained on, with the size "
+                "of its embedding and its `num_labels` as they were then."
             )
         if not tensor.is_meta and not torch.isfinite(tensor).all():
             raise ValueError(

@@ -75,7 +75,9 @@ def _parser() -> argparse.ArgumentParser:
 def _add_adapter(command: argparse.ArgumentParser) -> None:
     command.add_argument("adapter", help="folder or hub id of the adapter")
     command.add_argument("--base", help="folder or hub id of the base model (default: the one the adapter names)")
-    command.add_argument("--num-labels", type=int, metavar="N", help="of a classifier that has not two")
+    command.add_argument(
+        "--num-labels", type=int, metavar="N", help="of a classifier (default: what the base's config says, else 2)"
+    )
     command.add_argument("--gguf-file", help="the base model's file, if its folder has several GGUF files")
 
 
@@ -172,6 +174,7 @@ def _tables(found: AdapterInspection) -> Iterator[Table]:
 def _load(arguments: argparse.Namespace) -> tuple[PeftModel, PreTrainedTokenizerBase | None]:
     import transformers
     from peft import PeftConfig, PeftModel
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
     from .config import InputTuningConfig
     from .model_card import task_suffix
@@ -191,24 +194,17 @@ def _load(arguments: argparse.Namespace) -> tuple[PeftModel, PreTrainedTokenizer
     more: dict[str, Any] = gguf_arguments(base_name, arguments.gguf_file)
     if not arguments.base and config.revision:
         more["revision"] = config.revision
-    labels = {"num_labels": arguments.num_labels} if arguments.num_labels else {}
+    labels = {} if arguments.num_labels is None else {"num_labels": arguments.num_labels}
     base = auto_class.from_pretrained(base_name, dtype="auto", **more, **labels)
-    own = _has_tokenizer(arguments.adapter)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(arguments.adapter) if own else None
-    if tokenizer is not None and len(tokenizer) > base.get_input_embeddings().num_embeddings:
-        base.resize_token_embeddings(len(tokenizer))  # as AutoPeftModel does
-    model = PeftModel.from_pretrained(base, arguments.adapter)
-    if arguments.no_tokenizer:
-        return model, None
-    return model, tokenizer or transformers.AutoTokenizer.from_pretrained(base_name, **more)
-
-
-def _has_tokenizer(adapter: str) -> bool:
-    """Whether an adapter's folder, or its repository on the hub, has a tokenizer of its own."""
-    from peft.utils.other import check_file_exists_on_hf_hub
-
-    folder, file = Path(adapter), "tokenizer_config.json"
-    return (folder / file).is_file() if folder.is_dir() else bool(check_file_exists_on_hf_hub(adapter, file))
+    tokenizer = None
+    if not arguments.no_tokenizer:
+        has_own = bool(get_tokenizer_config(arguments.adapter))
+        source, more = (arguments.adapter, {}) if has_own else (base_name, more)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **more)
+        if has_own and len(tokenizer) > base.get_input_embeddings().num_embeddings:
+            # As AutoPeftModel does. New rows that are not in the adapter's file are random.
+            base.resize_token_embeddings(len(tokenizer))
+    return PeftModel.from_pretrained(base, arguments.adapter), tokenizer
 
 
 if __name__ == "__main__":

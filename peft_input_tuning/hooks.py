@@ -37,6 +37,7 @@ from .calls import (
     start_with_prompt,
 )
 from .layer import InputTuningLayer
+from .packing import PackedLayout
 from .refusals import refuse_what_cannot_be_packed, refuse_what_cannot_be_spliced
 from .row_adapters import current_row_adapters, is_prompt_in_place
 from .scope import adapt_input_only
@@ -104,22 +105,26 @@ def take_prompt_out(backbone: nn.Module, args: tuple, call: dict[str, Any], outp
             # Attention maps keep their virtual columns: that is what the tokens looked at.
             setattr(output, name, tuple(layout.remove(state, dim) for state in states))
     routers = getattr(output, "router_logits", None)
-    if routers is not None:  # of mixtures of experts, a row a token: (batch * places, experts)
-        output.router_logits = tuple(
-            layout.remove(router.unflatten(0, (batch, places))).flatten(0, 1) for router in routers
-        )
+    if routers is not None:
+        output.router_logits = tuple(_of_tokens(router, layout, batch, places) for router in routers)
     if getattr(output, "pooler_output", None) is not None:  # BERT pools the first place, which was a virtual token
         output.pooler_output = _pooled(backbone, output.last_hidden_state)
     return output.to_tuple() if call.as_tuple else output
 
 
+def _of_tokens(router: Tensor, layout: PromptLayout | PackedLayout, batch: int, places: int) -> Tensor:
+    """What the router of a mixture of experts said of the caller's tokens."""
+    if router.shape[:2] == (batch, places):  # Switch
+        return layout.remove(router)
+    if router.shape[0] == batch * places:  # nearly all
+        return layout.remove(router.unflatten(0, (batch, places))).flatten(0, 1)
+    return router  # Doge's are not of single places
+
+
 def _pooled(backbone: nn.Module, hidden: Tensor) -> Tensor:
-    pooler = backbone.pooler
-    if not isinstance(pooler, nn.Linear):
-        return pooler(hidden)
     # ALBERT and BigBird take the first place, and apply the activation, outside of the pooler.
-    activation = getattr(backbone, "pooler_activation", None) or backbone.activation
-    return activation(pooler(hidden[:, 0]))
+    activation = getattr(backbone, "pooler_activation", None) or getattr(backbone, "activation", None)
+    return backbone.pooler(hidden) if activation is None else activation(backbone.pooler(hidden[:, 0]))
 
 
 # ---- around an encoder-decoder model's decoder ----------------------------------------------------------------------

@@ -199,7 +199,8 @@ class InputTuningLayer(nn.Module, BaseTunerLayer):
     def has_no_weights(self, name: str) -> bool:
         """Whether an adapter that is to be read from a file has none of the file's values yet."""
         return name in self.awaiting_weights and all(
-            parameter.is_meta or torch.isnan(parameter).all() for _, parameter in self.named_adapter_parameters(name)
+            not self._is_offloaded(key, name) if parameter.is_meta else bool(torch.isnan(parameter).all())
+            for key, parameter in self.named_adapter_parameters(name)
         )
 
     def _is_offloaded(self, key: str, name: str) -> bool:

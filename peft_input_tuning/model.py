@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -21,8 +21,9 @@ from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
+from transformers import GenerationMixin
 
-from .backbone import find_backbone, refuse_changed_embedding, refuse_virtual_tokens
+from .backbone import find_backbone, refuse_changed_embedding, refuse_models_without_place
 from .cache_mark import mark_of
 from .checkpoint import check_adapter_state_dict
 from .config import InputTuningConfig
@@ -64,10 +65,8 @@ class InputTuningModel(BaseTuner):
         self._backbone_paths = backbone_path, embedding_path
         if not isinstance(embedding, InputTuningLayer) and _holds_our_layer(embedding):
             refuse_changed_embedding(backbone, embedding_path, embedding)
-        if config.num_virtual_tokens:
-            refuse_virtual_tokens(backbone, config.num_virtual_tokens)
-        if config.adapter_scope == "input":
-            tells_input_from_output(self.model)
+        input_only = config.adapter_scope == "input" and tells_input_from_output(self.model)
+        refuse_models_without_place(backbone, config.num_virtual_tokens, input_only)
         _check_modules_to_save(config, self.model, self.embedding_path)
         check_can_be_saved(base_embedding(embedding))
         _check_sizes(
@@ -220,8 +219,7 @@ class InputTuningModel(BaseTuner):
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """`generate` of the model, where rows of a mixed batch are repeated for beams, and static caches get room for
         the virtual tokens: the prompt is put in front here."""
-        bound = inspect.signature(self.model.generate).bind(*args, **kwargs).arguments
-        kwargs = bound.pop("kwargs", {}) | bound
+        kwargs = _by_name(self.model.generate, args, kwargs)
         if kwargs.get("cache_implementation") == "paged":
             raise ValueError(
                 '`cache_implementation` "paged" batches requests by itself and leaves no room for virtual tokens.'
@@ -245,6 +243,21 @@ class InputTuningModel(BaseTuner):
                     stack.enter_context(prompt_in_place(layer))
                     kwargs = prepared
             return self.model.generate(**kwargs)
+
+
+def _by_name(generate: Callable, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of a call by their names; a `generate` that takes `*args` hands them on to transformers'."""
+    parameters = list(inspect.signature(generate).parameters.values())
+    if any(one.kind is one.VAR_POSITIONAL for one in parameters):
+        parameters = list(inspect.signature(GenerationMixin.generate).parameters.values())[1:]
+    names = [one.name for one in parameters if one.kind is one.POSITIONAL_OR_KEYWORD]
+    if len(args) > len(names):
+        raise TypeError(f"`generate` takes {len(names)} arguments by position, got {len(args)}.")
+    given = dict(zip(names, args, strict=False))
+    twice = given.keys() & kwargs.keys()
+    if twice:
+        raise TypeError(f"`generate` got multiple values for the argument `{min(twice)}`.")
+    return given | kwargs
 
 
 _eager_calls = 0

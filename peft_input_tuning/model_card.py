@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .export import ExportReport
 
 HEADING = "## How to load this adapter"
-_FACTS = r"An input-tuning adapter \(arXiv 2203\.03131\) of .{1,500}?\nof inner size [^.\n]*\."
+_FACTS = r"An input-tuning adapter \(arXiv 2203\.03131\) of .*\nof inner size [^.\n]*\."
 TAGS = ("input-tuning", "peft")
 # What PEFT's `AutoPeftModel…` and, but for the last, transformers' `AutoModel…` are called after.
 TASK_SUFFIXES = {
@@ -32,6 +32,10 @@ def task_suffix(config: InputTuningConfig) -> str:
     return TASK_SUFFIXES.get(getattr(task, "value", task) or "", "")
 
 
+def _auto_class(config: InputTuningConfig) -> str:
+    return f"AutoPeftModel{task_suffix(config)}"
+
+
 def _facts(config: InputTuningConfig) -> str:
     hidden = config.adapter_hidden_dim
     adapter = "2 x the embedding size" if hidden is None else hidden
@@ -43,7 +47,7 @@ of inner size {adapter}."""
 
 def loading_section(config: InputTuningConfig) -> str:
     """The section as Markdown."""
-    auto_class = f"AutoPeftModel{task_suffix(config)}"
+    auto_class = _auto_class(config)
     return f"""{HEADING}
 
 {_facts(config)} PEFT loads it once the package that brings the method is imported:
@@ -71,7 +75,9 @@ def update_model_card(directory: str, config: InputTuningConfig) -> None:
     if HEADING not in card.text:
         card.text = f"{card.text.rstrip()}\n\n{loading_section(config)}"
     else:  # of an adapter that was saved here before; what was written beside these words is kept
-        card.text = re.sub(_FACTS, lambda _: _facts(config), card.text, count=1, flags=re.DOTALL)
+        before, _, section = card.text.partition(HEADING)
+        section = re.sub(_FACTS, lambda _: _facts(config), section, count=1)
+        card.text = before + HEADING + re.sub(r"\bAutoPeftModel(For\w+)?\b", _auto_class(config), section, count=2)
     card.save(path)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
@@ -264,9 +265,12 @@ def test_a_spoiled_file_is_not_loaded_over_an_adapter_that_works(file, spoil, sa
     assert torch.equal(answer(model), want)
 
 
-def test_a_spoiled_file_is_not_loaded_over_an_adapter_that_was_loaded_and_never_used(file):
+@pytest.mark.parametrize("offloaded", [False, True])
+def test_a_spoiled_file_is_not_loaded_over_an_adapter_that_was_loaded_and_never_used(file, offloaded):
     want = answer(PeftModel.from_pretrained(build(LLAMA), file).eval())
     model = PeftModel.from_pretrained(build(LLAMA), file).eval()
+    if offloaded:
+        cpu_offload(model, execution_device=torch.device("cpu"))
     change_tensors(lambda tensors: tensors.pop(next(iter(tensors))))(file)
     with pytest.raises(ValueError, match="The file of adapter 'default' has no"):
         model.load_adapter(file, "default")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+from types import MethodType
 
 import pytest
 import torch
 from torch.testing import assert_close
-from transformers import GenerationConfig, LogitsProcessorList, SuppressTokensLogitsProcessor
+from transformers import GenerationConfig, LlamaForCausalLM, LogitsProcessorList, SuppressTokensLogitsProcessor
 
 from adapters import adapted, add
 from families import DECODERS, FAMILIES, GENERATORS, PAD, SEQ2SEQ, UNPADDED_STATIC_CACHE, ids, padded
@@ -522,5 +523,29 @@ def test_arguments_by_position(static):
     )
     assert got[0] != likeliest
     assert torch.equal(model.generate(row[None], settings)[0, 7:], greedy(base, weights, row, NEW))
-    with pytest.raises(TypeError, match="multiple values"):
+    with pytest.raises(TypeError, match="multiple values for the argument `inputs`"):
         model.generate(row[None], inputs=row[None])
+
+
+def with_other_name(self, inputs=None, generation_config=None, **generate_kwargs):
+    return LlamaForCausalLM.generate(self, inputs, generation_config, **generate_kwargs)
+
+
+def with_any_arguments(self, *args, **kw):
+    return LlamaForCausalLM.generate(self, *args, **kw)
+
+
+@pytest.mark.parametrize("wrapper", [with_other_name, with_any_arguments])
+def test_a_model_whose_generate_has_another_signature(wrapper):
+    """As BLIP's, or a function that somebody has put around it."""
+    model, base, weights = adapted(FAMILIES["llama"])
+    inner = model.get_base_model()
+    inner.generate = MethodType(wrapper, inner)
+    row = ids(7)
+    settings = GenerationConfig(max_new_tokens=NEW, do_sample=False, pad_token_id=PAD, eos_token_id=None)
+    want = greedy(base, weights, row, NEW)
+    assert torch.equal(model.generate(row[None], settings)[0, 7:], want)
+    mask = torch.ones(1, 7, dtype=torch.long)
+    assert torch.equal(model.generate(inputs=row[None], attention_mask=mask, generation_config=settings)[0, 7:], want)
+    with pytest.raises(TypeError, match=r"by position, got 40\."):
+        model.generate(*range(40))

@@ -53,13 +53,52 @@ STATEFUL = {
 }
 
 
-@pytest.mark.parametrize("name", STATEFUL)
-def test_a_state_that_is_no_cache_is_refused(name):
-    """Each generated token would get a prompt of its own."""
-    base = STATEFUL[name]()
-    with pytest.raises(ValueError, match=r"`num_virtual_tokens` is 4, but .* keeps its state in `\w+`.*=0"):
+def reformer():
+    settings = {
+        "attn_layers": ["local"],
+        "axial_pos_shape": [8, 8],
+        "axial_pos_embds_dim": [16, 16],
+        "is_decoder": True,
+    }
+    return built(t.ReformerModelWithLMHead, t.ReformerConfig(**SMALL, **settings, hidden_size=32))
+
+
+def gemma3n():
+    settings = t.Gemma3nTextConfig(
+        **GROUPED,
+        head_dim=8,
+        hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=VOCAB,
+        laurel_rank=4,
+        num_kv_shared_layers=0,
+        layer_types=["full_attention"] * 2,
+        activation_sparsity_pattern=[0.0, 0.0],
+    )
+    base = built(t.Gemma3nForCausalLM, settings)
+    for layer in base.model.layers:
+        layer.altup.correct_output_scale.fill_(0.5)  # starts at 0, where what each layer looks up does not count
+    return base
+
+
+NO_PLACE = {**STATEFUL, "reformer": reformer, "gemma3n": gemma3n}
+
+
+@pytest.mark.parametrize("name", NO_PLACE)
+def test_models_without_a_place_for_virtual_tokens_are_refused(name):
+    """Each generated token would get a prompt of its own; or ids that the layers look up would be gone."""
+    base = NO_PLACE[name]()
+    why = r"looks up each token's id" if name == "gemma3n" else r"keeps its past in `\w+`"
+    with pytest.raises(
+        ValueError, match=rf"`num_virtual_tokens` is 4, but {type(base.base_model).__name__} {why}.*=0"
+    ):
         get_peft_model(base, config(num_virtual_tokens=4))
     assert not any("input_tuning" in key for key in base.state_dict())
+
+
+@pytest.mark.parametrize("name", ["mamba", "rwkv", "gemma3n"])
+def test_such_models_do_not_tell_input_from_output(name):
+    with pytest.raises(ValueError, match=r'`adapter_scope` is "input", but .*adapter_scope="all"'):
+        get_peft_model(NO_PLACE[name](), config(task_type="CAUSAL_LM", num_virtual_tokens=0, adapter_scope="input"))
 
 
 @pytest.mark.parametrize("name", STATEFUL)
@@ -70,13 +109,15 @@ def test_such_a_model_takes_the_adapter_alone(name):
     assert_close(model(input_ids=row[None]).logits[0], row_output(base, weights, row), **TOLERANCE)
 
 
-def test_ids_that_every_layer_looks_up_are_refused():
-    settings = t.Gemma3nTextConfig(
-        **GROUPED, head_dim=8, hidden_size_per_layer_input=8, vocab_size_per_layer_input=VOCAB, laurel_rank=4,
-        num_kv_shared_layers=0, layer_types=["full_attention"] * 2, activation_sparsity_pattern=[0.0, 0.0],
-    )  # fmt: skip
-    with pytest.raises(ValueError, match=r"Gemma3nTextModel looks up the ids of all tokens in each layer.*=0"):
-        get_peft_model(built(t.Gemma3nForCausalLM, settings), config(num_virtual_tokens=4))
+def test_ids_that_every_layer_looks_up_are_there_beside_the_adapter_alone():
+    base = gemma3n()
+    model, weights = adapted_to(base, num_virtual_tokens=0)
+    row = ids(7)[None]
+    body, x = base.model, transform(weights, base.get_input_embeddings()(row))
+    hidden = body(inputs_embeds=x, per_layer_inputs=body.get_per_layer_inputs(row)).last_hidden_state
+    ours = model.get_base_model().model(input_ids=row).last_hidden_state
+    assert_close(ours, hidden, **TOLERANCE)
+    assert (ours - body(inputs_embeds=x).last_hidden_state).abs().max() > 0.1, "the case shows nothing"
 
 
 # ---- outputs that not all models have -------------------------------------------------------------------------------
@@ -115,6 +156,65 @@ def test_experts_are_balanced_over_the_callers_tokens(name, masked):
     assert_close(out.aux_loss, load_balancing_loss_func(tuple(layers), 4, 2), **TOLERANCE)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("case", ["packed", "prompts of two lengths"])
+def test_routers_of_packed_and_of_mixed_rows(case):
+    base = MIXTURES["mixtral"]()
+    model, weights = adapted_to(base, task_type="CAUSAL_LM", num_virtual_tokens=2)
+    other = add(model, "other", seed=3, num_virtual_tokens=5)
+    rows = [ids(6), ids(6, seed=1)]
+    if case == "packed":
+        more = {
+            "input_ids": torch.cat(rows)[None],
+            "position_ids": torch.arange(6).repeat(2)[None],
+            "use_cache": False,
+        }
+        each = [weights, weights]
+    else:
+        more = {"input_ids": torch.stack(rows), "adapter_names": ["default", "other"]}
+        each = [weights, other]
+    out = model(**more, output_router_logits=True)
+    for place in range(2):
+        by_hand = []
+        for row, mine in zip(rows, each, strict=True):
+            routers = base.model(inputs_embeds=embed(base, mine, row), output_router_logits=True).router_logits
+            by_hand.append(routers[place][-6:])
+        assert_close(out.router_logits[place], torch.cat(by_hand), **TOLERANCE)
+
+
+SEQ2SEQ = {**SMALL, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "decoder_start_token_id": PAD}
+SEQ2SEQ |= {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
+SWITCH = {**SMALL, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 4}
+SWITCH |= {"num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1, "expert_capacity": 64}
+NLLB = {**SEQ2SEQ, "encoder_sparse_step": 2, "decoder_sparse_step": 2, "max_position_embeddings": 64}
+OTHER_MIXTURES = {
+    "switch": lambda: built(
+        t.SwitchTransformersForConditionalGeneration,
+        t.SwitchTransformersConfig(**SWITCH, num_experts=4, decoder_start_token_id=PAD),
+    ),
+    "nllb_moe": lambda: built(t.NllbMoeForConditionalGeneration, t.NllbMoeConfig(**NLLB, num_experts=4)),
+    "doge": lambda: built(
+        t.DogeForCausalLM, t.DogeConfig(**EXPERTS, is_moe=True, num_experts=16, max_position_embeddings=64)
+    ),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", OTHER_MIXTURES)
+def test_routers_of_other_shapes_do_no_harm(name):
+    """Switch has (batch, places, experts), NLLB a row a token, Doge something that is not of single places."""
+    base = OTHER_MIXTURES[name]()
+    model, weights = adapted_to(base)
+    row = ids(7)
+    more = {"decoder_input_ids": ids(1, 5, seed=9)} if base.config.is_encoder_decoder else {}
+    out = model(input_ids=row[None], **more, output_router_logits=True)
+    assert_close(out.logits[0], row_output(base, weights, row, **more), **TOLERANCE)
+    if name != "doge":
+        found = [router for router in out.encoder_router_logits if getattr(router, "ndim", 0) > 1]
+        assert found
+        assert {router.numel() // router.shape[-1] for router in found} == {len(row)}
+
+
 POOLERS = {
     "albert": lambda: built(
         t.AlbertForSequenceClassification, t.AlbertConfig(**BERT, embedding_size=16, num_labels=3)
@@ -138,6 +238,17 @@ def test_a_pooler_that_is_a_bare_linear_module(name):
     head = base.classifier if name == "albert" else base.cls.seq_relationship
     out = model(input_ids=row[None])
     assert_close(out.logits if name == "albert" else out.seq_relationship_logits, head(want), **TOLERANCE)
+
+
+def test_such_a_pooler_that_is_trained_too():
+    """PEFT wraps it then, so that it is no bare module any more."""
+    base = POOLERS["albert"]()
+    model = get_peft_model(copy.deepcopy(base), config(task_type="SEQ_CLS", modules_to_save=["pooler", "classifier"]))
+    randomize(model.eval())
+    row = ids(7)
+    hidden = base.base_model(inputs_embeds=embed(base, adapter_weights(model), row)).last_hidden_state[:, 4:]
+    want = base.classifier(torch.tanh(base.base_model.pooler(hidden[:, 0])))
+    assert_close(model(input_ids=row[None]).logits, want, **TOLERANCE)
 
 
 # ---- token types and positions --------------------------------------------------------------------------------------

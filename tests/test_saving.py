@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from pathlib import Path
 
@@ -457,13 +458,17 @@ def test_card_says_to_import_the_package_first(card_directory):
 
 
 def test_card_has_the_facts_of_the_last_adapter_that_was_saved_there(tmp_path):
-    for sizes in ({"num_virtual_tokens": 4}, {"num_virtual_tokens": 7, "adapter_hidden_dim": None}):
-        get_peft_model(build(LLAMA), config(LLAMA, **sizes)).save_pretrained(tmp_path)
+    first = get_peft_model(build(LLAMA), config(LLAMA, num_virtual_tokens=4))
+    sizes = {"num_virtual_tokens": 7, "adapter_hidden_dim": None}
+    second = get_peft_model(build(LLAMA, "seq_cls"), config(task_type="SEQ_CLS", **sizes))
+    for model in (first, second):
+        model.save_pretrained(tmp_path)
         card = tmp_path / "README.md"
         card.write_text(card.read_text() + "\nWords of mine.\n")
     text = card.read_text()
     assert "7 virtual tokens and an input-adapter\nof inner size 2 x the embedding size. PEFT loads it" in text
     assert "4 virtual tokens" not in text
+    assert re.findall(r"AutoPeftModel\w*", text) == ["AutoPeftModelForSequenceClassification"] * 2
     assert text.count("Words of mine.") == 2
     assert text.count("## How to load this adapter") == 1
 
