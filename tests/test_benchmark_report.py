@@ -340,6 +340,41 @@ def test_each_seed_and_all_together_are_compared(made):
     assert stored(made.results)["samples"] == 200
 
 
+def test_runs_on_fewer_rows_are_compared_among_themselves(copy):
+    """Not with main runs, and beside them in the table."""
+    import report
+    from records import read_outputs, read_record, write_outputs, write_record
+    from tasks import read_task
+
+    names = {}
+    for method, rows in (("input-tuning", 50), ("fine-tuning", 50), ("prompt-tuning", 500)):
+        names[method] = f"amounts/e2e.{method}.rows{rows}.seed0"
+        run = read_record(copy.results, f"main/e2e.{method}.seed0") | {"stage": "amounts", "rows": rows}
+        write_outputs(copy.results, names[method], read_outputs(copy.results, f"main/e2e.{method}.seed0"))
+        write_record(copy.results, names[method], run)
+    before = stored(copy.results)["comparisons"]
+    assert report.main(copy.options) == 0
+    new = "e2e, 50 training rows: input-tuning against fine-tuning, seed 0: not compared yet."
+    assert (copy.results / "report.md").read_text(encoding="utf-8").count("not compared yet.") == 1
+    assert new in (copy.results / "report.md").read_text(encoding="utf-8")
+    assert report.main([str(copy.data), *copy.options, "--samples", "200"]) == 0
+    found = stored(copy.results)["comparisons"]
+    assert found[:-1] == before
+    assert [found[-1][key] for key in ("task", "training_rows", "method", "baseline", "seeds")] == [
+        "e2e", 50, "input-tuning", "fine-tuning", [0],
+    ]  # fmt: skip
+    assert set(found[-1]["runs"]) == {names["input-tuning"], names["fine-tuning"]}
+    references = [list(row.references) for row in read_task(copy.data, "e2e", ROWS).rows["test"]]
+    assert found[-1]["bleu"] == pytest.approx(bleu(read_outputs(copy.results, names["input-tuning"]), references))
+    row = row_of(
+        (copy.results / "report.md").read_text(encoding="utf-8"), "Differences in BLEU", "e2e, 50 training rows"
+    )
+    assert row[1:4] == ["input-tuning", "fine-tuning", "0"]
+    assert report.summary(report.gather(report.parse_arguments(copy.options))) == report.summary(
+        report.gather(report.parse_arguments([str(copy.data), *copy.options, "--samples", "200"]))
+    )
+
+
 def test_without_data_the_stored_comparisons_are_shown(copy):
     import report
 
@@ -891,11 +926,12 @@ def test_the_advice_has_the_search_for_rates(advice, runs_of_the_repository):
             assert float(best) == min(runs, key=lambda run: run["metrics"]["validation_loss"])["rate"]
 
 
-@pytest.mark.parametrize("columns", [5, 6], ids=["ablations", "methods"])
-def test_the_advice_has_the_scores_of_methods(columns, advice, runs_of_the_repository):
+@pytest.mark.parametrize(("heading", "columns"), [("What the defaults rest on", 5), ("Beside other methods", 6)])
+def test_the_advice_has_the_scores_of_methods(heading, columns, advice, runs_of_the_repository):
     from methods import METHODS
 
-    rows = [row for row in rows_in(advice, columns) if row[0] in METHODS]
+    section = advice.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+    rows = [row for row in rows_in(section, columns) if row[0] in METHODS]
     assert len(rows) == len({row[0] for row in rows}) >= 8
     for name, *cells in rows:
         runs = [runs_of_the_repository.get(f"main/{task}.{name}.seed0", {}) for task in ("e2e", "overnight")]
@@ -907,6 +943,24 @@ def test_the_advice_has_the_scores_of_methods(columns, advice, runs_of_the_repos
 def shown(run: dict) -> list[str]:
     metrics = run.get("metrics")
     return [f"{metrics['bleu']:.1f}", f"{metrics['validation_loss']:.3f}"] if metrics else ["–", "–"]
+
+
+def test_the_advice_has_the_scores_by_number_of_examples(advice, runs_of_the_repository):
+    section = advice.partition("\n## By number of examples\n")[2].partition("\n## ")[0]
+    rows = [row for row in rows_in(section, 6) if row[0] in ("e2e", "overnight")]
+    finished = {
+        (run["task"], run["rows"])
+        for run in runs_of_the_repository.values()
+        if (run["stage"], run["status"]) == ("amounts", "finished")
+    }
+    mains = {(task, 1600) for task in ("e2e", "overnight")}
+    assert {(task, int(amount.replace(",", ""))) for task, amount, *_ in rows} == finished | mains
+    for task, amount, *cells in rows:
+        number = int(amount.replace(",", ""))
+        for method, cell in zip(("prompt-tuning", "input-tuning", "lora", "fine-tuning"), cells, strict=True):
+            name = f"main/{task}.{method}" if number == 1600 else f"amounts/{task}.{method}.rows{number}"
+            score, loss = shown(runs_of_the_repository.get(f"{name}.seed0", {}))
+            assert cell == f"{score} ({loss})"
 
 
 def test_the_advice_has_the_lengths_of_texts(advice, runs_of_the_repository):

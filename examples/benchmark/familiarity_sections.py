@@ -13,7 +13,7 @@ from comparisons import HIGHEST, LOWEST, OURS, gain, gap_closed, pairs_of, rank_
 from figures import BITS, gap_bars, relative_performance
 from findings import MISSING, Findings, number
 from peft_input_tuning.familiarity_regression import FamiliarityRegression
-from significance import Comparison
+from significance import Comparison, trained_on
 
 # ---- significance ---------------------------------------------------------------------------------------------------
 
@@ -31,7 +31,7 @@ def significance(found: Findings) -> list[Block]:
             "are not independent; their p is too small."
         ),
         Table(
-            ("task", "", "against", "seeds", "rows", "BLEU", "BLEU of the other", "difference", "p", ""),
+            ("task", "", "against", "seeds", "test rows", "BLEU", "BLEU of the other", "difference", "p", ""),
             [_comparison(one) for one in found.comparisons],
         ),
     ]
@@ -43,7 +43,8 @@ def significance(found: Findings) -> list[Block]:
 def _comparison(one: Comparison) -> list[str]:
     seeds = ", ".join(map(str, one.seeds))
     scored = [f"{one.bleu:.1f}", f"{one.baseline_bleu:.1f}", f"{one.difference:+.1f}", f"{one.p_value:.3f}"]
-    return [one.task, one.method, one.baseline, seeds, f"{one.rows:,}", *scored, reading(one)]
+    trained = trained_on(one.task, one.training_rows)
+    return [trained, one.method, one.baseline, seeds, f"{one.rows:,}", *scored, reading(one)]
 
 
 def reading(one: Comparison) -> str:

@@ -104,7 +104,8 @@ def summary(found: Findings) -> str:
 
 
 def _summary_row(found: Findings, task: str) -> Sequence[str]:
-    pairs = [c for c in found.comparisons or () if (c.task, c.method, c.baseline) == (task, OURS, LOWEST)]
+    wanted = (task, None, OURS, LOWEST)
+    pairs = [c for c in found.comparisons or () if (c.task, c.training_rows, c.method, c.baseline) == wanted]
     best = max(pairs, key=lambda one: len(one.seeds), default=None)
     share = gap_closed(found.bleu, task, OURS)
     return [

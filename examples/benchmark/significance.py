@@ -42,6 +42,7 @@ class Comparison:
         seeds: one, or several whose rows are put together.
         rows: how many outputs of each method were compared.
         runs: what tells whether a run has changed since, by its name: see `state_of`.
+        training_rows: what runs on fewer or more rows were asked to take; None of main runs.
     """
 
     task: str
@@ -53,6 +54,7 @@ class Comparison:
     baseline_bleu: float
     p_value: float
     runs: Mapping[str, Mapping[str, Any]]
+    training_rows: int | None = None
 
     @property
     def difference(self) -> float:
@@ -62,7 +64,8 @@ class Comparison:
     @property
     def name(self) -> str:
         seeds = ", ".join(map(str, self.seeds))
-        return f"{self.task}: {self.method} against {self.baseline}, seed{'s' * (len(self.seeds) > 1)} {seeds}"
+        trained = trained_on(self.task, self.training_rows)
+        return f"{trained}: {self.method} against {self.baseline}, seed{'s' * (len(self.seeds) > 1)} {seeds}"
 
 
 # ---- over the records -----------------------------------------------------------------------------------------------
@@ -81,16 +84,31 @@ def state_of(results: Path, name: str, record: Record) -> dict[str, Any]:
     }
 
 
-def pairs_to_compare(records: Mapping[str, Record]) -> list[tuple[str, str, str, list[int]]]:
-    """Task, method, baseline, and the seeds that both finished."""
-    seeds: dict[tuple[str, str], set[int]] = {}
-    for record in finished(records).values():
-        seeds.setdefault((record["task"], record["method"]), set()).add(record["seed"])
+def trained_on(task: str, training_rows: int | None) -> str:
+    return task if training_rows is None else f"{task}, {training_rows:,} training rows"
+
+
+def _with_outputs(records: Mapping[str, Record]) -> dict[str, Record]:
+    return finished(records) | finished(records, "amounts")
+
+
+def _cell(record: Record) -> tuple[str, int | None, str]:
+    """Task, training rows and method of a run; rows None of main runs, whatever the records say of theirs."""
+    return record["task"], record["rows"] if record["stage"] == "amounts" else None, record["method"]
+
+
+def pairs_to_compare(records: Mapping[str, Record]) -> list[tuple[str, int | None, str, str, list[int]]]:
+    """Task, training rows (None of main runs), method, baseline, and the seeds that both finished."""
+    seeds: dict[tuple[str, int | None, str], set[int]] = {}
+    for record in _with_outputs(records).values():
+        seeds.setdefault(_cell(record), set()).add(record["seed"])
+    amounts = sorted({rows for _, rows, _ in seeds if rows is not None})
     return [
-        (task, method, baseline, sorted(common))
-        for task in in_order((task for task, _ in seeds), TASKS)
+        (task, rows, method, baseline, sorted(common))
+        for rows in [None, *amounts]
+        for task in in_order((task for task, *_ in seeds), TASKS)
         for method, baseline in PAIRS
-        if (common := seeds.get((task, method), set()) & seeds.get((task, baseline), set()))
+        if (common := seeds.get((task, rows, method), set()) & seeds.get((task, rows, baseline), set()))
     ]
 
 
@@ -101,8 +119,7 @@ def compare_all(records: Mapping[str, Record], results: Path, data: Path, sample
         InputError: DATA lacks a task, or is not what a run was tested on; the message names the run.
     """
     pairs = pairs_to_compare(records)
-    main = finished(records)
-    names_of = {(record["task"], record["method"], record["seed"]): name for name, record in main.items()}
+    names_of = {(*_cell(record), record["seed"]): name for name, record in _with_outputs(records).items()}
     find_tasks(data, tuple(dict.fromkeys(task for task, *_ in pairs)))
 
     @cache
@@ -110,9 +127,9 @@ def compare_all(records: Mapping[str, Record], results: Path, data: Path, sample
         return outputs_and_references(results, data, name, records[name])
 
     compared = []
-    for task, method, baseline, seeds in tqdm(pairs, desc="Comparing", unit="pair", disable=None):
+    for task, rows, method, baseline, seeds in tqdm(pairs, desc="Comparing", unit="pair", disable=None):
         for some in [[seed] for seed in seeds] + ([seeds] if len(seeds) > 1 else []):
-            names = [[names_of[task, one, seed] for seed in some] for one in (method, baseline)]
+            names = [[names_of[task, rows, one, seed] for seed in some] for one in (method, baseline)]
             (ours, references), (theirs, others) = (_joined(map(of, each)) for each in names)
             if references != others:
                 raise InputError(
@@ -121,7 +138,8 @@ def compare_all(records: Mapping[str, Record], results: Path, data: Path, sample
                 )
             found = paired_bootstrap(ours, theirs, references, samples)
             runs = {name: state_of(results, name, records[name]) for each in names for name in each}
-            compared.append(Comparison(task, method, baseline, tuple(some), len(ours), **asdict(found), runs=runs))
+            pair = (task, method, baseline, tuple(some), len(ours))
+            compared.append(Comparison(*pair, **asdict(found), runs=runs, training_rows=rows))
     return compared
 
 
@@ -188,17 +206,18 @@ def still_true(
     comparisons: Sequence[Comparison], records: Mapping[str, Record], results: Path
 ) -> tuple[list[Comparison], list[str]]:
     """Stored comparisons whose runs are the same; a word on each of the others, and on each that was never made."""
-    runs, kept, words = finished(records), [], []
+    runs, kept, words = _with_outputs(records), [], []
     for one in comparisons:
         changed = [name for name, state in one.runs.items() if not _same(results, name, runs.get(name), state)]
         if changed:
             words.append(f"{one.name}: {', '.join(changed)} changed since.")
         else:
             kept.append(one)
-    made = {(one.task, one.method, one.baseline, seed) for one in comparisons for seed in one.seeds}
-    for task, method, baseline, seeds in pairs_to_compare(records):
-        new = [seed for seed in seeds if (task, method, baseline, seed) not in made]
-        words += [f"{task}: {method} against {baseline}, seed {seed}: not compared yet." for seed in new]
+    made = {(one.task, one.training_rows, one.method, one.baseline, seed) for one in comparisons for seed in one.seeds}
+    for task, rows, method, baseline, seeds in pairs_to_compare(records):
+        new = [seed for seed in seeds if (task, rows, method, baseline, seed) not in made]
+        trained = trained_on(task, rows)
+        words += [f"{trained}: {method} against {baseline}, seed {seed}: not compared yet." for seed in new]
     return kept, words
 
 
