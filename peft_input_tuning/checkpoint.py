@@ -74,8 +74,8 @@ def _check_what_else_is_there(model: nn.Module, name: str, found: dict[str, Tens
         if tensor.shape != known[key].shape:
             raise ValueError(
                 f"`{key}` has the shape {tuple(tensor.shape)} in the file of adapter {name!r}, but this model needs "
-                f"{tuple(known[key].shape)}. Load the adapter on the base model that it was trained on, with the size "
-                "of its embedding and its `num_labels` as they were then."
+                f"{tuple(known[key].shape)}. Load the adapter on the base model that it was trained on, its embedding "
+                "resized and its `num_labels` set as they were then."
             )
         if not tensor.is_meta and not torch.isfinite(tensor).all():
             raise ValueError(

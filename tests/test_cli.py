@@ -116,7 +116,7 @@ def test_a_classifier_of_five_labels(tmp_path):
     settings.write_text(json.dumps({k: v for k, v in json.loads(settings.read_text()).items() if "label" not in k}))
     without = run("inspect", tmp_path / "adapter", "--no-tokenizer")
     assert without.returncode == 2
-    assert "and its `num_labels` as they were then" in without.stderr
+    assert "and its `num_labels` set as they were then" in without.stderr
     result = run("inspect", tmp_path / "adapter", "--no-tokenizer", "--num-labels", 5)
     assert result.returncode == 0, result.stderr
 
