@@ -134,6 +134,7 @@ def describe_backbone(model: nn.Module, backbone_path: str, embedding_path: str)
         max_positions=_max_positions(table, first_position),
         is_causal=any(getattr(module, "is_causal", False) is True for module in backbone.modules()),
         has_window=any(getattr(backbone.config, name, None) for name in _WINDOWS),
+        # XLNet has its table in the backbone as GPT-2 does, and looks types up elsewhere.
         adds_token_types="token_type_ids" in parameters and owner is backbone and not _state_argument(backbone),
     )
 

@@ -109,6 +109,25 @@ def test_such_a_model_takes_the_adapter_alone(name):
     assert_close(model(input_ids=row[None]).logits[0], row_output(base, weights, row), **TOLERANCE)
 
 
+def test_a_class_that_expands_the_mask_itself_refuses_virtual_tokens_at_the_first_call():
+    """Whatever mask it is given. Its class for text alone is one of the families."""
+    text = {**GROUPED, "head_dim": 8, "sliding_window": 8}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 28, "patch_size": 14}
+    base = built(
+        t.Gemma3ForConditionalGeneration,
+        t.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_id=90),
+    )
+    model, _ = adapted_to(base, num_virtual_tokens=4)
+    with pytest.raises(
+        ValueError, match=r"`attention_mask` must have.*its class for text alone, or num_virtual_tokens=0"
+    ):
+        model(input_ids=ids(7)[None], attention_mask=torch.ones(1, 7, dtype=torch.long))
+    model, weights = adapted_to(base, num_virtual_tokens=0)
+    row = ids(7)
+    assert_close(model(input_ids=row[None]).logits[0], row_output(base, weights, row), **TOLERANCE)
+
+
 def test_ids_that_every_layer_looks_up_are_there_beside_the_adapter_alone():
     base = gemma3n()
     model, weights = adapted_to(base, num_virtual_tokens=0)

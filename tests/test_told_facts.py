@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import sacrebleu
 
 ROOT = Path(__file__).parent.parent
 BENCHMARK = ROOT / "examples" / "benchmark"
@@ -73,17 +74,11 @@ def runs(tmp_path) -> list[str]:
         ("amounts", "lora", REFERENCES),
     ):
         record = {"status": "finished", "stage": stage, "task": "webnlg", "method": method, "seed": 0, "attempts": 1}
-        bleu = told_facts_bleu(texts)
+        bleu = sacrebleu.corpus_bleu(texts, [REFERENCES], lowercase=True).score
         record |= {"config": {"rows": rows}, "data_hash": hashes, "metrics": {"bleu": bleu}}
         write_outputs(tmp_path / "results", f"{stage}/webnlg.{method}.seed0", texts)
         write_record(tmp_path / "results", f"{stage}/webnlg.{method}.seed0", record)
     return [str(tmp_path / "data"), "--results", str(tmp_path / "results")]
-
-
-def told_facts_bleu(texts: list[str]) -> float:
-    import sacrebleu
-
-    return sacrebleu.corpus_bleu(texts, [REFERENCES], lowercase=True).score
 
 
 def table_of(text: str) -> list[list[str]]:
