@@ -10,7 +10,9 @@ import random
 import re
 import shutil
 import sys
+from operator import sub
 from pathlib import Path
+from statistics import fmean, stdev
 from types import SimpleNamespace
 
 import numpy
@@ -180,6 +182,17 @@ def test_means_and_spreads_are_those_by_hand():
     assert found["e2e", "lora"] == Mean(13.0, pytest.approx(math.sqrt((9 + 1 + 16) / 2)), 3)
     assert found["e2e", "fine-tuning"] == Mean(30.0, None, 1)
     assert means(records, "no-metric") == {}
+
+
+def test_figures_say_of_how_many_seeds_they_are_where_some_are_missing():
+    from comparisons import Mean
+    from findings import Findings
+    from plan import BUDGETS
+
+    found = Findings(BUDGETS["full"], some({("e2e", "lora"): [1.0, 2.0, 3.0]}), {}, None, None, 0, ())
+    of = {seeds: Mean(2.0, None if seeds == 1 else 0.5, seeds) for seeds in (1, 2, 3)}
+    shown = [found.shown(of.get(seeds), ".1f") for seeds in (0, 1, 2, 3)]
+    assert shown == ["–", "2.0", "2.0 ± 0.5 (2 of 3 seeds)", "2.0 ± 0.5"]
 
 
 def test_the_gap_by_hand():
@@ -620,7 +633,8 @@ def test_the_tables_have_the_records_figures(made, text):
     near = row_of(text, "Familiarity", "dart")
     assert near[1:] == ["3.00", f"{100 * low / high:.1f}", f"{100 * ours / high:.1f}", f"{(ours - low) / 2:+.1f}"]
     assert row_of(text, "BLEU", "lora")[2:] == ["–", "–"]
-    assert row_of(text, "BLEU", "lora")[1].endswith(" (1 of 2 seeds)")
+    assert re.fullmatch(r"\d+\.\d", row_of(text, "BLEU", "lora")[1])  # its seed 1 failed
+    assert "Mean ± sample standard deviation over seeds; without ±, one." in text
     assert row_of(text, "dart", "input-tuning")[-4:] == ["1,338,624", "61", "30", "3,000"]
 
 
@@ -678,9 +692,9 @@ def test_less_and_more_training_stands_beside_the_main_runs(copy):
     assert [row[:4] + row[5:] for row in table[2:]] == [
         ["50", "200", "input-tuning", "50", "12.0 ± 2.8", "40.0 ± 0.0"],
         ["50", "200", "lora", "50", "13.0 ± 2.8", "40.0 ± 0.0"],
-        ["500", "200", "input-tuning", "50", "31.0 (1 of 2 seeds)", "40.0 (1 of 2 seeds)"],
-        ["500", "200", "lora", "50", "32.0 (1 of 2 seeds)", "40.0 (1 of 2 seeds)"],
-        ["5,000", "625", "input-tuning", "50", "60.0 (1 of 2 seeds)", "40.0 (1 of 2 seeds)"],
+        ["500", "200", "input-tuning", "50", "31.0", "40.0"],
+        ["500", "200", "lora", "50", "32.0", "40.0"],
+        ["5,000", "625", "input-tuning", "50", "60.0", "40.0"],
     ]
     svg = (copy.results / "figures" / "rows.svg").read_text(encoding="utf-8")
     ours = _scores_over_rows(_groups(gathered(copy), "e2e", {"input-tuning"}))["input-tuning"]
@@ -787,13 +801,14 @@ def test_the_summary(made, capsys):
     head, _, *rows = capsys.readouterr().out.strip().splitlines()
     assert head.strip("| ").split(" | ")[:5] == ["task", "prompt-tuning", "input-tuning", "LoRA", "fine-tuning"]
     assert [row.strip("| ").split(" | ")[0] for row in rows] == list(BITS)
-    (both,) = (
-        one
+    of_each_seed = [
+        one["p_value"]
         for one in stored(made.results)["comparisons"]
-        if (one["task"], one["baseline"], one["seeds"]) == ("dart", "prompt-tuning", [0, 1])
-    )
+        if (one["task"], one["baseline"]) == ("dart", "prompt-tuning") and len(one["seeds"]) == 1
+    ]
+    assert len(of_each_seed) == 2
     cells = rows[2].strip("| ").split(" | ")
-    assert (cells[3], cells[5]) == ("–", f"{both['p_value']:.3f}")
+    assert (cells[3], cells[5]) == ("–", f"{max(of_each_seed):.3f}")
     assert cells[6].endswith(" %")
 
 
@@ -880,6 +895,17 @@ def rows_in(page: str, columns: int) -> list[list[str]]:
     return [line.strip("| ").split(" | ") for line in page.splitlines() if line.count("|") == columns + 1]
 
 
+def of_seeds(runs: dict, task: str, method: str, metric: str) -> list[float]:
+    """A metric of each main run that finished."""
+    names = sorted(name for name in runs if name.startswith(f"main/{task}.{method}.seed"))
+    return [runs[name]["metrics"][metric] for name in names if runs[name]["status"] == "finished"]
+
+
+def over_seeds(values: list[float], form: str) -> str:
+    """Mean and sample standard deviation; of one value itself."""
+    return f"{fmean(values):{form}}" + (f" ± {stdev(values):{form}}" if len(values) > 1 else "")
+
+
 def shares_of_the_gap(runs: dict) -> list[int]:
     """The lowest and the highest share that input-tuning closes, over all tasks."""
     from plan import TASKS
@@ -887,7 +913,7 @@ def shares_of_the_gap(runs: dict) -> list[int]:
     shares = []
     for task in TASKS:
         methods = ("prompt-tuning", "input-tuning", "fine-tuning")
-        low, ours, high = (runs[f"main/{task}.{method}.seed0"]["metrics"]["bleu"] for method in methods)
+        low, ours, high = (fmean(of_seeds(runs, task, method, "bleu")) for method in methods)
         shares.append(round(100 * (ours - low) / (high - low)))
     return [min(shares), max(shares)]
 
@@ -904,13 +930,13 @@ def test_the_advice_has_what_input_tuning_gains(advice, runs_of_the_repository):
     found = {task: row[2:] for row in rows_in(advice, 6) for name, task in names.items() if name in row[0]}
     assert set(found) == set(names.values())
     for task, (low, high, gain, loss) in found.items():
-        ours, theirs = (
-            runs_of_the_repository[f"main/{task}.{method}.seed0"]["metrics"]
-            for method in ("input-tuning", "prompt-tuning")
+        (theirs, ours), losses = (
+            [of_seeds(runs_of_the_repository, task, method, metric) for method in ("prompt-tuning", "input-tuning")]
+            for metric in ("bleu", "validation_loss")
         )
-        assert [low, high] == [f"{theirs['bleu']:.1f}", f"{ours['bleu']:.1f}"]
-        assert gain.split(",")[0] == f"{ours['bleu'] - theirs['bleu']:.1f}"
-        assert loss == f"{theirs['validation_loss'] - ours['validation_loss']:.2f}"
+        assert [low, high] == [over_seeds(theirs, ".1f"), over_seeds(ours, ".1f")]
+        assert gain == over_seeds(list(map(sub, ours, theirs)), ".1f")
+        assert loss == f"{fmean(losses[0]) - fmean(losses[1]):.2f}"
 
 
 def test_the_advice_has_the_search_for_rates(advice, runs_of_the_repository):
@@ -934,15 +960,13 @@ def test_the_advice_has_the_scores_of_methods(heading, columns, advice, runs_of_
     rows = [row for row in rows_in(section, columns) if row[0] in METHODS]
     assert len(rows) == len({row[0] for row in rows}) >= 8
     for name, *cells in rows:
-        runs = [runs_of_the_repository.get(f"main/{task}.{name}.seed0", {}) for task in ("e2e", "overnight")]
-        expected = [cell for run in runs for cell in shown(run)]
-        numbers = {f"{run['trainable_parameters']:,}" for run in runs if "metrics" in run}
-        assert cells == ([*numbers, *expected] if columns == 6 else expected)
-
-
-def shown(run: dict) -> list[str]:
-    metrics = run.get("metrics")
-    return [f"{metrics['bleu']:.1f}", f"{metrics['validation_loss']:.3f}"] if metrics else ["–", "–"]
+        expected = [
+            over_seeds(of_seeds(runs_of_the_repository, task, name, metric), form)
+            for task in ("e2e", "overnight")
+            for metric, form in (("bleu", ".1f"), ("validation_loss", ".3f"))
+        ]
+        number = runs_of_the_repository[f"main/e2e.{name}.seed0"]["trainable_parameters"]
+        assert cells == ([f"{number:,}", *expected] if columns == 6 else expected)
 
 
 def test_the_advice_has_the_scores_by_number_of_examples(advice, runs_of_the_repository):
@@ -958,8 +982,13 @@ def test_the_advice_has_the_scores_by_number_of_examples(advice, runs_of_the_rep
     for task, amount, *cells in rows:
         number = int(amount.replace(",", ""))
         for method, cell in zip(("prompt-tuning", "input-tuning", "lora", "fine-tuning"), cells, strict=True):
-            name = f"main/{task}.{method}" if number == 1600 else f"amounts/{task}.{method}.rows{number}"
-            score, loss = shown(runs_of_the_repository.get(f"{name}.seed0", {}))
+            name = f"amounts/{task}.{method}.rows{number}.seed0"
+            score, loss = (
+                over_seeds(of_seeds(runs_of_the_repository, task, method, metric), form)
+                if number == 1600
+                else f"{runs_of_the_repository[name]['metrics'][metric]:{form}}"
+                for metric, form in (("bleu", ".1f"), ("validation_loss", ".3f"))
+            )
             assert cell == f"{score} ({loss})"
 
 
@@ -973,11 +1002,14 @@ def test_the_advice_has_the_lengths_of_texts(advice, runs_of_the_repository):
     ).groups()
     lengths, ahead = [], []
     for task in ("webnlg", "dart"):
-        ours, low, high = (
-            runs_of_the_repository[f"main/{task}.{method}.seed0"]["metrics"]
+        of = {
+            method: [of_seeds(runs_of_the_repository, task, method, metric) for metric in ("bleu", "length_ratio")]
             for method in ("input-tuning", "prompt-tuning", "fine-tuning")
+        }
+        lengths += [f"{100 * fmean(ratios):.0f}" for _, ratios in of.values()]
+        ours, low, _ = (
+            fmean(bleu / min(1.0, math.exp(1 - 1 / ratio)) for bleu, ratio in zip(*both, strict=True))
+            for both in of.values()
         )
-        lengths += [f"{100 * m['length_ratio']:.0f}" for m in (ours, low, high)]
-        scores = [m["bleu"] / min(1.0, math.exp(1 - 1 / m["length_ratio"])) for m in (ours, low)]
-        ahead.append(f"{scores[0] - scores[1]:.1f}")
+        ahead.append(f"{ours - low:.1f}")
     assert list(said) == [*lengths, *ahead]

@@ -127,7 +127,7 @@ def test_a_budget_has_each_run_once(name):
         for tier in budget.tiers
         for method in tier.methods
         for task in tier.tasks
-        for seed in budget.seeds
+        for seed in tier.seeds or budget.seeds
         for rows in tier.rows or [None]
     }
     assert all(run.steps == budget.steps for run in known if run.stage == "main")
@@ -148,6 +148,9 @@ def test_the_small_budget_has_what_the_comparison_needs():
     main = {(run.task, run.method) for run in known if run.stage == "main"}
     assert main >= {(task, method) for task in plan.TASKS for method in everywhere}
     assert main >= {(task, method) for task in plan.SEARCH_TASKS for method in METHODS}
+    others = {(run.task, run.method) for run in known if run.seed != 0}
+    firsts = {(task, method) for task in plan.TASKS for method in ("prompt-tuning", "input-tuning")}
+    assert others == firsts | {(task, "fine-tuning") for task in plan.SEARCH_TASKS}
 
 
 def test_runs_on_fewer_and_more_rows():

@@ -63,12 +63,13 @@ class Findings:
         return sorted({record["seed"] for record in self.main.values()})
 
     def shown(self, mean: Mean | None, form: str) -> str:
-        """Mean and spread; the number of seeds where it is not that of the whole."""
+        """Mean and spread; the number of seeds where it is neither that of the whole nor one, which has no spread."""
         if mean is None:
             return MISSING
-        spread = "" if mean.spread is None else f" ± {mean.spread:{form}}"
+        if mean.spread is None:
+            return f"{mean.mean:{form}}"
         seeds = f" ({mean.seeds} of {len(self.seeds)} seeds)" if mean.seeds != len(self.seeds) else ""
-        return f"{mean.mean:{form}}{spread}{seeds}"
+        return f"{mean.mean:{form}} ± {mean.spread:{form}}{seeds}"
 
 
 def number(value: float | None, form: str) -> str:

@@ -30,11 +30,13 @@ class Tier:
 
     Args:
         rows: training rows of runs on fewer or more of them. Without, these are main runs.
+        seeds: other ones than the budget's.
     """
 
     methods: tuple[str, ...]
     tasks: tuple[str, ...]
     rows: tuple[int, ...] = ()
+    seeds: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class Budget:
         steps, batch_size: of a main run; rows without an end, in an order that the seed fixes.
         search_steps: of a run of the search.
         train_rows, validation_rows, test_rows: at most, drawn at random, the same in all runs; None is all.
+        seeds: of each run, where its tier names no others; the search has the first.
         tiers: in order; a run that stands in two of them is of the first.
     """
 
@@ -95,6 +98,8 @@ BUDGETS = {
             Tier(SHARED, SEARCH_TASKS, rows=(50, 500)),
             Tier(SIZES, SEARCH_TASKS),
             Tier(SHARED, ("overnight",), rows=(5000,)),  # e2e has not as many
+            Tier(FIRST, TASKS, seeds=(1,)),
+            Tier(("fine-tuning",), SEARCH_TASKS, seeds=(1,)),
         ),
     ),
     "full": Budget(
@@ -211,7 +216,8 @@ def _runs_of_tiers(budget: Budget, losses: Mapping[str, float]) -> Iterator[Run]
                 for task in SEARCH_TASKS:
                     for rate in rates_to_try(METHODS[method].start, _losses_of(budget, task, method, losses)):
                         yield _search_run(budget, task, method, rate)
-        for seed, task, rows, method in product(budget.seeds, tier.tasks, tier.rows or (None,), tier.methods):
+        seeds = tier.seeds or budget.seeds
+        for seed, task, rows, method in product(seeds, tier.tasks, tier.rows or (None,), tier.methods):
             rate = best_rate(budget, task, method, losses)
             if rate is not None:
                 yield run_on(budget, rows, task, method, seed, rate)

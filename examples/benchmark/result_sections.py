@@ -74,7 +74,11 @@ def scores(found: Findings) -> list[Block]:
         Heading("BLEU"),
         Paragraph(
             "sacrebleu on 13a tokens in lower case, in per cent, on the drawn test rows, greedy texts. "
-            + ("One seed." if len(found.seeds) == 1 else "Mean ± sample standard deviation over seeds.")
+            + (
+                "One seed."
+                if len(found.seeds) == 1
+                else "Mean ± sample standard deviation over seeds; without ±, one."
+            )
         ),
         Table(("", *found.tasks), rows),
         Heading("Each task"),
