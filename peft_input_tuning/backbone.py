@@ -8,16 +8,21 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Any, NoReturn
 
+import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from .initialization import execution_device
 from .layer import InputTuningLayer
 from .modules import base_embedding
 
 # Arguments for what other models have `past_key_values` for; transformers' ALL_CACHE_NAMES are these and that.
 _STATES = ("cache_params", "state", "mems", "past_buckets_states")
+# A method of the module that counts positions along the ids, for calls with embeddings.
+_FROM_EMBEDDINGS = "create_position_ids_from_inputs_embeds"
 _WINDOWS = ("sliding_window", "window_size", "attention_chunk_size")
 
 
@@ -31,8 +36,9 @@ class Backbone:
         feeds_decoder: whether a decoder reads its output, so that virtual places stay in the last hidden state.
         slack: where unused slots of a mixed batch go, see `splice.py`.
         positions_from_mask: whether positions that are not passed are counted along the mask (OPT).
-        position_owner: path of the module that derives positions from ids (RoBERTa), or None.
+        padding_id: of a model that counts positions along the ids which are not padding (RoBERTa), or None.
         first_position: the position of a row's first token (RoBERTa starts after the padding's).
+        loses_left_pads: whether positions are counted so, and cannot be passed instead (M2M100).
         max_positions: rows of its table of absolute positions, or None.
         is_causal: whether its attention looks back only.
         has_window: whether attention sees only the nearest places (Mistral, Gemma).
@@ -44,8 +50,9 @@ class Backbone:
     feeds_decoder: bool = False
     slack: str = "left"
     positions_from_mask: bool = False
-    position_owner: str | None = None
+    padding_id: int | None = None
     first_position: int = 0
+    loses_left_pads: bool = False
     max_positions: int | None = None
     is_causal: bool = False
     has_window: bool = False
@@ -121,16 +128,17 @@ def describe_backbone(model: nn.Module, backbone_path: str, embedding_path: str)
     owner = backbone.get_submodule(owner_path)
     table = next((m for p, m in backbone.named_modules() if _is_position_table(p)), None)
     by_place = table is not None and "position_ids" not in parameters
-    from_ids = hasattr(owner, "create_position_ids_from_input_ids")
-    first_position = owner.padding_idx + 1 if from_ids else 0
+    padding_id = owner.padding_idx if hasattr(owner, _FROM_EMBEDDINGS) else None
+    first_position = 0 if padding_id is None else padding_id + 1
     return Backbone(
         embedding=embedding_path,
         parameters=parameters,
         feeds_decoder=find_decoder(model, backbone) is not None,
         slack="right" if by_place else "left",
-        positions_from_mask=table is not None and "attention_mask" in forward_parameters(table),
-        position_owner=owner_path if from_ids else None,
+        positions_from_mask=backbone.config.model_type == "opt",  # the table of BioGPT could, but is never left to
+        padding_id=padding_id,
         first_position=first_position,
+        loses_left_pads=hasattr(table, _FROM_EMBEDDINGS),
         max_positions=_max_positions(table, first_position),
         is_causal=any(getattr(module, "is_causal", False) is True for module in backbone.modules()),
         has_window=any(getattr(backbone.config, name, None) for name in _WINDOWS),
@@ -143,10 +151,13 @@ def _state_argument(backbone: nn.Module) -> str | None:
     return next((name for name in forward_parameters(backbone) if name in _STATES), None)
 
 
-def refuse_models_without_place(backbone: nn.Module, virtual_tokens: int, input_only: bool) -> None:
+def refuse_models_without_place(
+    backbone: nn.Module, embedding: nn.Module, virtual_tokens: int, input_only: bool
+) -> None:
     """Raises ValueError where a prompt would be lost or put in again and again, or output be taken for input.
 
     Args:
+        embedding: of words, `(batch, length)` ids → `(batch, length, embedding_dim)`.
         virtual_tokens: of the adapter.
         input_only: whether it leaves the output's tokens alone.
     """
@@ -157,10 +168,40 @@ def refuse_models_without_place(backbone: nn.Module, virtual_tokens: int, input_
         why = f"keeps its past in `{state}`, not `past_key_values`: a generated token looks like the start of a text"
     elif getattr(backbone.config, "hidden_size_per_layer_input", None):
         why = "looks up each token's id in every layer, and would get embeddings instead of ids"
+    elif virtual_tokens and _treats_ids_otherwise(backbone, embedding):
+        why = "does more with ids than look up their embeddings (it may scale them), and would get embeddings"
     else:
         return
     what = f"`num_virtual_tokens` is {virtual_tokens}" if virtual_tokens else '`adapter_scope` is "input"'
     raise ValueError(f'{what}, but {type(backbone).__name__} {why}. Use num_virtual_tokens=0 and adapter_scope="all".')
+
+
+@torch.no_grad()
+def _treats_ids_otherwise(backbone: nn.Module, embedding: nn.Module) -> bool:
+    """Whether two ids give another output than their embeddings: in Marian and Pegasus, which scale what they look up
+    and take embeddings as they are. Read off a run, since others scale both. False where weights are elsewhere."""
+    weights = list(backbone.parameters())
+    if any(one.is_meta or isinstance(one, DTensor) or hasattr(one, "ds_id") for one in weights):  # ds_id: DeepSpeed
+        return False
+    table = base_embedding(embedding)
+    special = {getattr(table, "padding_idx", None)}
+    special |= {getattr(backbone.config, f"{name}_token_id", None) for name in ("pad", "mask", "bos")}
+    plain = [number for number in range(table.num_embeddings // 2, table.num_embeddings) if number not in special]
+    ids = torch.tensor([plain[:2]], device=execution_device(table))
+    settings: dict[str, Any] = {"return_dict": True}
+    if "use_cache" in forward_parameters(backbone):
+        settings["use_cache"] = False
+    modes = [(module, module.training) for module in backbone.modules()]
+    backbone.eval()
+    try:
+        expected = backbone(input_ids=ids, **settings).last_hidden_state
+        found = backbone(inputs_embeds=embedding(ids), **settings).last_hidden_state
+    except Exception:  # it wants more than ids, or no embeddings: its own error says so at the first call
+        return False
+    finally:
+        for module, training in modes:
+            module.training = training
+    return not torch.allclose(found, expected, rtol=0, atol=1e-3 * float(expected.abs().max()), equal_nan=True)
 
 
 def _is_position_table(path: str) -> bool:

@@ -24,7 +24,9 @@ from .refusals import (
     refuse_expanded_mask,
     refuse_full_ids,
     refuse_gap,
+    refuse_left_pads,
     refuse_mixed_lengths,
+    refuse_other_places,
     refuse_pads_behind_prompt,
     refuse_too_long,
 )
@@ -52,7 +54,7 @@ def start_on_prompt_cache(
     given = given_input(call)
     cache, positions = call.get("past_key_values"), call.get("position_ids")
     one_given = (call.get("input_ids") is None) != (call.get("inputs_embeds") is None)
-    if not one_given or site.slack == "right":
+    if not one_given or site.slack == "right" or site.first_position:
         return False
     if site.max_positions is not None and slots + given.shape[1] > site.max_positions:
         return False
@@ -73,6 +75,7 @@ def start_with_prompt(
     if (ids is None) == (x is None):
         return  # the backbone's own error says it best
     given = given_input(call)
+    refuse_other_places(backbone, call, given)
     batch, length, device = given.shape[0], given.shape[1], given.device
     mask, given_positions, types = (call.get(name) for name in ("attention_mask", "position_ids", "token_type_ids"))
     mask = None if mask is None else mask.to(device)
@@ -85,6 +88,8 @@ def start_with_prompt(
     )
     if layout.lengths is not None:
         refuse_mixed_lengths(backbone, site)
+    if site.loses_left_pads:
+        refuse_left_pads(backbone, layout)
     positions = given_positions
     if positions is None:
         positions = default_positions(backbone, given, layout, site)
@@ -124,7 +129,7 @@ def packed_positions(backbone: nn.Module, call: SplicedCall) -> Tensor | None:
             (positions.diff(dim=-1) > 0).all() | (call.get("attention_mask") is not None), PACKED_COMPILED
         )
         return None
-    caches = backbone.config.use_cache if call.get("use_cache") is None else call["use_cache"]
+    caches = getattr(backbone.config, "use_cache", False) if call.get("use_cache") is None else call["use_cache"]
     alone = call.get("attention_mask") is None and call.get("past_key_values") is None and not caches
     starts = sequence_starts(positions)[:, 1:] if alone else positions.diff(dim=-1) <= 0
     mask = call.get("attention_mask")
@@ -168,12 +173,13 @@ def start_packed(
 
 def default_positions(backbone: nn.Module, given: Tensor, layout: PromptLayout, site: Backbone) -> Tensor | None:
     """The positions that the backbone would use, where it would not find them by itself any more: RoBERTa counts along
-    the ids that are not padding, and slack moves the places of a mixed batch. None where it still finds them."""
-    if site.position_owner is not None:
-        owner = backbone.get_submodule(site.position_owner)
+    the ids that are not padding (along embeddings all places), and slack moves the places of a mixed batch. None where
+    it still finds them."""
+    if site.padding_id is not None:
         if given.ndim == 2:
-            return owner.create_position_ids_from_input_ids(given, owner.padding_idx)
-        return owner.create_position_ids_from_inputs_embeds(given, owner.padding_idx)
+            is_token = (given != site.padding_id).long()
+            return is_token.cumsum(dim=1) * is_token + site.padding_id
+        return torch.arange(given.shape[1], device=given.device).expand(given.shape[0], -1) + site.first_position
     if layout.lengths is None or site.positions_from_mask or "position_ids" not in site.parameters:
         return None
     return torch.arange(given.shape[1], device=layout.lengths.device).unsqueeze(0)

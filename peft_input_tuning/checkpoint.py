@@ -66,7 +66,7 @@ def _check_what_else_is_there(model: nn.Module, name: str, found: dict[str, Tens
     known = {key.removeprefix(PEFT_PREFIX): value for key, value in model.state_dict().items()}
     embeddings = _embedding_paths(model)
     for key, tensor in found.items():
-        if key not in known or not (name in key.split(".") or key.rpartition(".")[0] in embeddings):
+        if key not in known or not (f".modules_to_save.{name}." in key or key.rpartition(".")[0] in embeddings):
             raise ValueError(
                 f"The file of adapter {name!r} holds `{key}`, which this adapter does not have. Its "
                 "adapter_config.json belongs to another adapter, or it was not made by input-tuning."

@@ -73,4 +73,4 @@ def _template_with_prompt(template: Any, front: str) -> Any:
         return None
     if isinstance(template, dict):
         return {name: _template_with_prompt(one, front) for name, one in template.items()}
-    return f"{{{{- {json.dumps(front)} -}}}}{template}"
+    return f"{{{{- {json.dumps(front)} }}}}{template}"

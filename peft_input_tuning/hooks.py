@@ -38,7 +38,7 @@ from .calls import (
 )
 from .layer import InputTuningLayer
 from .packing import PackedLayout
-from .refusals import refuse_what_cannot_be_packed, refuse_what_cannot_be_spliced
+from .refusals import refuse_shortened, refuse_what_cannot_be_packed, refuse_what_cannot_be_spliced
 from .row_adapters import current_row_adapters, is_prompt_in_place
 from .scope import adapt_input_only
 from .splice import PromptLayout, count_left_pads
@@ -97,6 +97,7 @@ def take_prompt_out(backbone: nn.Module, args: tuple, call: dict[str, Any], outp
     if layout is None:
         return None
     batch, places = output.last_hidden_state.shape[:2]
+    refuse_shortened(backbone, places, call["inputs_embeds"].shape[1])
     if not site.feeds_decoder:
         output.last_hidden_state = layout.remove(output.last_hidden_state)
     for name, dim in (("hidden_states", 1), ("attentions", -2)):

@@ -65,6 +65,8 @@ class InputTuningLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._unmerged_weight: tuple[nn.Parameter, ...] = ()  # in a tuple, or it would be a parameter of this module
         self.prompt_states: dict[str, Any] = {}
+        self.register_state_dict_post_hook(_put_unmerged_weight)
+        self.register_load_state_dict_pre_hook(_refuse_weight_while_merged)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles compute their prompts' states again."""
@@ -438,6 +440,22 @@ class InputTuningLayer(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "input_tuning." + super().__repr__()
+
+
+def _put_unmerged_weight(layer: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
+    """Files hold the adapter beside the base it belongs to: beside the merged table it would be applied twice."""
+    key = f"{prefix}base_layer.weight"
+    if isinstance(layer, InputTuningLayer) and layer.merged and key in state:
+        state[key] = layer._unmerged_weight[0].detach()
+
+
+def _refuse_weight_while_merged(layer: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """What is loaded would be lost at the next unmerging, or be taken for merged."""
+    if isinstance(layer, InputTuningLayer) and layer.merged and f"{prefix}base_layer.weight" in state:
+        raise ValueError(
+            f"`{prefix}base_layer.weight` cannot be loaded while adapter {layer.merged_adapters[0]!r} is merged into "
+            "it. Call unmerge_adapter() first."
+        )
 
 
 def named_layer(model: nn.Module) -> tuple[str, InputTuningLayer]:

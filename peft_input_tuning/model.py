@@ -66,7 +66,7 @@ class InputTuningModel(BaseTuner):
         if not isinstance(embedding, InputTuningLayer) and _holds_our_layer(embedding):
             refuse_changed_embedding(backbone, embedding_path, embedding)
         input_only = config.adapter_scope == "input" and tells_input_from_output(self.model)
-        refuse_models_without_place(backbone, config.num_virtual_tokens, input_only)
+        refuse_models_without_place(backbone, embedding, config.num_virtual_tokens, input_only)
         _check_modules_to_save(config, self.model, self.embedding_path)
         check_can_be_saved(base_embedding(embedding))
         _check_sizes(

@@ -114,7 +114,8 @@ def _is_exact(
     if not all(type(one) in (DynamicLayer, DynamicSlidingWindowLayer) for one in cache.layers):
         return False  # a recurrent state is more than keys and values
     rope = getattr(backbone.config, "rope_parameters", None) or {}
-    if isinstance(rope, dict) and rope.get("rope_type") in _LENGTH_DEPENDENT_ROPE:
+    kinds = [rope, *rope.values()]  # of all layers, or a dict for each type of layer
+    if any(isinstance(kind, dict) and kind.get("rope_type") in _LENGTH_DEPENDENT_ROPE for kind in kinds):
         return False
     if (has_window or not _knows_pads(backbone, positions)) and mask is not None and not bool(mask.all()):
         return False  # pads would stand between the prompt and the tokens, and count

@@ -15,6 +15,7 @@ PACKED_COMPILED = (
     "`position_ids` restart inside a row: several sequences are packed into it, which a compiled model cannot look "
     "for. Pass one sequence a row, with padding, or do not compile."
 )
+_OF_PLACES = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids")
 CONTINUE = (
     "To continue on a returned cache, pass only the new tokens as `input_ids`, and an `attention_mask` over the "
     "cached and the new tokens together: given all ids, `generate` would cut them by the length of the cache, which "
@@ -71,6 +72,35 @@ def refuse_expanded_mask(mask: Any) -> None:
             f"`attention_mask` must have the shape (batch, length), got {shape}: virtual tokens cannot be added to "
             "a mask that is already expanded. Pass the two-dimensional mask; where the model expands it by itself, as "
             "multimodal ones do, use its class for text alone, or num_virtual_tokens=0."
+        )
+
+
+def refuse_other_places(backbone: nn.Module, call: dict[str, Any], given: Tensor) -> None:
+    """Arguments with a value for each place of the input, of which only some are known here (not LED's
+    `global_attention_mask`), and XLM's lengths of rows."""
+    for name, value in call.items():
+        if name in _OF_PLACES or name.startswith("encoder_") or not isinstance(value, Tensor):
+            continue
+        if name == "lengths" or value.shape[:2] == given.shape[:2]:
+            raise ValueError(
+                f"`{name}` has the shape {tuple(value.shape)}, and nothing is known of what {type(backbone).__name__} "
+                "does with it, so it gets none for virtual tokens. Leave it out, or use num_virtual_tokens=0."
+            )
+
+
+def refuse_shortened(backbone: nn.Module, places: int, expected: int) -> None:
+    if places != expected:
+        raise ValueError(
+            f"{type(backbone).__name__} gives {places} places for {expected}, so virtual tokens cannot be taken out "
+            "of them again. Use num_virtual_tokens=0."
+        )
+
+
+def refuse_left_pads(backbone: nn.Module, layout: PromptLayout) -> None:
+    if layout.pads is not None and not torch.compiler.is_compiling() and bool(layout.pads.any()):
+        raise ValueError(
+            f"`attention_mask` has padding on the left, which {type(backbone).__name__} would count as positions once "
+            "there are virtual tokens. Pad on the right, or use num_virtual_tokens=0."
         )
 
 

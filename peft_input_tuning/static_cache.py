@@ -9,10 +9,13 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
+from .initialization import execution_device
 from .layer import InputTuningLayer
 from .row_adapters import current_row_adapters
 from .splice import PromptLayout, count_left_pads
 
+# Settings of generate whose processors call the model again or read the encoder's input, and what turns them off.
+_LOOKING_ELSEWHERE = {"guidance_scale": 1, "encoder_repetition_penalty": 1.0, "encoder_no_repeat_ngram_size": 0}
 DEFAULT_MAX_LENGTH = 20  # of transformers' generate, counted in new tokens beside embeddings
 
 
@@ -52,6 +55,13 @@ def input_with_prompt(model: nn.Module, layer: InputTuningLayer, kwargs: dict[st
             f"`past_key_values` is a {type(cache).__name__} of fixed size that is not empty: going on from it is not "
             "supported with virtual tokens. Pass an empty one (`.reset()`), or use a dynamic cache."
         )
+    for name, neutral in _LOOKING_ELSEWHERE.items():
+        value = _setting(model, kwargs, name)
+        if value not in (None, neutral):
+            raise ValueError(
+                f"`{name}` is {value}, which reads the input beside the cache, and a static cache has virtual tokens "
+                "in it. Use a dynamic cache."
+            )
     kwargs = dict(kwargs)
     ids = kwargs.pop("inputs", None)
     ids = kwargs.pop("input_ids", None) if ids is None else ids
@@ -59,7 +69,7 @@ def input_with_prompt(model: nn.Module, layer: InputTuningLayer, kwargs: dict[st
     kwargs.pop("position_ids", None)  # generate derives them from the mask, for the prompt too
     if ids is None and x is None:
         raise ValueError("`generate` needs `input_ids` or `inputs_embeds`, got neither.")
-    x = layer(ids.to(layer.weight.device), is_output=False) if x is None else x
+    x = layer(ids.to(execution_device(layer.base_layer)), is_output=False) if x is None else x
     batch, length = x.shape[:2]
     mask = kwargs.get("attention_mask")
     mask = _mask_of(model, ids, kwargs) if mask is None else mask

@@ -278,6 +278,18 @@ def test_a_spoiled_file_is_not_loaded_over_an_adapter_that_was_loaded_and_never_
     assert torch.equal(answer(model), want)
 
 
+@pytest.mark.parametrize("name", ["x", "model", "norm", "weight"])
+def test_a_name_that_occurs_in_paths_does_not_open_the_base(file, name):
+    change_tensors(lambda tensors: tensors.update({"base_model.model.model.norm.weight": torch.full((32,), 7.0)}))(
+        file
+    )
+    base = build(LLAMA)
+    before = base.model.norm.weight.clone()
+    with pytest.raises(ValueError, match=r"holds `model.norm.weight`, which this adapter does not have"):
+        PeftModel.from_pretrained(base, file, adapter_name=name)
+    assert torch.equal(base.model.norm.weight, before)
+
+
 def test_an_adapter_that_is_there_is_loaded_with_its_own_configuration(file):
     """PEFT does not look at the folder's then, and the tensors fit."""
     model, _, _ = adapted(LLAMA, seed=7)

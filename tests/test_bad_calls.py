@@ -88,6 +88,18 @@ def test_static_cache_that_is_not_empty(family):
         model.generate(input_ids=ids(1, 9), past_key_values=cache, **options)
 
 
+READ_THE_INPUT = {"guidance_scale": 2.0, "encoder_repetition_penalty": 3.0, "encoder_no_repeat_ngram_size": 2}
+
+
+@pytest.mark.parametrize("setting", READ_THE_INPUT)
+def test_static_cache_with_settings_that_read_the_input_beside_it(setting):
+    model, _, _ = adapted(llama)
+    options = {"max_new_tokens": 3, "do_sample": False, "cache_implementation": "static", "disable_compile": True}
+    with pytest.raises(ValueError, match=rf"`{setting}` is \d.*Use a dynamic cache"):
+        model.generate(input_ids=ids(1, 5), **{setting: READ_THE_INPUT[setting]}, **options)
+    assert still_works(model)
+
+
 @pytest.mark.parametrize("family", [f for f in DECODERS if f.name != "bloom"], ids=str)  # Bloom reads no positions
 @pytest.mark.parametrize(
     "positions", [[0, 1, 2, 0, 1], [0, 1, 2, 3, 0], [0, 0, 0, 1, 2]], ids=["two", "a single last", "single first ones"]

@@ -105,6 +105,9 @@ def test_offloaded_base(offload, tmp_path):
     assert_close(model(input_ids=row[None]).logits[0], row_output(base, weights, row), **TOLERANCE)
     out = model.generate(input_ids=row[None], max_new_tokens=4, min_new_tokens=4, do_sample=False, pad_token_id=PAD)
     assert torch.equal(out[0, 7:], greedy(base, weights, row, 4))
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "disable_compile": True}
+    static = model.generate(input_ids=row[None], cache_implementation="static", pad_token_id=PAD, **options)
+    assert torch.equal(static, out)
 
 
 def gradients(model) -> dict[str, torch.Tensor]:

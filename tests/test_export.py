@@ -211,16 +211,19 @@ def test_the_tokenizer_puts_the_prompt_in_front(family, tmp_path):
 
 
 @pytest.mark.feature("export")
-def test_chat_template_starts_with_the_prompt(tmp_path):
+@pytest.mark.parametrize("start", ["{{ bos_token }}", "\n\n"], ids=repr)
+def test_chat_template_starts_with_the_prompt(start, tmp_path):
     family = FAMILIES["llama"]
     model, _, _ = adapted(family)
     tokenizer = tokenizer_of(family)
-    tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}{{ m['content'] + ' ' }}{% endfor %}"
+    tokenizer.chat_template = start + "{% for m in messages %}{{ m['content'] + ' ' }}{% endfor %}"
     report = export_model(model, tmp_path / "plain", tokenizer=tokenizer)
     loaded = transformers.AutoTokenizer.from_pretrained(tmp_path / "plain")
     chat = [{"role": "user", "content": "a b"}, {"role": "assistant", "content": "c"}]
     want = tokenizer.apply_chat_template(chat, return_dict=False)
     assert loaded.apply_chat_template(chat, return_dict=False) == list(report.virtual_token_ids) + want
+    texts = [one.apply_chat_template(chat, tokenize=False) for one in (loaded, tokenizer)]
+    assert texts[0].endswith(texts[1])
 
 
 # ---- the folder -----------------------------------------------------------------------------------------------------

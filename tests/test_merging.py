@@ -8,13 +8,13 @@ import weakref
 import pytest
 import torch
 import transformers
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from torch import nn
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from adapters import adapted, add, config, randomize
-from families import ALL, FAMILIES, build, ids
+from families import ALL, FAMILIES, VOCAB, build, ids
 from oracles import adapter_weights, encoder_of, row_output, transform
 from peft_input_tuning import InputTuningLayer, export_model
 
@@ -157,6 +157,39 @@ def test_saved_while_merged(tmp_path):
     assert adapter_weights(again).keys() == weights.keys()
     assert all(torch.equal(value, weights[key]) for key, value in adapter_weights(again).items())
     assert torch.equal(again.get_input_embeddings().weight, build(LLAMA).get_input_embeddings().weight)
+
+
+def test_saved_while_merged_with_the_embedding_of_a_resized_base(tmp_path):
+    """PEFT puts that into the file: the base's own, or the adapter would be applied twice."""
+    build(LLAMA).save_pretrained(tmp_path / "base")
+
+    def resized():
+        base = LLAMA.heads["lm"].from_pretrained(tmp_path / "base")
+        torch.manual_seed(3)
+        base.resize_token_embeddings(VOCAB + 3)
+        return base.eval()
+
+    model = get_peft_model(resized(), config(LLAMA, num_virtual_tokens=0)).eval()
+    randomize(model)
+    want = output(model)
+    model.merge_adapter()
+    with pytest.warns(UserWarning, match="embedding layer has been resized"):
+        model.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(resized(), tmp_path / "adapter").eval()
+    assert_close(output(again), want, **TOLERANCE)
+
+
+def test_a_state_holds_the_base_and_is_not_loaded_into_a_merged_table():
+    model, base, _ = mergeable()
+    model.merge_adapter()
+    state = model.state_dict()
+    (key,) = (key for key in state if key.endswith("embed_tokens.base_layer.weight"))
+    assert torch.equal(state[key], base.get_input_embeddings().weight)
+    with pytest.raises(ValueError, match=r"cannot be loaded while adapter 'default' is merged.*unmerge_adapter"):
+        model.load_state_dict(state)
+    model.unmerge_adapter()
+    model.load_state_dict(state)
+    assert torch.equal(model.base_model.layer.weight, base.get_input_embeddings().weight)
 
 
 def test_token_types_are_not_adapted():

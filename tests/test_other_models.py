@@ -139,6 +139,180 @@ def test_ids_that_every_layer_looks_up_are_there_beside_the_adapter_alone():
     assert (ours - body(inputs_embeds=x).last_hidden_state).abs().max() > 0.1, "the case shows nothing"
 
 
+def seq2seq(kind: str, model: str | None = None, **changes):
+    settings = getattr(t, f"{kind}Config")(**{**SEQ2SEQ, "max_position_embeddings": 64, "init_std": 0.3, **changes})
+    return built(getattr(t, model or f"{kind}ForConditionalGeneration"), settings)
+
+
+def falcon_h1():
+    settings = {"head_dim": 8, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_state": 4, "mamba_d_head": 8}
+    return built(t.FalconH1ForCausalLM, t.FalconH1Config(**GROUPED, **settings, embedding_multiplier=5.0))
+
+
+def esm():
+    settings = {**BERT, "pad_token_id": 1, "mask_token_id": 90, "token_dropout": True}
+    return built(t.EsmForMaskedLM, t.EsmConfig(**settings, position_embedding_type="rotary"))
+
+
+SCALED = {
+    "marian": lambda: seq2seq("Marian", "MarianMTModel", scale_embedding=True),
+    "pegasus": lambda: seq2seq("Pegasus", scale_embedding=True),
+    "blenderbot_small": lambda: seq2seq("BlenderbotSmall", scale_embedding=True),
+    "mvp": lambda: seq2seq("Mvp", scale_embedding=True),
+}
+IDS_ONLY = {**SCALED, "falcon_h1": falcon_h1, "esm": esm}
+
+
+@pytest.mark.parametrize("name", IDS_ONLY)
+def test_models_that_do_more_with_ids_than_look_them_up_are_refused(name):
+    """They scale the embeddings of ids, and take embeddings as they are: those of the hooks would not be scaled."""
+    base = IDS_ONLY[name]().train()
+    with pytest.raises(ValueError, match=r"`num_virtual_tokens` is 4, but \w+ does more with ids than look up.*=0"):
+        get_peft_model(base, config(num_virtual_tokens=4))
+    assert not any("input_tuning" in key for key in base.state_dict())
+    assert all(module.training for module in base.modules())
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_such_a_model_scales_what_the_adapter_alone_gives(name):
+    base = SCALED[name]()
+    model, weights = adapted_to(base, num_virtual_tokens=0)
+    inputs = {"input_ids": ids(2, 7), "decoder_input_ids": ids(2, 5, seed=9)}
+    folded = copy.deepcopy(base)
+    table = transform(weights, base.get_input_embeddings().weight)
+    folded.get_encoder().embed_tokens = torch.nn.Embedding.from_pretrained(table)
+    assert_close(model(**inputs).logits, folded(**inputs).logits, **TOLERANCE)
+
+
+def granite():
+    return built(t.GraniteForCausalLM, t.GraniteConfig(**GROUPED, embedding_multiplier=5.0))
+
+
+@pytest.mark.parametrize("name", ["granite", "m2m_100", "bart"])
+def test_models_that_scale_both_or_neither_take_virtual_tokens(name):
+    base = {"granite": granite, "m2m_100": lambda: seq2seq("M2M100"), "bart": lambda: seq2seq("Bart")}[name]()
+    model, weights = adapted_to(base)
+    row = ids(7)
+    more = {"decoder_input_ids": ids(1, 5, seed=9)} if base.config.is_encoder_decoder else {}
+    assert_close(model(input_ids=row[None], **more).logits[0], row_output(base, weights, row, **more), **TOLERANCE)
+
+
+# ---- positions ------------------------------------------------------------------------------------------------------
+
+
+def mpnet():
+    return built(t.MPNetForMaskedLM, t.MPNetConfig(**{**BERT, "pad_token_id": 1}))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_positions_along_ids_are_found_where_no_method_tells_them(side):
+    """MPNet counts along ids in a function of its module, where RoBERTa has a method."""
+    base = mpnet()
+    model, weights = adapted_to(base, task_type="FEATURE_EXTRACTION")
+    rows = [ids(7), ids(4, seed=1)]
+    pads = torch.ones(3, dtype=torch.long)
+    short = torch.cat([pads, rows[1]] if side == "left" else [rows[1], pads])
+    batch = torch.stack([rows[0], short])
+    out = model(input_ids=batch, attention_mask=(batch != 1).long()).logits
+    at = slice(3, None) if side == "left" else slice(0, 4)
+    assert_close(out[0], row_output(base, weights, rows[0]), **TOLERANCE)
+    assert_close(out[1, at], row_output(base, weights, rows[1]), **TOLERANCE)
+
+
+def test_a_mixed_batch_where_positions_are_counted_along_ids():
+    base = mpnet()
+    model, weights = adapted_to(base, task_type="FEATURE_EXTRACTION")
+    batch = ids(2, 7)
+    out = model(input_ids=batch, adapter_names=["default", "__base__"]).logits
+    assert_close(out[0], row_output(base, weights, batch[0]), **TOLERANCE)
+    assert_close(out[1], base(input_ids=batch[1:]).logits[0], **TOLERANCE)
+
+
+def test_positions_that_a_model_counts_along_ids_are_in_its_limit():
+    model, _ = adapted_to(mpnet(), task_type="FEATURE_EXTRACTION")
+    with pytest.raises(ValueError, match=r"has only 62 positions\. Shorten the input to 58 tokens"):
+        model(input_ids=ids(1, 59))
+
+
+def test_a_mixed_batch_where_the_table_could_count_along_the_mask():
+    """BioGPT's table can, as OPT's, but its model gives it positions by place."""
+    settings = {**SMALL, **WIDE, "max_position_embeddings": 64, "initializer_range": 0.3}
+    base = built(t.BioGptForCausalLM, t.BioGptConfig(**settings))
+    model, weights = adapted_to(base, task_type="CAUSAL_LM")
+    other = add(model, "other", seed=3, num_virtual_tokens=2)
+    batch = ids(2, 7)
+    for mask in (None, torch.ones_like(batch)):
+        out = model(input_ids=batch, attention_mask=mask, adapter_names=["default", "other"], use_cache=False).logits
+        for row, mine, found in zip(batch, (weights, other), out, strict=True):
+            assert_close(found, row_output(base, mine, row), **TOLERANCE)
+
+
+def test_left_padding_that_would_be_counted_is_refused():
+    """M2M100 counts along ids and takes no positions; padded on the right, nothing is lost."""
+    base = seq2seq("M2M100")
+    model, weights = adapted_to(base, task_type="SEQ_2_SEQ_LM")
+    rows, more = [ids(7), ids(4, seed=1)], {"decoder_input_ids": ids(1, 5, seed=9)}
+    batch, mask = padded(rows, "right")
+    out = model(input_ids=batch, attention_mask=mask, decoder_input_ids=ids(1, 5, seed=9).expand(2, -1)).logits
+    for row, found in zip(rows, out, strict=True):
+        assert_close(found, row_output(base, weights, row, **more), **TOLERANCE)
+    batch, mask = padded(rows, "left")
+    with pytest.raises(ValueError, match=r"padding on the left, which M2M100Encoder would count.*Pad on the right"):
+        model(input_ids=batch, attention_mask=mask, decoder_input_ids=ids(1, 5, seed=9).expand(2, -1))
+
+
+WITHOUT_CACHE = {
+    "distilbert": lambda: built(
+        t.DistilBertForMaskedLM,
+        t.DistilBertConfig(**SMALL, dim=32, n_layers=2, n_heads=4, hidden_dim=48, initializer_range=0.3),
+    ),
+    "albert": lambda: built(t.AlbertForMaskedLM, t.AlbertConfig(**BERT, embedding_size=16)),
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_CACHE)
+def test_positions_of_the_caller_where_a_configuration_knows_no_cache(name):
+    base = WITHOUT_CACHE[name]()
+    model, weights = adapted_to(base, task_type="FEATURE_EXTRACTION")
+    row = ids(7)
+    out = model(input_ids=row[None], position_ids=torch.arange(7)[None]).logits
+    assert_close(out[0], row_output(base, weights, row), **TOLERANCE)
+
+
+@torch.no_grad()
+def test_generation_of_a_decoder_whose_positions_start_later():
+    """RoBERTa's first token has position 2 with this padding: the cached prompt would be at 0."""
+    base = built(t.XLMRobertaForCausalLM, t.XLMRobertaConfig(**{**BERT, "pad_token_id": 1}, is_decoder=True))
+    model, _ = adapted_to(base, task_type="CAUSAL_LM")
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 1}
+    batch = ids(2, 7)
+    cached, plain = (model.generate(input_ids=batch, use_cache=use, **options) for use in (True, False))
+    assert torch.equal(cached, plain)
+
+
+# ---- arguments that nothing is known of -----------------------------------------------------------------------------
+
+
+def test_arguments_for_each_place_that_are_not_known_are_refused():
+    longformer = t.LongformerConfig(**BERT, attention_window=4)
+    model, _ = adapted_to(built(t.LongformerForSequenceClassification, longformer))
+    with pytest.raises(ValueError, match=r"`global_attention_mask` has the shape \(1, 7\), and nothing is known"):
+        model(input_ids=ids(1, 7))  # the class makes one itself
+    settings = t.XLMConfig(n_words=VOCAB, emb_dim=32, n_layers=2, n_heads=4, max_position_embeddings=64, pad_index=0)
+    model, _ = adapted_to(built(t.XLMWithLMHeadModel, settings))
+    with pytest.raises(ValueError, match=r"`lengths` has the shape \(1,\).*num_virtual_tokens=0"):
+        model(input_ids=ids(1, 7), lengths=torch.tensor([7]))
+
+
+def test_a_model_that_shortens_its_input_is_refused_at_the_first_call():
+    settings = t.FunnelConfig(vocab_size=VOCAB, d_model=32, n_head=4, d_head=8, d_inner=48, block_sizes=[1, 1])
+    model, _ = adapted_to(built(t.FunnelBaseModel, settings))
+    with pytest.raises(
+        ValueError, match=r"FunnelBaseModel gives \d+ places for 24, so virtual tokens cannot be taken"
+    ):
+        model(input_ids=ids(1, 20))
+
+
 # ---- outputs that not all models have -------------------------------------------------------------------------------
 
 MIXTURES = {

@@ -353,9 +353,22 @@ def test_a_cache_that_is_offloaded_takes_the_usual_way(runs):
     assert runs == []
 
 
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+
+
+def test_dynamic_rope_of_some_layers_takes_the_usual_way(runs):
+    family = FAMILIES["gemma3"]
+    settings = family.config()
+    settings.rope_parameters = {**settings.rope_parameters, "full_attention": DYNAMIC}
+    torch.manual_seed(0)
+    model = get_peft_model(family.heads["lm"](settings), config(family)).eval()
+    generate(model, input_ids=ids(1, 7))
+    assert runs == []
+
+
 def test_dynamic_rope_takes_the_usual_way(runs):
     settings = llama.config()
-    settings.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    settings.rope_parameters = DYNAMIC
     torch.manual_seed(0)
     model = get_peft_model(transformers.LlamaForCausalLM(settings), config(llama)).eval()
     generate(model, input_ids=ids(1, 7))
