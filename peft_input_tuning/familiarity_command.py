@@ -141,6 +141,7 @@ def _checked(arguments: argparse.Namespace) -> int:
         raise ValueError("--save-counts needs --corpus: there is nothing to count.")
     check_file_to_write("--html", arguments.html)
     check_file_to_write("--save-counts", arguments.save_counts)
+    _refuse_lost_files(arguments)
     for name in ("data", "corpus", "counts", "prose", "regression"):
         path: Path | None = getattr(arguments, name)
         if path is not None and not path.is_file():
@@ -153,6 +154,19 @@ def _checked(arguments: argparse.Namespace) -> int:
     if not total:
         raise ValueError(f'DATA.jsonl: {str(arguments.data)!r} is empty. Write lines of {{"{arguments.field}": "…"}}.')
     return total
+
+
+def _refuse_lost_files(arguments: argparse.Namespace) -> None:
+    """Raises where a file would be written over one that is read, or over the other one that is written."""
+    used: dict[Path, str] = {}
+    for name in ("data", "corpus", "counts", "prose", "regression", "save_counts", "html"):
+        path: Path | None = getattr(arguments, name)
+        if path is None:
+            continue
+        argument = "DATA.jsonl" if name == "data" else f"--{name.replace('_', '-')}"
+        other = used.setdefault(path.resolve(), argument)
+        if other != argument and name in ("save_counts", "html"):
+            raise ValueError(f"{argument}: {str(path)!r} is {other} too, which would be lost. Name another file.")
 
 
 def _load(arguments: argparse.Namespace) -> tuple[Any, PreTrainedTokenizerBase, BigramCounts | None]:

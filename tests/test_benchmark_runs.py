@@ -462,6 +462,54 @@ def test_batches_give_what_each_prompt_gives_alone(method, monkeypatch):
     assert found == [" ".join(map(str, tokens)) for tokens in expected]
 
 
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [("bart", "input-tuning"), ("bart", "lora"), ("bart", "fine-tuning"), ("t5", "lora"), ("t5", "fine-tuning")],
+)
+def test_batches_of_encoder_decoder_models_give_what_each_gives_alone(family, method, monkeypatch):
+    """BART numbers the places of a row, pads included."""
+    monkeypatch.setattr(generation, "MAX_NEW_TOKENS", 6)
+    torch.manual_seed(0)
+    model = one_run.trainable_model(build(FAMILIES[family], "lm"), METHODS[method]).eval()
+    for parameter in model.parameters():
+        if parameter.requires_grad and method != "fine-tuning":
+            torch.nn.init.normal_(parameter, std=0.05 if method == "input-tuning" else 0.5)
+
+    class Tokenizer:
+        pad_token_id, eos_token_id = PAD, EOS
+
+        @staticmethod
+        def batch_decode(rows, skip_special_tokens):
+            return [" ".join(str(token) for token in row.tolist() if token not in (PAD, EOS)) for row in rows]
+
+    draw = torch.Generator().manual_seed(1)
+    prompts = [torch.randint(3, 90, (length,), generator=draw).tolist() for length in (4, 9, 4, 7, 4, 4, 2, 9)]
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": PAD, "eos_token_id": EOS}
+    alone = [model.generate(input_ids=torch.tensor([prompt]), **options) for prompt in prompts]
+    expected = [Tokenizer.batch_decode(out, skip_special_tokens=True)[0] for out in alone]
+    assert len(set(expected)) > 3
+    assert generation.generate(model, Tokenizer, prompts) == expected
+
+
+def test_checkpoints_of_another_run_under_the_same_name_are_not_gone_on_from(tmp_path):
+    folder, run = tmp_path / "main" / "e2e.lora.seed0", {"rate": 0.001, "model": "a", "data": {"train": "1"}}
+
+    def left_by(other: dict) -> bool:
+        one_run.drop_checkpoints_of_another(folder, other)
+        (folder / "checkpoint-4").mkdir()
+        one_run.drop_checkpoints_of_another(folder, run)
+        return (folder / "checkpoint-4").is_dir()
+
+    assert left_by(run)
+    for changed in ({"rate": 0.1}, {"model": "b"}, {"data": {"train": "2"}}):
+        shutil.rmtree(folder)
+        assert not left_by(run | changed)
+    shutil.rmtree(folder)
+    (folder / "checkpoint-4").mkdir(parents=True)  # by whom, nothing says
+    one_run.drop_checkpoints_of_another(folder, run)
+    assert not (folder / "checkpoint-4").is_dir()
+
+
 def test_padding_is_for_methods_that_are_right_beside_it():
     prompts = [[1] * length for length in (3, 5, 3, 4)]
     assert generation.batches_of(prompts, padded=True) == [[0, 2, 3, 1]]

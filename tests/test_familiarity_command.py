@@ -196,6 +196,13 @@ def test_without_weights(files, tiny_model, capsys):
         (b'{"source": "a"}', ["--save-counts", "file"], "--save-counts needs --corpus"),
         (b'{"source": "a"}', ["--html", "nowhere/page.html"], "--html: .* in a folder that does not exist"),
         (b'{"source": "a"}', ["--html", "."], "--html: .* is a folder"),
+        (
+            b'{"source": "a"}',
+            ["--html", "./data.jsonl"],
+            r"--html: 'data.jsonl' is DATA\.jsonl too, which would be lost",
+        ),
+        (b'{"source": "a"}', ["--corpus", "text", "--save-counts", "text"], "--save-counts: 'text' is --corpus too"),
+        (b'{"source": "a"}', ["--corpus", "text", "--save-counts", "x", "--html", "x"], "'x' is --save-counts too"),
     ],
     ids=[
         "empty",
@@ -221,6 +228,9 @@ def test_without_weights(files, tiny_model, capsys):
         "--save-counts alone",
         "no folder for the page",
         "page is a folder",
+        "page over the inputs",
+        "counts over the corpus",
+        "page over the counts",
     ],
 )
 def test_errors_come_before_the_model(tmp_path, monkeypatch, capsys, content, options, message):
@@ -228,6 +238,7 @@ def test_errors_come_before_the_model(tmp_path, monkeypatch, capsys, content, op
     Path("data.jsonl").write_bytes(content)
     Path("empty").write_bytes(b"\n")
     Path("latin").write_bytes(b"gr\xfcn\n")
+    Path("text").write_text("a\n")
     assert main(["familiarity", "data.jsonl", "--model", "./no-model", *options]) == 2
     error = capsys.readouterr().err
     assert re.search(message, error), error

@@ -56,9 +56,13 @@ def generate(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, prompts
             longest = max(len(prompts[row]) for row in rows)
             pads = [longest - len(prompts[row]) for row in rows]
             ids = [[tokenizer.pad_token_id] * pad + prompts[row] for row, pad in zip(rows, pads, strict=True)]
+            mask = [[0] * pad + [1] * (longest - pad) for pad in pads]
+            if model.config.is_encoder_decoder:  # BART numbers the places of a row, and new tokens stand elsewhere
+                ids = [row[pad:] + row[:pad] for row, pad in zip(ids, pads, strict=True)]
+                mask = [row[::-1] for row in mask]
             out = model.generate(
                 input_ids=torch.tensor(ids, device=model.device),
-                attention_mask=torch.tensor([[0] * pad + [1] * (longest - pad) for pad in pads], device=model.device),
+                attention_mask=torch.tensor(mask, device=model.device),
                 max_new_tokens=MAX_NEW_TOKENS,
                 do_sample=False,
                 pad_token_id=tokenizer.pad_token_id,

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import json
 import os
 import platform
 import shutil
@@ -291,6 +292,8 @@ def record_run(run: Run, budget: Budget, data: Path, model: str, dtype: str, res
         "data_hash": task.data_hash,
     }
     write_record(results, run.name, record)
+    of_this_run = {**asdict(run), "budget": budget.name, "model": model, "dtype": dtype, "data": task.data_hash}
+    drop_checkpoints_of_another(folder, of_this_run)
     try:
         gained, texts = execute(run, budget, task, model, dtype, work, folder)
     except KeyboardInterrupt:
@@ -314,6 +317,19 @@ def record_run(run: Run, budget: Budget, data: Path, model: str, dtype: str, res
 def checkpoints_of(run: Run, results: Path, work: Path) -> Path:
     """The folder of a run's checkpoints: its own, whatever other budgets and models are run in `work`."""
     return work / results.name / run.name
+
+
+def drop_checkpoints_of_another(folder: Path, run: dict[str, Any]) -> None:
+    """Takes checkpoints away that another run (rate, model, data) left under this one's name.
+
+    Args:
+        run: all that a run's result depends on; noted in the folder.
+    """
+    note, text = folder / "run.json", json.dumps(run, sort_keys=True)
+    if folder.exists() and not (note.is_file() and note.read_text(encoding="utf-8") == text):
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    note.write_text(text, encoding="utf-8")
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:

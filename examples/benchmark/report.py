@@ -34,6 +34,7 @@ from significance import compare_all, load, save, still_true
 from task_data import InputError
 
 RESULTS = Path(__file__).resolve().parent / "results"
+FAMILIARITY = RESULTS / "familiarity.json"
 STORED = "significance.json"
 SECTIONS = (what_was_run, scores, significance, gap, familiarity, rates, ablations, amounts, samples, all_runs)
 
@@ -63,6 +64,10 @@ def gather(options: argparse.Namespace) -> Findings:
     elif stored.is_file():
         comparisons, draws = load(stored)
         comparisons, left_out = still_true(comparisons, records, options.results)
+    if options.familiarity != FAMILIARITY and not options.familiarity.is_file():
+        raise InputError(
+            f"--familiarity: there is no file {str(options.familiarity)!r}. familiarity_of_tasks.py writes it."
+        )
     bits, measured_with = read_familiarity(options.familiarity)
     return Findings(BUDGETS[options.budget], records, bits, measured_with, comparisons, draws, left_out)
 
@@ -71,9 +76,14 @@ def read_familiarity(path: Path) -> tuple[dict[str, float], tuple[str, int] | No
     """Bits per byte of each task, and the model and the number of inputs they were measured with."""
     if not path.is_file():
         return {}, None
-    found = json.loads(path.read_text(encoding="utf-8"))
-    bits = {task: entry["bits_per_byte"] for task, entry in found.items() if isinstance(entry, dict)}
-    return bits, (found["model"], found["limit"])
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        bits = {task: entry["bits_per_byte"] for task, entry in found.items() if isinstance(entry, dict)}
+        return bits, (found["model"], found["limit"])
+    except (ValueError, KeyError, AttributeError) as error:
+        raise InputError(
+            f"--familiarity: {str(path)!r} is not what familiarity_of_tasks.py writes ({error}). Write it again."
+        ) from None
 
 
 def write(found: Findings, results: Path) -> list[Path]:
@@ -122,7 +132,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("data", type=Path, nargs="?", metavar="DATA", help="folder with a folder for each task")
     add("--budget", choices=sorted(BUDGETS), default="small", help="of the runs (%(default)s)")
     add("--results", type=Path, metavar="FOLDER", help="the records (default: results/BUDGET beside this script)")
-    add("--familiarity", type=Path, default=RESULTS / "familiarity.json", help="what familiarity_of_tasks.py wrote")
+    add("--familiarity", type=Path, default=FAMILIARITY, help="what familiarity_of_tasks.py wrote")
     add("--samples", type=int, default=SAMPLES, metavar="N", help="draws of the bootstrap (%(default)s)")
     add("--summary", action="store_true", help="print the README's table instead")
     options = parser.parse_args(argv)
