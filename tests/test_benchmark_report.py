@@ -12,7 +12,7 @@ import shutil
 import sys
 from operator import sub
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean, stdev, variance
 from types import SimpleNamespace
 
 import numpy
@@ -936,6 +936,17 @@ def test_pages_say_how_much_of_the_gap_is_closed(page, runs_of_the_repository):
     text = " ".join((ROOT / page).read_text(encoding="utf-8").split())
     ((low, high),) = re.findall(r"closes (\d+) to (\d+) % of the gap", text)
     assert [int(low), int(high)] == shares_of_the_gap(runs_of_the_repository)
+
+
+def test_the_advice_says_how_much_is_chance(advice, runs_of_the_repository):
+    """The pooled standard deviation over seeds of one run, from the pairs of runs that differ in the seed alone."""
+    cells = {(run["task"], run["method"]) for run in runs_of_the_repository.values() if run["seed"] != 0}
+    spreads = [
+        math.sqrt(fmean(variance(of_seeds(runs_of_the_repository, *cell, metric)) for cell in cells))
+        for metric in ("bleu", "validation_loss")
+    ]
+    said = re.search(r"seeds of ([\d.]+) BLEU and ([\d.]+) of validation loss \((\d+) pairs", " ".join(advice.split()))
+    assert list(said.groups()) == [f"{spreads[0]:.1f}", f"{spreads[1]:.3f}", str(len(cells))]
 
 
 def test_the_advice_has_what_input_tuning_gains(advice, runs_of_the_repository):
