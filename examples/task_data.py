@@ -33,7 +33,7 @@ def read_json_lines(path: str, argument: str) -> list[Example]:
         InputError: it is missing, empty, or a line is not what it should be.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8").split("\n")  # JSON may hold what splitlines takes for an end
     except FileNotFoundError:
         raise InputError(f"{argument}: there is no file {path!r}. Check the path.") from None
     except (OSError, UnicodeDecodeError) as error:

@@ -724,6 +724,25 @@ def test_results_of_another_model_are_not_taken_for_this_ones(data, tiny_model, 
     assert "but rates/e2e.lora.rate0.001 of --results was run with 'another'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"budget": "trial"}, r"--budget: 'small' is wanted, but rates/e2e\.lora\.rate0\.001 .* was run with 'trial'"),
+        ({"data_hash": {"train": "0"}}, r"DATA: e2e/train\.jsonl is not the file that rates/e2e\.lora\.rate0\.001 of"),
+        (None, r"rate0\.001\.json' is no record \(.*\)\. Remove it"),
+    ],
+    ids=["budget", "data", "cut off"],
+)
+def test_results_of_another_budget_or_of_other_data_are_not_taken(record, message, data, tiny_model, tmp_path, capsys):
+    name = "rates/e2e.lora.rate0.001"
+    records.write_record(tmp_path, name, {"status": "interrupted", "task": "e2e", **(record or {})})
+    if record is None:
+        path = tmp_path / f"{name}.json"
+        path.write_text(path.read_text()[:-4])
+    assert run_all.main([str(data), "--model", str(tiny_model), "--results", str(tmp_path)]) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
 def test_a_missing_package_is_named_before_any_run(data, monkeypatch, capsys):
     monkeypatch.setattr(run_all, "find_spec", lambda name: None if name == "pycocoevalcap" else name)
     assert run_all.main([str(data)]) == 2

@@ -170,6 +170,16 @@ def test_without_weights(files, tiny_model, capsys):
     assert "Their bigrams score" in " ".join(capsys.readouterr().out.split())
 
 
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="no folder where nobody may write is known here")
+@pytest.mark.parametrize("option", ["--html", "--save-counts"])
+def test_a_file_that_cannot_be_written_is_named_before_the_model(option, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("data.jsonl").write_text('{"source": "a"}\n')
+    more = [option, "/proc/page", "--corpus", "data.jsonl"]
+    assert main(["familiarity", "data.jsonl", "--model", "./no-model", *more]) == 2
+    assert f"{option}: '/proc/page' cannot be written" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("content", "options", "message"),
     [

@@ -168,6 +168,15 @@ WRONG_FILES = {
 }
 
 
+def test_a_line_ends_at_a_line_break_alone(tmp_path):
+    """JSON may hold other characters that end a line elsewhere."""
+    path = tmp_path / "train.jsonl"
+    path.write_bytes(
+        '{"source": "a\u2028b\u0085c", "references": ["d"]}\r\n{"source": "e", "references": ["f"]}'.encode()
+    )
+    assert [row.source for row in task_data.read_json_lines(str(path), "DATA")] == ["a\u2028b\u0085c", "e"]
+
+
 @pytest.mark.parametrize("case", WRONG_FILES)
 def test_wrong_file(case, tmp_path, capsys):
     content, message = WRONG_FILES[case]

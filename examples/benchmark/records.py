@@ -15,6 +15,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # beside the other examples
 
 from peft_input_tuning.unfinished_file import unfinished
+from task_data import InputError
 
 FINAL = ("finished", "diverged")
 Record = dict[str, Any]
@@ -23,7 +24,16 @@ Record = dict[str, Any]
 def read_record(results: Path, name: str) -> Record | None:
     """The record of the run of this name; None if it was never started."""
     path = results / f"{name}.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return _read(path) if path.is_file() else None
+
+
+def _read(path: Path) -> Record:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(
+            f"--results: {str(path)!r} is no record ({error}). Remove it; its run is made again."
+        ) from None
 
 
 def write_record(results: Path, name: str, record: Record) -> None:
@@ -47,9 +57,12 @@ def read_outputs(results: Path, name: str) -> list[str]:
 
 
 def read_records(results: Path) -> dict[str, Record]:
-    """All records below a folder, by their runs' names."""
-    found = sorted(results.glob("*/*.json"))
-    return {f"{path.parent.name}/{path.stem}": json.loads(path.read_text(encoding="utf-8")) for path in found}
+    """All records below a folder, by their runs' names.
+
+    Raises:
+        InputError: a file is no record.
+    """
+    return {f"{path.parent.name}/{path.stem}": _read(path) for path in sorted(results.glob("*/*.json"))}
 
 
 def losses(records: dict[str, Record]) -> dict[str, float]:

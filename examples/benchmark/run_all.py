@@ -30,7 +30,7 @@ from one_run import PROGRESS, add_common_arguments, checkpoints_of, results_fold
 from plan import BUDGETS, SEARCH_TASKS, TASKS, Budget, Run, runs
 from records import FINAL, Record, losses, read_record, read_records, write_record
 from task_data import InputError
-from tasks import find_tasks
+from tasks import find_tasks, hashes_of
 
 ONE_RUN = Path(__file__).resolve().parent / "one_run.py"
 LOOK_EVERY = 2.0  # seconds
@@ -140,7 +140,7 @@ def _show(bar: tqdm, active: list[Active], known: list[Run], done: set[str]) -> 
 
 
 def check(options: argparse.Namespace) -> None:
-    """Raises InputError where an argument cannot be used, or where the results are of another model."""
+    """Raises InputError where an argument cannot be used, or where the results are of another model or other data."""
     unknown = [task for task in options.tasks if task not in TASKS]
     if unknown:
         raise InputError(f"--tasks: {unknown[0]!r} is not one of {', '.join(TASKS)}.")
@@ -150,12 +150,22 @@ def check(options: argparse.Namespace) -> None:
     if missing:
         raise InputError(f"{missing[0]} is not installed. Run `pip install '.[benchmark]'`.")
     find_tasks(options.data, (*SEARCH_TASKS, *options.tasks))
-    wanted = {"model": model_label(options.model), "dtype": options.dtype}
+    wanted = {"budget": options.budget, "model": model_label(options.model), "dtype": options.dtype}
+    hashes: dict[str, dict[str, str]] = {}
     for name, record in read_records(results_folder(options)).items():
+        of_run = {"budget": record.get("budget", options.budget), **record.get("config", {})}
         for argument, value in wanted.items():
-            if (found := record.get("config", {}).get(argument, value)) != value:
+            if (found := of_run.get(argument, value)) != value:
                 raise InputError(
                     f"--{argument}: {value!r} is wanted, but {name} of --results was run with {found!r}. Choose "
+                    "another --results."
+                )
+        task = record.get("task")
+        if task in (*SEARCH_TASKS, *options.tasks) and "data_hash" in record:
+            now = hashes.setdefault(task, hashes_of(options.data, task))
+            if changed := [split for split, one in record["data_hash"].items() if now.get(split) != one]:
+                raise InputError(
+                    f"DATA: {task}/{changed[0]}.jsonl is not the file that {name} of --results was run on. Choose "
                     "another --results."
                 )
 

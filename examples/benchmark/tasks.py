@@ -41,15 +41,19 @@ def read_task(data: Path, name: str, most: dict[str, int | None], train_rows: in
         most: how many rows of each split are drawn; None is all.
         train_rows: instead of `most["train"]`, at most. Fewer rows are among more of them.
     """
-    rows, hashes = {}, {}
+    rows = {}
     for split in SPLITS:
         path = data / name / f"{split}.jsonl"
         found = read_json_lines(str(path), "DATA")
         rows[split] = limit(found, most[split] or len(found), _SUBSET_SEED)
         if split == "train" and train_rows is not None:
             rows[split] = _fewer_or_more(rows[split], found, train_rows)
-        hashes[split] = hashlib.sha256(path.read_bytes()).hexdigest()
-    return Task(rows, hashes)
+    return Task(rows, hashes_of(data, name))
+
+
+def hashes_of(data: Path, name: str) -> dict[str, str]:
+    """SHA-256 of each file of a task, by split."""
+    return {split: hashlib.sha256((data / name / f"{split}.jsonl").read_bytes()).hexdigest() for split in SPLITS}
 
 
 def _fewer_or_more(drawn: list[Example], found: list[Example], rows: int) -> list[Example]:
