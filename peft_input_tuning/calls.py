@@ -33,6 +33,8 @@ from .refusals import (
 from .row_adapters import current_row_adapters
 from .splice import PromptLayout, count_left_pads
 
+OF_PACKED_ROWS = ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+
 
 class SplicedCall(dict):
     """The kwargs of one call of the backbone, and what its post-hook has to undo."""
@@ -75,6 +77,8 @@ def start_with_prompt(
     if (ids is None) == (x is None):
         return  # the backbone's own error says it best
     given = given_input(call)
+    for name in OF_PACKED_ROWS:
+        call.pop(name, None)  # each row is one sequence here, as of a packed batch of a single one: they say no more
     refuse_other_places(backbone, call, given)
     batch, length, device = given.shape[0], given.shape[1], given.device
     mask, given_positions, types = (call.get(name) for name in ("attention_mask", "position_ids", "token_type_ids"))

@@ -65,14 +65,14 @@ class InputTuningModel(BaseTuner):
         self._backbone_paths = backbone_path, embedding_path
         if not isinstance(embedding, InputTuningLayer) and _holds_our_layer(embedding):
             refuse_changed_embedding(backbone, embedding_path, embedding)
-        input_only = config.adapter_scope == "input" and tells_input_from_output(self.model)
-        refuse_models_without_place(backbone, embedding, config.num_virtual_tokens, input_only)
         _check_modules_to_save(config, self.model, self.embedding_path)
         check_can_be_saved(base_embedding(embedding))
         _check_sizes(
             config, base_embedding(embedding).embedding_dim, getattr(backbone.config, "max_position_embeddings", None)
         )
-        keep_unpacked(self.model)
+        keep_unpacked(self.model)  # before the model is run
+        input_only = config.adapter_scope == "input" and tells_input_from_output(self.model)
+        refuse_models_without_place(backbone, embedding, config.num_virtual_tokens, input_only)
 
     def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         try:

@@ -227,6 +227,21 @@ def test_numbers_of_sequences_are_spread():
     assert seen["seq_idx"].tolist() == [[0] * 6 + [1] * 7]
 
 
+def test_a_packed_batch_of_a_single_sequence():
+    """What tells the sequences of a row apart says nothing then, and is of the caller's length."""
+    model, base, weights = adapted(LLAMA)
+    seen = {}
+    layer = model.get_base_model().model.layers[0]
+    layer.register_forward_pre_hook(lambda _, args, kwargs: seen.update(kwargs), with_kwargs=True)
+    features = [{"input_ids": ids(7).tolist()}]
+    collate = DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_seq_idx=True, return_tensors="pt")
+    batch = collate(features)
+    batch.pop("labels")
+    assert {"seq_idx", "cu_seq_lens_q"} <= set(batch)
+    assert_close(model(**batch, use_cache=False).logits[0], row_output(base, weights, ids(7)), atol=2e-4, rtol=1e-3)
+    assert not {"seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"} & set(seen)
+
+
 def test_positions_that_leave_some_out_start_a_sequence_where_the_model_says_so():
     """Without a mask and a cache, transformers takes a gap for the start of a new sequence."""
     model, base, weights = adapted(LLAMA)
