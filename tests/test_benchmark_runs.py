@@ -424,6 +424,21 @@ def test_other_models(method, family, data, other_models, tmp_path):
 # ---- generation -----------------------------------------------------------------------------------------------------
 
 
+class Tokenizer:
+    """Texts are the numbers of the tokens."""
+
+    pad_token_id, eos_token_id = PAD, EOS
+
+    @staticmethod
+    def batch_decode(rows, skip_special_tokens):
+        return [" ".join(str(token) for token in row.tolist() if token not in (PAD, EOS)) for row in rows]
+
+
+def prompts_of_many_lengths() -> list[list[int]]:
+    draw = torch.Generator().manual_seed(1)
+    return [torch.randint(3, 90, (length,), generator=draw).tolist() for length in (4, 9, 4, 7, 4, 4, 2, 9)]
+
+
 def one_by_one(model, prompts: list[list[int]]) -> list[list[int]]:
     """New tokens by full forward passes without a cache, as `generation.py` should find them."""
     found = []
@@ -439,13 +454,6 @@ def one_by_one(model, prompts: list[list[int]]) -> list[list[int]]:
     "method", ["prompt-tuning", "p-tuning", "prefix-tuning", "input-tuning", "lora", "fine-tuning"]
 )
 def test_batches_give_what_each_prompt_gives_alone(method, monkeypatch):
-    class Tokenizer:
-        pad_token_id, eos_token_id = PAD, EOS
-
-        @staticmethod
-        def batch_decode(rows, skip_special_tokens):
-            return [" ".join(str(token) for token in row.tolist() if token not in (PAD, EOS)) for row in rows]
-
     monkeypatch.setattr(generation, "MAX_NEW_TOKENS", 6)
     monkeypatch.setattr(generation, "GENERATED_AT_ONCE", 3)
     torch.manual_seed(0)
@@ -453,8 +461,7 @@ def test_batches_give_what_each_prompt_gives_alone(method, monkeypatch):
     for parameter in model.parameters():  # nothing is left as it starts
         if parameter.requires_grad and method != "fine-tuning":
             torch.nn.init.normal_(parameter, std=0.5)
-    draw = torch.Generator().manual_seed(1)
-    prompts = [torch.randint(3, 90, (length,), generator=draw).tolist() for length in (4, 9, 4, 7, 4, 4, 2, 9)]
+    prompts = prompts_of_many_lengths()
     with torch.no_grad():
         expected = one_by_one(model, prompts)
     assert len({tuple(tokens) for tokens in expected}) > 3
@@ -475,15 +482,7 @@ def test_batches_of_encoder_decoder_models_give_what_each_gives_alone(family, me
         if parameter.requires_grad and method != "fine-tuning":
             torch.nn.init.normal_(parameter, std=0.05 if method == "input-tuning" else 0.5)
 
-    class Tokenizer:
-        pad_token_id, eos_token_id = PAD, EOS
-
-        @staticmethod
-        def batch_decode(rows, skip_special_tokens):
-            return [" ".join(str(token) for token in row.tolist() if token not in (PAD, EOS)) for row in rows]
-
-    draw = torch.Generator().manual_seed(1)
-    prompts = [torch.randint(3, 90, (length,), generator=draw).tolist() for length in (4, 9, 4, 7, 4, 4, 2, 9)]
+    prompts = prompts_of_many_lengths()
     options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": PAD, "eos_token_id": EOS}
     alone = [model.generate(input_ids=torch.tensor([prompt]), **options) for prompt in prompts]
     expected = [Tokenizer.batch_decode(out, skip_special_tokens=True)[0] for out in alone]

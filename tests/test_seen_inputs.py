@@ -46,7 +46,7 @@ def write_run(folder: Path, name: str, texts: list[str], references: list[str], 
 
 @pytest.fixture
 def arguments(tmp_path) -> list[str]:
-    """Two of three test inputs are training inputs; one run on both training rows, one on the first."""
+    """Of three test inputs two are training inputs: a run on both rows, one of another seed, one on a single row."""
     (tmp_path / "data" / "dart").mkdir(parents=True)
     references = [RIGHT, RIGHT, RIGHT]
     for split, sources in (("train", ["a", "b"]), ("validation", ["v"]), ("test", ["a", "b", "c"])):
@@ -54,6 +54,8 @@ def arguments(tmp_path) -> list[str]:
         (tmp_path / "data" / "dart" / f"{split}.jsonl").write_text("".join(lines))
     write_run(tmp_path, "main/dart.lora.seed0", [RIGHT, RIGHT, WRONG], references, method="lora")
     write_run(tmp_path, "main/dart.lora.seed1", [WRONG, WRONG, WRONG], references, method="lora", seed=1)
+    fewer = {"stage": "amounts", "rows": 1, "config": {"rows": {"train": 1, "test": 3}}}
+    write_run(tmp_path, "amounts/dart.lora.rows1.seed0", [RIGHT] * 3, references, method="lora", **fewer)
     return [str(tmp_path / "data"), "--task", "dart", "--results", str(tmp_path / "results")]
 
 
@@ -66,7 +68,8 @@ def rows_of(text: str) -> list[list[str]]:
 def test_the_command(arguments, capsys):
     assert seen_inputs.main(arguments) == 0
     assert rows_of(capsys.readouterr().out) == [
-        ["2", "2 of 3", "–", "–", f"100.0 / {bleu(WRONG, RIGHT):.1f}", "–"]  # seed 0 alone
+        ["1", "1 of 3", "–", "–", "100.0 / 100.0", "–"],
+        ["2", "2 of 3", "–", "–", f"100.0 / {bleu(WRONG, RIGHT):.1f}", "–"],  # seed 0 alone
     ]
 
 

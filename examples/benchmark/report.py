@@ -126,6 +126,16 @@ def _summary_row(found: Findings, task: str) -> Sequence[str]:
     ]
 
 
+def parser_for_stored_runs(description: str | None) -> argparse.ArgumentParser:
+    """What scripts take that read stored runs beside their data; no --results means `RESULTS / budget`."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("data", type=Path, metavar="DATA", help="folder with a folder for each task")
+    add("--budget", choices=sorted(BUDGETS), default="small", help="of the runs (%(default)s)")
+    add("--results", type=Path, metavar="FOLDER", help="the records (default: results/BUDGET beside this script)")
+    return parser
+
+
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument

@@ -9,7 +9,6 @@ DATA is the folder that the runs were made with. All runs are measured before th
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -19,9 +18,8 @@ import evaluate
 from tqdm import tqdm
 
 from one_run import METRIC
-from plan import BUDGETS
 from records import Record, read_records, write_record
-from report import RESULTS
+from report import RESULTS, parser_for_stored_runs
 from significance import outputs_and_references
 from task_data import InputError
 from tasks import find_tasks
@@ -55,12 +53,7 @@ def rescore(results: Path, data: Path) -> dict[str, Record]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("data", type=Path, metavar="DATA", help="folder with a folder for each task")
-    add("--budget", choices=sorted(BUDGETS), default="small", help="of the runs (%(default)s)")
-    add("--results", type=Path, metavar="FOLDER", help="the records (default: results/BUDGET beside this script)")
-    options = parser.parse_args(argv)
+    options = parser_for_stored_runs(__doc__).parse_args(argv)
     results = options.results or RESULTS / options.budget
     try:
         changed = rescore(results, options.data)

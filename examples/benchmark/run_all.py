@@ -1,6 +1,6 @@
 """The paper's comparison on real data: every run of a budget, each in a process of its own.
 
-    python examples/benchmark/run_all.py DATA                   # small: about ten hours on two CPU cores
+    python examples/benchmark/run_all.py DATA                   # small: about nine hours on two CPU cores
     python examples/benchmark/run_all.py DATA --budget full     # all rows, all methods, three seeds: for accelerators
     python examples/benchmark/report.py DATA                    # tables and plots of what is there
 

@@ -8,7 +8,6 @@ numbers of training rows that there are runs of. Overnight's forms are few, so t
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from findings import MISSING
 from metrics.generation_metrics import by_position
 from plan import BUDGETS, SHARED, TASKS, Budget
 from records import Record, read_records
-from report import RESULTS
+from report import RESULTS, parser_for_stored_runs
 from significance import outputs_and_references
 from task_data import InputError
 from tasks import find_tasks, read_task
@@ -79,12 +78,8 @@ def _row(
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("data", type=Path, metavar="DATA", help="folder with a folder for each task")
-    add("--task", choices=TASKS, default="overnight", help="(%(default)s)")
-    add("--budget", choices=sorted(BUDGETS), default="small", help="of the runs (%(default)s)")
-    add("--results", type=Path, metavar="FOLDER", help="the records (default: results/BUDGET beside this script)")
+    parser = parser_for_stored_runs(__doc__)
+    parser.add_argument("--task", choices=TASKS, default="overnight", help="(%(default)s)")
     options = parser.parse_args(argv)
     results = options.results or RESULTS / options.budget
     try:

@@ -8,7 +8,6 @@ For tasks whose inputs are triples, `subject : predicate : object | ...`: WebNLG
 
 from __future__ import annotations
 
-import argparse
 import re
 import sys
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ from comparisons import finished, in_order
 from methods import METHODS
 from plan import ABLATIONS, BUDGETS
 from records import read_records
-from report import RESULTS
+from report import RESULTS, parser_for_stored_runs
 from significance import outputs_and_references
 from task_data import InputError
 from tasks import SPLITS, find_tasks, read_task
@@ -100,12 +99,8 @@ def table(results: Path, data: Path, task: str, seed: int) -> Table:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("data", type=Path, metavar="DATA", help="folder with a folder for each task")
-    add("--task", choices=WITH_TRIPLES, default=WITH_TRIPLES[0], help="(%(default)s)")
-    add("--budget", choices=sorted(BUDGETS), default="small", help="of the runs (%(default)s)")
-    add("--results", type=Path, metavar="FOLDER", help="the records (default: results/BUDGET beside this script)")
+    parser = parser_for_stored_runs(__doc__)
+    parser.add_argument("--task", choices=WITH_TRIPLES, default=WITH_TRIPLES[0], help="(%(default)s)")
     options = parser.parse_args(argv)
     results = options.results or RESULTS / options.budget
     try:
