@@ -23,18 +23,19 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import GenerationMixin
 
-from .backbone import find_backbone, refuse_changed_embedding, refuse_models_without_place
-from .cache_mark import mark_of
+from .backbone import find_backbone, has_window, refuse_changed_embedding, refuse_models_without_place
+from .cache_mark import cache_of, mark_of
 from .checkpoint import check_adapter_state_dict
 from .config import InputTuningConfig
 from .hooks import install_hooks, remove_hooks
 from .layer import InputTuningLayer
 from .modules import base_embedding
 from .quantized import check_can_be_saved, keep_unpacked
-from .refusals import refuse_full_ids
-from .row_adapters import BASE, RowAdapters, current_row_adapters, prompt_in_place, use_row_adapters
+from .refusals import refuse_full_ids, refuse_pads_behind_prompt
+from .row_adapters import BASE, RowAdapters, current_row_adapters, generating, prompt_in_place, use_row_adapters
 from .scope import input_of_generate, tells_input_from_output
-from .static_cache import input_with_prompt, uses_static_cache
+from .splice import count_left_pads
+from .static_cache import generation_setting, input_with_prompt, mask_of_ids, uses_static_cache
 
 MAX_HIDDEN_RATIO = 64  # an input-adapter wider than this many embeddings is a mistake, not a choice
 
@@ -224,15 +225,21 @@ class InputTuningModel(BaseTuner):
             raise ValueError(
                 '`cache_implementation` "paged" batches requests by itself and leaves no room for virtual tokens.'
             )
-        cache = kwargs.get("past_key_values")
+        cache = cache_of(kwargs)
         mark = mark_of(cache)
         ids = kwargs.get("inputs") if kwargs.get("inputs") is not None else kwargs.get("input_ids")
+        mask = kwargs.get("attention_mask")
         if mark is not None and mark.layout.slots and ids is not None:
-            mask = kwargs.get("attention_mask")
             refuse_full_ids(cache, None if mask is None else mask.shape[1], ids.shape[1])
         layer = self.layer
         rows = current_row_adapters(layer)
+        chunk = generation_setting(self.model, kwargs, "prefill_chunk_size")
+        if chunk and layer.slots and has_window(self.model.get_submodule(self._backbone_paths[0])):
+            mask = mask_of_ids(self.model, ids, kwargs) if mask is None else mask
+            if mask is not None:
+                refuse_pads_behind_prompt(count_left_pads(mask), chunk)
         with ExitStack() as stack:
+            stack.enter_context(generating(layer))
             if rows is not None:
                 stack.enter_context(use_row_adapters(layer, replace(rows, in_generate=True)))
             if layer.adapts_input_only:
