@@ -13,13 +13,12 @@ from typing import Any, NoReturn, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers import DynamicCache, PreTrainedModel
 
 from .cache_mark import cache_name
-from .initialization import execution_device
 from .layer import InputTuningLayer
 from .modules import base_embedding
+from .trial_run import plain_ids, unchanged, weights_are_here
 
 # Arguments for what other models have a cache for; transformers' ALL_CACHE_NAMES are these and `CACHE_NAMES`.
 _STATES = ("cache_params", "state", "mems", "past_buckets_states")
@@ -145,7 +144,7 @@ def describe_backbone(model: nn.Module, backbone_path: str, embedding_path: str)
         first_position=first_position,
         loses_left_pads=hasattr(table, _FROM_EMBEDDINGS),
         max_positions=_max_positions(table, first_position),
-        is_causal=any(getattr(module, "is_causal", False) is True for module in backbone.modules()),
+        is_causal=is_causal(backbone),
         has_window=has_window(backbone),
         # XLNet has its table in the backbone as GPT-2 does, and looks types up elsewhere.
         adds_token_types="token_type_ids" in parameters and owner is backbone and not _state_argument(backbone),
@@ -155,8 +154,8 @@ def describe_backbone(model: nn.Module, backbone_path: str, embedding_path: str)
 def _state_argument(backbone: nn.Module) -> str | None:
     """The argument in which a model keeps a past that has no length; None if it has none.
 
-    Since transformers 5.24 state-space models call theirs a cache, too: one without a layer of attention, or of a class
-    of its own (xLSTM).
+    Since transformers 5.24 state-space models call theirs a cache, too: one without a layer of attention, or of a
+    class of its own (xLSTM).
     """
     parameters = inspect.signature(type(backbone).forward).parameters
     name = cache_name(parameters)
@@ -198,28 +197,24 @@ def refuse_models_without_place(
 def _treats_ids_otherwise(backbone: nn.Module, embedding: nn.Module) -> bool:
     """Whether two ids give another output than their embeddings: in Marian and Pegasus, which scale what they look up
     and take embeddings as they are. Read off a run, since others scale both. False where weights are elsewhere."""
-    weights = list(backbone.parameters())
-    if any(one.is_meta or isinstance(one, DTensor) or hasattr(one, "ds_id") for one in weights):  # ds_id: DeepSpeed
+    if not weights_are_here(backbone):
         return False
-    table = base_embedding(embedding)
-    special = {getattr(table, "padding_idx", None)}
-    special |= {getattr(backbone.config, f"{name}_token_id", None) for name in ("pad", "mask", "bos")}
-    plain = [number for number in range(table.num_embeddings // 2, table.num_embeddings) if number not in special]
-    ids = torch.tensor([plain[:2]], device=execution_device(table))
+    ids = plain_ids(backbone, embedding, 2)
     settings: dict[str, Any] = {"return_dict": True}
     if "use_cache" in forward_parameters(backbone):
         settings["use_cache"] = False
-    modes = [(module, module.training) for module in backbone.modules()]
-    backbone.eval()
-    try:
-        expected = backbone(input_ids=ids, **settings).last_hidden_state
-        found = backbone(inputs_embeds=embedding(ids), **settings).last_hidden_state
-    except Exception:  # it wants more than ids, or no embeddings: its own error says so at the first call
-        return False
-    finally:
-        for module, training in modes:
-            module.training = training
+    with unchanged(backbone):
+        try:
+            expected = backbone(input_ids=ids, **settings).last_hidden_state
+            found = backbone(inputs_embeds=embedding(ids), **settings).last_hidden_state
+        except Exception:  # it wants more than ids, or no embeddings: its own error says so at the first call
+            return False
     return not torch.allclose(found, expected, rtol=0, atol=1e-3 * float(expected.abs().max()), equal_nan=True)
+
+
+def is_causal(backbone: nn.Module) -> bool:
+    """Whether its attention looks back only."""
+    return any(getattr(module, "is_causal", False) is True for module in backbone.modules())
 
 
 def has_window(backbone: nn.Module) -> bool:

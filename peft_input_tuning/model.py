@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin
 
 from .backbone import find_backbone, has_window, refuse_changed_embedding, refuse_models_without_place
+from .cache_check import check_cached_equals_uncached
 from .cache_mark import cache_of, mark_of
 from .checkpoint import check_adapter_state_dict
 from .config import InputTuningConfig
@@ -36,6 +37,7 @@ from .row_adapters import BASE, RowAdapters, current_row_adapters, generating, p
 from .scope import input_of_generate, tells_input_from_output
 from .splice import count_left_pads
 from .static_cache import generation_setting, input_with_prompt, mask_of_ids, uses_static_cache
+from .tested_versions import newer_than_tested
 
 MAX_HIDDEN_RATIO = 64  # an input-adapter wider than this many embeddings is a mistake, not a choice
 
@@ -75,11 +77,31 @@ class InputTuningModel(BaseTuner):
         input_only = config.adapter_scope == "input" and tells_input_from_output(self.model)
         refuse_models_without_place(backbone, embedding, config.num_virtual_tokens, input_only)
 
-    def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         try:
-            super().inject_adapter(model, *args, **kwargs)
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            install_hooks(model, *self._backbone_paths)
+            self._try_cache_out(model, adapter_name)
         except BaseException:
             self._share_embedding_again(model)
+            for parameter, requires_grad in trained:
+                parameter.requires_grad_(requires_grad)
+            raise
+
+    def _try_cache_out(self, model: nn.Module, adapter_name: str) -> None:
+        """Beside versions that were never tested, an adapter is refused, and taken away again, where the model's cache
+        loses its prompt."""
+        if not newer_than_tested() or not self.layer.prompt_length(adapter_name):
+            return
+        try:
+            check_cached_equals_uncached(model.get_submodule(self._backbone_paths[0]), self.layer)
+        except ValueError:
+            self.layer.delete_adapter(adapter_name)
+            if not self.layer.adapter_names:
+                parent, _, name = self.embedding_path.rpartition(".")
+                setattr(model.get_submodule(parent), name, self.layer.base_layer)
+                remove_hooks(model)
             raise
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
@@ -122,10 +144,6 @@ class InputTuningModel(BaseTuner):
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         setattr(parent, child_name, new_module)
-
-    def _post_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
-        """Runs once for each tuner; transformers' `add_adapter` makes a tuner for each adapter."""
-        install_hooks(model, *self._backbone_paths)
 
     @property
     def layer(self) -> InputTuningLayer:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .backbone import Backbone
 from .cache_mark import MARK_ON_CACHE, CacheMark
-from .splice import PromptLayout, count_left_pads
+from .splice import PromptLayout
 
 _OF_PLACES = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids")
 CONTINUE = (

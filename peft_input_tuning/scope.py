@@ -104,8 +104,8 @@ def _refuse_rows_without_input(is_output: Tensor, mask: Any, layer: InputTuningL
     """Looks at the first labels that adapters get, in training and outside of it: a GPU would have to wait each time,
     and rows that are made wrong are wrong from the first batch on."""
     rows = current_row_adapters(layer)
-    names = {layer.enabled_adapter} if rows is None else set(rows.names)
-    known = {(name, layer.training) for name in names & layer.input_only}
+    names = [layer.enabled_adapter] if rows is None else rows.names
+    known = {(name, layer.training) for name in layer.input_only.intersection(names)}
     if torch.compiler.is_compiling() or known <= layer.seen_labels:
         return
     is_input = ~is_output
