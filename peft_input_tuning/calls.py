@@ -14,15 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from .backbone import Backbone
-from .cache_mark import CacheMark, cache_of, mark_cache
+from .cache_mark import CacheMark, cache_of, enter_backbone, mark_cache, places_in
 from .layer import InputTuningLayer
 from .packing import PackedLayout, moved_bounds, positions_of, sequence_starts
 from .prompt_cache import put_prompt_into_cache
 from .refusals import (
     refuse_expanded_mask,
-    refuse_full_ids,
-    refuse_gap,
     refuse_left_pads,
+    refuse_mask_of_other_length,
     refuse_mixed_lengths,
     refuse_other_places,
     refuse_pads_behind_prompt,
@@ -30,7 +29,7 @@ from .refusals import (
     refuse_too_long,
 )
 from .row_adapters import current_row_adapters, is_generating
-from .splice import PromptLayout, count_left_pads
+from .splice import PromptLayout, count_left_pads, repeat_rows
 
 OF_PACKED_ROWS = ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
@@ -53,7 +52,7 @@ def start_on_prompt_cache(
 ) -> bool:
     """The short way at inference: the prompt's keys and values are known, only the caller's tokens run."""
     given = given_input(call)
-    cache, positions = cache_of(call), call.get("position_ids")
+    cache = cache_of(call)
     one_given = (call.get("input_ids") is None) != (call.get("inputs_embeds") is None)
     if not one_given or site.slack == "right" or site.first_position:
         return False
@@ -62,8 +61,9 @@ def start_on_prompt_cache(
     layout = put_prompt_into_cache(backbone, call, given.shape[0], slots, layer, site.has_window)
     if layout is None:
         return False
-    mark = CacheMark(layout, first_position=None if positions is None else positions[:, :1])
+    mark = CacheMark(layout)
     mark_cache(cache, mark)
+    enter_backbone(cache)
     continue_after_prompt(call, cache, mark, layer, site)
     return True
 
@@ -111,7 +111,7 @@ def start_with_prompt(
         call["token_type_ids"] = layout.join(types.new_zeros(batch, slots), types)
     call["inputs_embeds"] = layout.to(x.device).join(layer.prompt_rows(batch, slots), x)
     call.layout = layout
-    call.mark = CacheMark(layout, first_position=None if given_positions is None else given_positions[:, :1])
+    call.mark = CacheMark(layout, None if mask is None else call["attention_mask"])
 
 
 def packed_layout(
@@ -216,21 +216,23 @@ def continue_after_prompt(
     batch, length = new.shape[:2]
     mask, positions = call.get("attention_mask"), call.get("position_ids")
     layout = mark.layout.repeated(batch)
-    past = cache.get_seq_length() - layout.slots
+    past = places_in(cache) - layout.slots
     refuse_expanded_mask(mask)
     if mask is not None:
-        refuse_full_ids(cache, mask.shape[1], length)
-    if length > 1 and not torch.compiler.is_compiling() and not is_generating(layer):
-        # A chunk that the caller feeds by hand. `generate` checked its own at the start; a step is not looked at.
-        if mask is None and positions is not None:
-            refuse_gap(positions, past, mark)
-        if mask is not None and site.has_window and layout.pads is not None:
+        refuse_mask_of_other_length(mask, past, length)
+        # A chunk that the caller feeds by hand. `generate` looked at its own at the start; at a step nobody looks.
+        by_hand = length > 1 and not torch.compiler.is_compiling() and not is_generating(layer)
+        if by_hand and site.has_window and layout.pads is not None:
             refuse_pads_behind_prompt(count_left_pads(mask), layout.pads)
     if positions is not None:
         call["position_ids"] = layout.shift_positions(positions)
     elif layout.lengths is not None and "position_ids" in site.parameters and not site.positions_from_mask:
         at = torch.arange(past, past + length, device=new.device).unsqueeze(0)
         call["position_ids"] = layout.shift_positions(at + site.first_position)
-    call["attention_mask"] = layout.join_mask(mask, batch, past + length)
+    if mask is not None and mark.mask is not None and is_generating(layer):
+        known = repeat_rows(mark.mask, batch)  # `generate` only appends to a mask
+        call["attention_mask"] = torch.cat([known, mask[:, known.shape[1] - layout.slots :]], dim=1)
+    else:
+        call["attention_mask"] = layout.join_mask(mask, batch, past + length)
     refuse_too_long(call, layout.slots + past + length, layout.slots, site)
     add_token_types(call, layer, site)

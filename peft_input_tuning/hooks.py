@@ -25,7 +25,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .backbone import Backbone, describe_backbone, find_decoder, find_layer, forward_parameters
-from .cache_mark import CacheMark, cache_of, mark_cache, mark_of
+from .cache_mark import CacheMark, cache_of, enter_backbone, leave_backbone, mark_cache, mark_of
 from .calls import (
     SplicedCall,
     add_token_types,
@@ -52,6 +52,7 @@ def put_prompt_in(backbone: nn.Module, args: tuple, kwargs: dict[str, Any], *, s
     cache = cache_of(call)
     mark = mark_of(cache)
     if mark is not None:
+        enter_backbone(cache)
         if mark.layout.slots:
             continue_after_prompt(call, cache, mark, layer, site)
         return (), call
@@ -111,6 +112,11 @@ def take_prompt_out(backbone: nn.Module, args: tuple, call: dict[str, Any], outp
     if getattr(output, "pooler_output", None) is not None:  # BERT pools the first place, which was a virtual token
         output.pooler_output = _pooled(backbone, output.last_hidden_state)
     return output.to_tuple() if call.as_tuple else output
+
+
+def leave_cache(backbone: nn.Module, args: tuple, call: dict[str, Any], output: Any):
+    """Post-hook of the backbone, run after errors as well: from now on its cache tells the number of tokens again."""
+    leave_backbone(cache_of(call))
 
 
 def _of_tokens(router: Tensor, layout: PromptLayout | PackedLayout, batch: int, places: int) -> Tensor:
@@ -202,7 +208,7 @@ def take_prompt_out_of_encoder_output(
 # ---- installing and removing ---------------------------------------------------------------------------------------
 
 _PRE_HOOKS = (put_prompt_in, show_prompt_to_decoder, ask_for_named_outputs, adapt_input_only)
-_POST_HOOKS = (take_prompt_out, take_prompt_out_of_encoder_output)
+_POST_HOOKS = (take_prompt_out, take_prompt_out_of_encoder_output, leave_cache)
 
 
 def install_hooks(model: nn.Module, backbone_path: str, embedding_path: str) -> None:
@@ -218,6 +224,7 @@ def install_hooks(model: nn.Module, backbone_path: str, embedding_path: str) -> 
         model.register_forward_pre_hook(scope, with_kwargs=True)
     backbone.register_forward_pre_hook(partial(put_prompt_in, site=site), with_kwargs=True)
     backbone.register_forward_hook(partial(take_prompt_out, site=site), with_kwargs=True)
+    backbone.register_forward_hook(partial(leave_cache), with_kwargs=True, always_call=True)
     decoder_path = find_decoder(model, backbone)
     if decoder_path is None:
         return
@@ -245,6 +252,7 @@ def remove_hooks(model: nn.Module) -> None:
         for hook_id in _our_hooks(module._forward_hooks, _POST_HOOKS):
             del module._forward_hooks[hook_id]
             module._forward_hooks_with_kwargs.pop(hook_id, None)
+            module._forward_hooks_always_called.pop(hook_id, None)
 
 
 def _our_hooks(hooks: dict[int, Callable], functions: tuple[Callable, ...]) -> list[int]:

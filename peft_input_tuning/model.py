@@ -25,14 +25,14 @@ from transformers import GenerationMixin
 
 from .backbone import find_backbone, has_window, refuse_changed_embedding, refuse_models_without_place
 from .cache_check import check_cached_equals_uncached
-from .cache_mark import cache_of, mark_of
+from .cache_mark import cache_of, mark_cache, mark_of
 from .checkpoint import check_adapter_state_dict
 from .config import InputTuningConfig
 from .hooks import install_hooks, remove_hooks
 from .layer import InputTuningLayer
 from .modules import base_embedding
 from .quantized import check_can_be_saved, keep_unpacked
-from .refusals import refuse_full_ids, refuse_pads_behind_prompt
+from .refusals import refuse_pads_behind_prompt
 from .row_adapters import BASE, RowAdapters, current_row_adapters, generating, prompt_in_place, use_row_adapters
 from .scope import input_of_generate, tells_input_from_output
 from .splice import count_left_pads
@@ -247,8 +247,8 @@ class InputTuningModel(BaseTuner):
         mark = mark_of(cache)
         ids = kwargs.get("inputs") if kwargs.get("inputs") is not None else kwargs.get("input_ids")
         mask = kwargs.get("attention_mask")
-        if mark is not None and mark.layout.slots and ids is not None:
-            refuse_full_ids(cache, None if mask is None else mask.shape[1], ids.shape[1])
+        if mark is not None:
+            mark_cache(cache, replace(mark, mask=None))  # of an earlier call, whose mask may have been another
         layer = self.layer
         rows = current_row_adapters(layer)
         chunk = generation_setting(self.model, kwargs, "prefill_chunk_size")
@@ -261,7 +261,7 @@ class InputTuningModel(BaseTuner):
             if rows is not None:
                 stack.enter_context(use_row_adapters(layer, replace(rows, in_generate=True)))
             if layer.adapts_input_only:
-                stack.enter_context(input_of_generate(layer, ids, cache))
+                stack.enter_context(input_of_generate(layer, ids, mask, cache))
             if uses_static_cache(self.model, kwargs):
                 prepared = input_with_prompt(self.model, layer, kwargs)
                 if prepared is not None:

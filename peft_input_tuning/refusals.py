@@ -8,15 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from .backbone import Backbone
-from .cache_mark import MARK_ON_CACHE, CacheMark
 from .splice import PromptLayout
 
 _OF_PLACES = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids")
-CONTINUE = (
-    "To continue on a returned cache, pass only the new tokens as `input_ids`, and an `attention_mask` over the "
-    "cached and the new tokens together: given all ids, `generate` would cut them by the length of the cache, which "
-    "counts the virtual tokens too. An assistant model is called that way: its adapter must have num_virtual_tokens=0."
-)
 
 
 def refuse_what_cannot_be_spliced(call: dict[str, Any], cache: Any, site: Backbone) -> None:
@@ -132,15 +126,12 @@ def refuse_too_long(call: dict[str, Any], total: int, slots: int, site: Backbone
     )
 
 
-def refuse_full_ids(cache: Any, mask_length: int | None, length: int) -> None:
-    """`mask_length` places of mask for `length` new tokens on a cache that holds a prompt."""
-    slots = getattr(cache, MARK_ON_CACHE).layout.slots
-    past = cache.get_seq_length() - slots
-    if mask_length != past + length:
-        got = "is missing" if mask_length is None else f"has {mask_length} places"
+def refuse_mask_of_other_length(mask: Tensor, past: int, length: int) -> None:
+    """`length` new tokens on a cache that holds `past` tokens and a prompt."""
+    if mask.shape[1] != past + length:
         raise ValueError(
-            f"`attention_mask` {got}, but the cache holds {past} tokens (and {slots} virtual ones) and {length} more "
-            f"are passed. {CONTINUE}"
+            f"`attention_mask` has {mask.shape[1]} places, but the cache holds {past} tokens and {length} more are "
+            "passed. Pass a mask over the cached and the new tokens together, without the virtual tokens."
         )
 
 
@@ -152,10 +143,3 @@ def refuse_pads_behind_prompt(left_pads: Tensor, before_prompt: Tensor | int) ->
             "`prefill_chunk_size` is smaller than the left padding of a row, and this model's attention has a sliding "
             "window, which would lose the prompt. Use larger chunks, or batch rows of similar length."
         )
-
-
-def refuse_gap(positions: Tensor, past: int, mark: CacheMark) -> None:
-    """Without a mask the positions tell whether the new tokens follow the cached ones."""
-    first = 0 if mark.first_position is None else mark.first_position
-    if not (positions[:, :1] == first + past).all():
-        raise ValueError(f"`position_ids` do not go on where the cache ends, at {past} tokens. {CONTINUE}")

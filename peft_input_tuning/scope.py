@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .cache_mark import cache_of, mark_of
+from .cache_mark import cache_of
 from .layer import CANNOT_TELL, InputTuningLayer, IsOutput
 from .row_adapters import current_row_adapters, is_prompt_in_place
 
@@ -44,18 +44,16 @@ def tells_input_from_output(model: nn.Module) -> bool:
     return model.can_generate() and not getattr(model.config, "is_encoder_decoder", False)
 
 
-def length_in(cache: Any) -> int | Tensor:
-    """Number of the caller's tokens in a cache, without virtual ones; static caches keep it on the device."""
-    if cache is None:
-        return 0
-    mark = mark_of(cache)
-    return cache.get_seq_length() - (0 if mark is None else mark.layout.slots)
-
-
 @contextmanager
-def input_of_generate(layer: InputTuningLayer, ids: Tensor | None, cache: Any) -> Iterator[None]:
-    """While `generate` runs on these ids, tokens at later places are the output's. Without ids it starts from one."""
-    token = _input_end.set((layer, int(length_in(cache)) + (1 if ids is None else ids.shape[1])))
+def input_of_generate(layer: InputTuningLayer, ids: Tensor | None, mask: Tensor | None, cache: Any) -> Iterator[None]:
+    """While `generate` runs on these ids, tokens at later places are the output's. Without ids it starts from one.
+
+    Ids are the whole sequence, of which a cache may hold a part, or, where the mask is longer, what follows the cache.
+    """
+    length = 1 if ids is None else ids.shape[1]
+    if cache is not None and mask is not None and mask.shape[1] > length:
+        length += int(cache.get_seq_length())
+    token = _input_end.set((layer, length))
     try:
         yield
     finally:
@@ -94,7 +92,8 @@ def output_tokens(call: dict[str, Any], ids: Tensor, layer: InputTuningLayer) ->
         raise ValueError(CANNOT_TELL)
     if is_prompt_in_place(layer):
         return True  # the input came as embeddings (static_cache.py): these ids follow it
-    start = length_in(cache_of(call))
+    cache = cache_of(call)
+    start = 0 if cache is None else cache.get_seq_length()
     if isinstance(start, int) and (start >= end or start + ids.shape[1] <= end):
         return start >= end
     return (torch.arange(ids.shape[1], device=ids.device) + start >= end).expand(ids.shape[0], -1)

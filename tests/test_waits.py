@@ -131,6 +131,17 @@ def test_operations_of_generation(deep, deep_adapted, name):
 
 
 @pytest.mark.parametrize("name", CALLS)
+def test_operations_of_generation_where_only_the_input_is_adapted(deep, deep_adapted, name):
+    model = deep_adapted(adapter_scope="input")
+    (prefill, waits), (step, waits_of_step) = prefill_and_step(model, deep, **CALLS[name])
+    print(f"{name}, scope input: prefill +{prefill}, {waits}; a step +{step:g}, {waits_of_step:g}")
+    assert waits <= 0
+    assert waits_of_step <= 0
+    assert prefill <= TARGETS[name][0]
+    assert step <= TARGETS[name][1]
+
+
+@pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize("lengths", ["one length", "two lengths"])
 def test_operations_of_a_mixed_batch(deep, deep_adapted, name, lengths):
     model = deep_adapted()
