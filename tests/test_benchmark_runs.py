@@ -84,19 +84,6 @@ def execute(run: Run, data: Path, model: Path, folder: Path) -> records.Record:
     return records.read_record(folder / "results", run.name)
 
 
-def lowest_at(step: int, monkeypatch) -> None:
-    """Adds so much to the validation losses of training that the one of a step is the lowest: which it would be is up
-    to how the processor rounds. What is added is 0 at that step, and more the farther away."""
-    loop = one_run.TokenMeanTrainer.evaluation_loop
-
-    def evaluation_loop(self, *args, **kwargs):
-        output = loop(self, *args, **kwargs)
-        output.metrics["eval_loss"] += 10.0 * abs(self.state.global_step - step) * self.is_in_train
-        return output
-
-    monkeypatch.setattr(one_run.TokenMeanTrainer, "evaluation_loop", evaluation_loop)
-
-
 # ---- the plan -------------------------------------------------------------------------------------------------------
 
 
@@ -343,7 +330,9 @@ def test_a_run_of_every_method(method, data, tiny_model, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("method", ["prompt-tuning", "input-tuning", "lora", "fine-tuning"])
-def test_a_run_on_fewer_rows_keeps_the_step_of_the_lowest_loss(method, data, tiny_model, tmp_path, monkeypatch):
+def test_a_run_on_fewer_rows_keeps_the_step_of_the_lowest_loss(
+    method, data, tiny_model, tmp_path, monkeypatch, lowest_loss_at
+):
     """Later steps have higher losses: the weights at the end are those of the best step, bit for bit."""
     measured, seen = [], []
     weights: dict[int, dict[str, torch.Tensor]] = {}
@@ -363,7 +352,7 @@ def test_a_run_on_fewer_rows_keeps_the_step_of_the_lowest_loss(method, data, tin
         weights[0] = trained(trainer.model)  # those that generate
         return curve
 
-    lowest_at(6, monkeypatch)
+    lowest_loss_at(one_run.TokenMeanTrainer, 6)
     monkeypatch.setattr(one_run.SayStep, "on_step_end", on_step_end)
     monkeypatch.setattr(one_run, "train", watched)
     run = Run("amounts", "e2e", method, 0, METHODS[method].start, 13, rows=3)
@@ -587,11 +576,13 @@ def test_a_run_that_is_terminated_says_that_it_was_interrupted(data, tiny_model,
     [("main", "input-tuning"), ("main", "fine-tuning"), ("amounts", "lora"), ("amounts", "fine-tuning")],
 )
 @pytest.mark.parametrize("where", ["training", "generation"])
-def test_an_interrupted_run_goes_on_to_the_same_end(where, stage, method, data, tiny_model, tmp_path, monkeypatch):
+def test_an_interrupted_run_goes_on_to_the_same_end(
+    where, stage, method, data, tiny_model, tmp_path, monkeypatch, lowest_loss_at
+):
     run, undisturbed = a_run(method), tmp_path / "undisturbed"
     if stage == "amounts":
         run = Run(stage, "e2e", method, 0, METHODS[method].start, 4, rows=3)
-        lowest_at(1, monkeypatch)
+        lowest_loss_at(one_run.TokenMeanTrainer, 1)
     expected = execute(run, data, tiny_model, undisturbed)
     if stage == "amounts":
         assert expected["step_kept"] == 1  # long before the checkpoint that the run goes on from
