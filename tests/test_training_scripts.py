@@ -253,10 +253,10 @@ def test_early_stopping(options, tmp_path, lowest_loss_at):
     more += ["--early_stopping_patience", "2", "--max_steps", "30"]
     assert train.main([*options, *more, "--output_dir", str(tmp_path)]) == 0
     report = json.loads((tmp_path / "results.json").read_text())
-    evaluations = {log["step"]: log["eval_loss"] for log in report["curve"] if "eval_loss" in log}
-    assert report["results"]["steps"] == 5  # after two that are no better
-    assert min(evaluations, key=evaluations.get) == 3
-    assert report["results"]["validation_loss"] == pytest.approx(evaluations[3], rel=1e-5)
+    *evaluations, at_the_end = [(log["eval_loss"], log["step"]) for log in report["curve"] if "eval_loss" in log]
+    assert report["results"]["steps"] == at_the_end[1] == 5  # after two that are no better
+    assert min(evaluations)[1] == 3
+    assert report["results"]["validation_loss"] == at_the_end[0] == pytest.approx(min(evaluations)[0], rel=1e-5)
     best, last = (load_file(tmp_path / f"checkpoint-{step}" / "adapter_model.safetensors") for step in (3, 5))
     for name, value in load_file(tmp_path / "adapter_model.safetensors").items():
         assert_close(value, best[name])
