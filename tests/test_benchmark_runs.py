@@ -23,6 +23,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, Trainer
 
 from families import EOS, FAMILIES, PAD, build
+from oracles import likeliest
 from tokenizers_of_families import tokenizer_of
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -463,7 +464,7 @@ def one_by_one(model, prompts: list[list[int]]) -> list[list[int]]:
     for prompt in prompts:
         ids = list(prompt)
         while len(ids) < len(prompt) + generation.MAX_NEW_TOKENS and (len(ids) == len(prompt) or ids[-1] != EOS):
-            ids.append(int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+            ids.append(likeliest(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]))
         found.append([token for token in ids[len(prompt) :] if token not in (PAD, EOS)])
     return found
 
@@ -474,7 +475,7 @@ def one_by_one(model, prompts: list[list[int]]) -> list[list[int]]:
 def test_batches_give_what_each_prompt_gives_alone(method, monkeypatch):
     monkeypatch.setattr(generation, "MAX_NEW_TOKENS", 6)
     monkeypatch.setattr(generation, "GENERATED_AT_ONCE", 3)
-    torch.manual_seed(0)
+    torch.manual_seed(5)  # with 0, two tokens were level
     model = one_run.trainable_model(build(FAMILIES["llama"], "lm"), METHODS[method]).eval()
     for parameter in model.parameters():  # nothing is left as it starts
         if parameter.requires_grad and method != "fine-tuning":
