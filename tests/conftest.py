@@ -6,6 +6,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,24 @@ def device(request) -> torch.device:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def lowest_loss_at(monkeypatch) -> Callable[[type, int], None]:
+    """Adds so much to the validation losses of training that a chosen step has the lowest: which one it would be of
+    itself may depend on how the processor rounds. What is added is 0 at that step, and more the farther away."""
+
+    def choose(trainer: type, step: int) -> None:
+        loop = trainer.evaluation_loop
+
+        def evaluation_loop(self, *args, **kwargs):
+            output = loop(self, *args, **kwargs)
+            output.metrics["eval_loss"] += 10.0 * abs(self.state.global_step - step) * self.is_in_train
+            return output
+
+        monkeypatch.setattr(trainer, "evaluation_loop", evaluation_loop)
+
+    return choose
 
 
 @pytest.fixture(scope="session")

@@ -173,7 +173,7 @@ def test_twenty_kills_at_random_moments(options, tmp_path):
     killed, alone = tmp_path / "killed", tmp_path / "alone"
     command = [sys.executable, str(Path(__file__).with_name("killed_runs.py")), "20", "0", *longer]
     done = subprocess.run(
-        [*command, "--output_dir", str(killed)], env=ENVIRONMENT, capture_output=True, text=True, timeout=400
+        [*command, "--output_dir", str(killed)], env=ENVIRONMENT, capture_output=True, text=True, timeout=1200
     )
     assert done.returncode == 0, done.stderr[-3000:]
     lives = json.loads(done.stdout.splitlines()[-1])

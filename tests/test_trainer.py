@@ -96,30 +96,32 @@ def test_resuming_equals_an_uninterrupted_run(tmp_path, two_rates):
 
 
 @pytest.mark.trains_with("transformers Trainer", "load_best_model_at_end")
-def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path):
+def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path, lowest_loss_at):
     model, *_ = adapted(LLAMA)
     settings = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_steps": 6}
-    # A learning rate at which the loss soon gets worse.
-    trainer = trainer_of(model, tmp_path, load_best_model_at_end=True, learning_rate=0.5, **settings)
+    lowest_loss_at(Trainer, 3)
+    trainer = trainer_of(model, tmp_path, load_best_model_at_end=True, **settings)
     trainer.train()
     evaluations = {log["step"]: log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log}
-    best = min(evaluations, key=evaluations.get)
-    assert best != max(evaluations), "the case shows nothing: the last one was the best"
-    assert trainer.evaluate()["eval_loss"] == pytest.approx(evaluations[best], rel=1e-5)
-    saved = PeftModel.from_pretrained(build(LLAMA), tmp_path / f"checkpoint-{best}")
-    same_weights(trainer.model, saved)
+    assert [*evaluations] == [1, 2, 3, 4, 5, 6]
+    assert min(evaluations, key=evaluations.get) == 3
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(evaluations[3], rel=1e-5)
+    best, last = (PeftModel.from_pretrained(build(LLAMA), tmp_path / f"checkpoint-{step}") for step in (3, 6))
+    same_weights(trainer.model, best)
+    weights, others = adapter_weights(trainer.model), adapter_weights(last)
+    assert not any(torch.equal(weights[name], others[name]) for name in weights), "the case shows nothing"
 
 
 @pytest.mark.trains_with("transformers Trainer", "early stopping")
-def test_early_stopping(tmp_path):
+def test_early_stopping(tmp_path, lowest_loss_at):
     model, *_ = adapted(LLAMA)
     settings = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_steps": 20}
     callbacks = [EarlyStoppingCallback(2)]
-    trainer = trainer_of(
-        model, tmp_path, load_best_model_at_end=True, learning_rate=0.5, callbacks=callbacks, **settings
-    )
+    lowest_loss_at(Trainer, 3)
+    trainer = trainer_of(model, tmp_path, load_best_model_at_end=True, callbacks=callbacks, **settings)
     trainer.train()
-    assert trainer.state.global_step < 20
+    assert trainer.state.global_step == 5  # after two that are no better
+    same_weights(trainer.model, PeftModel.from_pretrained(build(LLAMA), tmp_path / "checkpoint-3"))
 
 
 @pytest.mark.trains_with("transformers Trainer", "the model card is ready to push")

@@ -247,18 +247,20 @@ def test_an_interrupted_run_goes_on(alone, options, tmp_path):
 
 
 @train_py("early stopping")
-def test_early_stopping(options, tmp_path):
+def test_early_stopping(options, tmp_path, lowest_loss_at):
+    lowest_loss_at(train.TokenMeanTrainer, 3)
     more = ["--eval_strategy", "steps", "--eval_steps", "1", "--save_steps", "1", "--load_best_model_at_end", "true"]
-    more += ["--early_stopping_patience", "2", "--max_steps", "30", "--learning_rate", "0.5"]
+    more += ["--early_stopping_patience", "2", "--max_steps", "30"]
     assert train.main([*options, *more, "--output_dir", str(tmp_path)]) == 0
     report = json.loads((tmp_path / "results.json").read_text())
-    evaluations = {log["step"]: log["eval_loss"] for log in report["curve"] if "eval_loss" in log}
-    assert report["results"]["steps"] < 30
-    best = min(evaluations, key=evaluations.get)
-    assert report["results"]["validation_loss"] == pytest.approx(evaluations[best], rel=1e-5)
-    saved = load_file(tmp_path / f"checkpoint-{best}" / "adapter_model.safetensors")
+    *evaluations, at_the_end = [(log["eval_loss"], log["step"]) for log in report["curve"] if "eval_loss" in log]
+    assert report["results"]["steps"] == at_the_end[1] == 5  # after two that are no better
+    assert min(evaluations)[1] == 3
+    assert report["results"]["validation_loss"] == at_the_end[0] == pytest.approx(min(evaluations)[0], rel=1e-5)
+    best, last = (load_file(tmp_path / f"checkpoint-{step}" / "adapter_model.safetensors") for step in (3, 5))
     for name, value in load_file(tmp_path / "adapter_model.safetensors").items():
-        assert_close(value, saved[name])
+        assert_close(value, best[name])
+        assert not torch.equal(value, last[name]), "the case shows nothing"
 
 
 @pytest.mark.parametrize("method", [pytest.param(m, marks=train_py(f"method {m}")) for m in train.LEARNING_RATES])
