@@ -9,7 +9,6 @@ because PEFT takes an adapter's name out of a file's keys only where it is the s
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -24,7 +23,7 @@ from transformers.activations import ACT2FN
 from .config import InputTuningConfig
 from .folding import Progress, fold
 from .initialization import execution_device, initial_prompt
-from .modules import SoftPrompt, adapt
+from .modules import InputDtypeLinear, SoftPrompt, adapt
 from .quantized import is_quantized
 from .row_adapters import BASE, current_row_adapters, on_device
 
@@ -145,8 +144,8 @@ class InputTuningLayer(nn.Module, BaseTunerLayer):
         if config.num_virtual_tokens:
             self.input_tuning_prompt[adapter_name] = SoftPrompt(config.num_virtual_tokens, width)
         if hidden:
-            self.input_tuning_fc1[adapter_name] = nn.Linear(width, hidden, bias=config.adapter_bias)
-            self.input_tuning_fc2[adapter_name] = nn.Linear(hidden, width, bias=config.adapter_bias)
+            self.input_tuning_fc1[adapter_name] = InputDtypeLinear(width, hidden, bias=config.adapter_bias)
+            self.input_tuning_fc2[adapter_name] = InputDtypeLinear(hidden, width, bias=config.adapter_bias)
             self.input_tuning_activation[adapter_name] = ACT2FN[config.adapter_activation]
             self.input_tuning_dropout[adapter_name] = nn.Dropout(config.adapter_dropout)
         self.seen_labels -= {(adapter_name, True), (adapter_name, False)}
@@ -264,8 +263,7 @@ class InputTuningLayer(nn.Module, BaseTunerLayer):
         """One adapter's T with its arithmetic in float32, without dropout."""
         if name not in self.input_tuning_fc1:
             return lambda embeddings: embeddings
-        linears = (getattr(self, part)[name] for part in ("input_tuning_fc1", "input_tuning_fc2"))
-        fc1, fc2 = (one if one.weight.dtype == torch.float32 else copy.deepcopy(one).float() for one in linears)
+        fc1, fc2 = self.input_tuning_fc1[name], self.input_tuning_fc2[name]
         activation = self.input_tuning_activation[name]
         return partial(adapt, fc1=fc1, activation=activation, dropout=nn.Identity(), fc2=fc2)
 

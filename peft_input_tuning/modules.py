@@ -1,7 +1,8 @@
 """The two things that input-tuning trains, as plain modules. Knows torch only.
 
-    SoftPrompt    num_virtual_tokens rows in front of the input                       (paper, figure 2)
-    adapt         T(x) = x + W2 · act(W1 · x), a residual MLP over word embeddings    (paper, figure 4)
+    SoftPrompt          num_virtual_tokens rows in front of the input                       (paper, figure 2)
+    adapt               T(x) = x + W2 · act(W1 · x), a residual MLP over word embeddings    (paper, figure 4)
+    InputDtypeLinear    W1 and W2: float32 weights, products in the dtype of the embeddings
 
 `adapt` is a function rather than a module: PEFT keeps one flat, prefixed container for each kind of weight
 (`input_tuning_fc1[adapter]`, `input_tuning_fc2[adapter]`, ...), since an adapter's name is taken out of a file's keys
@@ -49,21 +50,51 @@ class SoftPrompt(nn.Module):
         return f"num_virtual_tokens={self.weight.shape[0]}, embedding_dim={self.weight.shape[1]}"
 
 
+class InputDtypeLinear(nn.Linear):
+    """A linear layer that computes in the dtype of its input; the weights keep theirs, and so do their gradients.
+
+    PEFT keeps adapters in float32 over a bfloat16 base: small steps would be lost in bfloat16 weights. The products
+    need no more than the base model's own layers have, and cost several times as much in float32. In float16 too,
+    values and gradients have the range of the base model's layers: a base that needs loss scaling to train in float16
+    needs it here.
+
+    Weights are cast inside of `forward`: there, offloaded and sharded ones (accelerate, DeepSpeed ZeRO-3) are at hand.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if _autocasts(input):  # it chooses the dtype, and keeps the weights that it has cast
+            return super().forward(input)
+        bias = None if self.bias is None else self.bias.to(input.dtype)
+        return nn.functional.linear(input, self.weight.to(input.dtype), bias)
+
+
+def _autocasts(tensor: Tensor) -> bool:
+    kind = tensor.device.type
+    if not torch.amp.is_autocast_available(kind):  # the device "meta"
+        return False
+    return torch.is_autocast_enabled(kind) and tensor.dtype != torch.float64  # which autocast leaves alone
+
+
 def adapt(embeddings: Tensor, fc1: nn.Module, activation: Callable, dropout: nn.Module, fc2: nn.Module) -> Tensor:
     """The input-adapter, T(x) = x + W2 · act(W1 · x) (paper, figure 4).
 
-    The MLP runs in the dtype of its weights (PEFT keeps them in float32 over a bfloat16 base); the skip connection
-    and the result stay in the dtype of the embeddings, so that a zero W2 changes no bit.
+    All of it is computed in the dtype of the embeddings, if fc1 and fc2 are `InputDtypeLinear`, or as autocast says.
+    A zero W2 changes no bit.
 
     Args:
         embeddings: `(..., embedding_dim)`.
         fc1: W1, embedding_dim → hidden_dim.
-        activation: element-wise.
+        activation: element-wise; one with parameters of its own (PReLU) runs in their dtype.
         dropout: over the activations; the paper draws none.
         fc2: W2, hidden_dim → embedding_dim.
 
     Returns:
         `(..., embedding_dim)`, the dtype of `embeddings`.
     """
-    hidden = activation(fc1(embeddings.to(fc1.weight.dtype)))
+    hidden = _activated(activation, fc1(embeddings))
     return embeddings + fc2(dropout(hidden)).to(embeddings.dtype)
+
+
+def _activated(activation: Callable, hidden: Tensor) -> Tensor:
+    own = next(activation.parameters(), None) if isinstance(activation, nn.Module) else None
+    return activation(hidden) if own is None else activation(hidden.to(own.dtype)).to(hidden.dtype)

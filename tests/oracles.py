@@ -19,9 +19,10 @@ def adapter_weights(model: nn.Module, name: str = "default") -> dict[str, Tensor
 
 
 def transform(weights: dict[str, Tensor], e: Tensor, activation: str = "relu") -> Tensor:
-    """T(e) = e + W2 · act(W1 · e), written out."""
+    """T(e) = e + W2 · act(W1 · e), written out, in the dtype of e."""
     if "fc1.weight" not in weights:
         return e
+    weights = {name: value.to(e.dtype) for name, value in weights.items()}
     hidden = e @ weights["fc1.weight"].T
     if "fc1.bias" in weights:
         hidden = hidden + weights["fc1.bias"]

@@ -73,10 +73,9 @@ def reference(base: nn.Module) -> nn.Module:
 
 
 def by_hand(base: nn.Module, weights: dict[str, Tensor], batch: Tensor) -> Tensor:
-    """`(batch, length)` ids → logits of [prompt ; T(e)] without the prompt's places; T in float32."""
+    """`(batch, length)` ids → logits of [prompt ; T(e)] without the prompt's places; T in the dtype of e."""
     e = base.get_input_embeddings()(batch)
-    adapted = transform(weights, e.float())
-    x = adapted if e.dtype == torch.float32 else e + (adapted - e.float()).to(e.dtype)
+    x = transform(weights, e)
     prompt = weights["prompt.weight"].to(e.dtype).expand(len(batch), -1, -1)
     return base(inputs_embeds=torch.cat([prompt, x], dim=1)).logits[:, prompt.shape[1] :]
 
