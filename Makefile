@@ -6,6 +6,8 @@ WORKERS ?= 2
 OUTPUT ?= outputs/quickstart
 BENCH ?=
 TORCH ?= 2.13.0
+DEVICE ?= cpu
+export DEVICE
 
 PIP_INSTALL = -m pip install --disable-pip-version-check --quiet
 PYTEST = -m pytest -n $(WORKERS)
@@ -31,7 +33,7 @@ demo: $(DEMO)  ## train prompt-tuning and input-tuning on real weights and compa
 bench: $(DEMO)  ## measure time and memory beside prompt-tuning, LoRA and the base model
 	$(VENV)/bin/python examples/speed/run.py $(BENCH)
 
-test: $(DEV)  ## run the tests
+test: $(DEV)  ## run the tests; on a GPU with DEVICE=cuda
 	$(VENV)/bin/python $(PYTEST) -m "not slow and not engines"
 
 test-slow: $(ALL)  ## run the slow tests: quantized bases, DeepSpeed, Lightning, faults (needs a C++ compiler)

@@ -5,6 +5,7 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import device  # isort: skip  before what looks for a GPU when it is imported
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,11 +21,8 @@ pytest_plugins = ["training_table"]  # keeps what became of the tests, for docs/
 torch.set_num_threads(1)  # tiny models; the suite runs in one process a core
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request) -> torch.device:
-    if request.param == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no GPU on this machine")
-    return torch.device(request.param)
+def pytest_report_header() -> str:
+    return f"device: {device.DEVICE}"
 
 
 @pytest.fixture(autouse=True)

@@ -44,7 +44,7 @@ def embed(
     input_length: int | None = None,
 ) -> Tensor:
     """`(length,)` ids → `(1, P + length, dim)`: the prompt, then the embeddings, adapted up to `input_length`."""
-    e = encoder_of(base).get_input_embeddings()(row)
+    e = encoder_of(base).get_input_embeddings()(row.to(base.device))
     count = len(row) if input_length is None else input_length
     e = torch.cat([transform(weights, e[:count], activation), e[count:]])
     prompt = weights.get("prompt.weight")
@@ -93,8 +93,9 @@ def greedy(
     for _ in range(new_tokens):
         if base.config.is_encoder_decoder:
             start = [base.config.decoder_start_token_id]
-            logits = row_output(base, weights, row, activation, decoder_input_ids=torch.tensor([start + new]))
+            decoded = torch.tensor([start + new], device=base.device)
+            logits = row_output(base, weights, row, activation, decoder_input_ids=decoded)
         else:
-            logits = row_output(base, weights, torch.cat([row, torch.tensor(new, dtype=row.dtype)]), activation)
+            logits = row_output(base, weights, torch.cat([row, row.new_tensor(new)]), activation)
         new.append(likeliest(logits[-1]))
-    return torch.tensor(new)
+    return torch.tensor(new, device=base.device)

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import quantized_bases
 from adapters import adapted, config, randomize
+from device import DEVICE
 from families import FAMILIES, VOCAB, build
 from oracles import row_output
 from peft_input_tuning import cli
@@ -48,10 +49,10 @@ def test_export(saved, tmp_path):
     assert "Loaded it again: outputs differ from the adapter's by at most" in result.stdout
     assert "Folding the table: 100%" in result.stderr
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "plain")
-    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
-    row = torch.tensor(tokenizer_of(FAMILIES["llama"])("a b c")["input_ids"])
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain").to(DEVICE)
+    row = torch.tensor(tokenizer_of(FAMILIES["llama"])("a b c")["input_ids"], device=DEVICE)
     with torch.no_grad():
-        logits = plain(input_ids=tokenizer("a b c", return_tensors="pt")["input_ids"]).logits[0, 4:, :VOCAB]
+        logits = plain(**tokenizer("a b c", return_tensors="pt").to(DEVICE)).logits[0, 4:, :VOCAB]
     assert_close(logits, row_output(base, weights, row), atol=2e-4, rtol=1e-3)
 
 

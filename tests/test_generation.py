@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from adapters import adapted, add
+from device import DEVICE
 from families import DECODERS, FAMILIES, GENERATORS, PAD, SEQ2SEQ, UNPADDED_STATIC_CACHE, ids, padded
 from oracles import adapter_weights, greedy, row_output
 
@@ -110,14 +111,14 @@ def beam_search(base, weights, row, beams, new, family):
         grown = []
         for tokens, score in hypotheses:
             if family.kind == "seq2seq":
-                start = torch.tensor([[base.config.decoder_start_token_id, *tokens]])
+                start = torch.tensor([[base.config.decoder_start_token_id, *tokens]], device=DEVICE)
                 logits = row_output(base, weights, row, decoder_input_ids=start)
             else:
-                logits = row_output(base, weights, torch.cat([row, torch.tensor(tokens, dtype=row.dtype)]))
+                logits = row_output(base, weights, torch.cat([row, row.new_tensor(tokens)]))
             for token, value in enumerate(logits[-1].log_softmax(-1).tolist()):
                 grown.append(([*tokens, token], score + value))
         hypotheses = sorted(grown, key=lambda pair: -pair[1])[:beams]
-    return torch.tensor(hypotheses[0][0])
+    return torch.tensor(hypotheses[0][0], device=DEVICE)
 
 
 @pytest.mark.feature("beams")
@@ -146,14 +147,14 @@ def test_sampling_with_several_returns_is_the_seeded_loop(family):
         last = []
         for row, new in zip(repeated, tokens, strict=True):
             if family.kind == "seq2seq":
-                start = torch.tensor([[base.config.decoder_start_token_id, *new]])
+                start = torch.tensor([[base.config.decoder_start_token_id, *new]], device=DEVICE)
                 last.append(row_output(base, weights, row, decoder_input_ids=start)[-1])
             else:
-                last.append(row_output(base, weights, torch.cat([row, torch.tensor(new, dtype=row.dtype)]))[-1])
+                last.append(row_output(base, weights, torch.cat([row, row.new_tensor(new)]))[-1])
         drawn = torch.multinomial((torch.stack(last) / 2.0).softmax(-1), 1).squeeze(1)
         for new, token in zip(tokens, drawn.tolist(), strict=True):
             new.append(token)
-    assert torch.equal(out, torch.tensor(tokens))
+    assert torch.equal(out, torch.tensor(tokens, device=DEVICE))
 
 
 @pytest.mark.feature("static cache")
@@ -258,7 +259,7 @@ def test_scores_and_hidden_states_are_returned(family):
     assert torch.equal(sequences, expected(base, weights))
     for i, row in enumerate(rows_of()):
         if family.kind == "seq2seq":
-            start = torch.tensor([[base.config.decoder_start_token_id, *sequences[i, :-1].tolist()]])
+            start = torch.tensor([[base.config.decoder_start_token_id, *sequences[i, :-1].tolist()]], device=DEVICE)
             want = row_output(base, weights, row, decoder_input_ids=start)
         else:
             want = row_output(base, weights, torch.cat([row, sequences[i, :-1]]))[len(row) - 1 :]
@@ -276,7 +277,7 @@ def test_going_on_from_a_returned_cache_with_new_tokens_only(family):
     out = generate(
         model,
         input_ids=more[None],
-        attention_mask=torch.ones(1, 10, dtype=torch.long),
+        attention_mask=torch.ones(1, 10, dtype=torch.long, device=DEVICE),
         past_key_values=first.past_key_values,
     )
     assert torch.equal(out[0, 3:], greedy(base, weights, torch.cat([row, more]), NEW))
@@ -367,7 +368,7 @@ def test_switching_the_adapter_off_behind_its_own_prompt(family):
     batch, mask = padded([ids(7, seed=7), ids(4, seed=4)], "left")
     first = model(input_ids=batch, attention_mask=mask, use_cache=True)
     more = ids(2, 1, seed=5)
-    mask = torch.cat([mask, torch.ones(2, 1, dtype=torch.long)], 1)
+    mask = torch.cat([mask, torch.ones(2, 1, dtype=torch.long, device=DEVICE)], 1)
     positions = (mask.cumsum(-1) - 1)[:, -1:]
     given = {} if family.name == "bloom" else {"position_ids": positions}
     first = model(
@@ -598,7 +599,7 @@ def test_a_model_whose_generate_has_another_signature(wrapper):
     settings = GenerationConfig(max_new_tokens=NEW, do_sample=False, pad_token_id=PAD, eos_token_id=None)
     want = greedy(base, weights, row, NEW)
     assert torch.equal(model.generate(row[None], settings)[0, 7:], want)
-    mask = torch.ones(1, 7, dtype=torch.long)
+    mask = torch.ones(1, 7, dtype=torch.long, device=DEVICE)
     assert torch.equal(model.generate(inputs=row[None], attention_mask=mask, generation_config=settings)[0, 7:], want)
     with pytest.raises(TypeError, match=r"by position, got 40\."):
         model.generate(*range(40))

@@ -10,6 +10,7 @@ import torch
 from peft import get_peft_model
 
 from adapters import adapted, config
+from device import DEVICE
 from families import ALL, FAMILIES, VOCAB, build
 from oracles import encoder_of, transform
 from parsed_page import Page
@@ -28,7 +29,7 @@ def test_figures_against_a_loop(family):
     shifts, cosines, norms = [], [], []
     with torch.no_grad():
         for word in range(VOCAB):
-            e = embedding(torch.tensor([word]))[0]
+            e = embedding(torch.tensor([word], device=DEVICE))[0]
             norms.append(float(e.norm()))
             shift = float((transform(weights, e) - e).norm() / e.norm()) if norms[-1] else 0.0
             shifts.append(shift)

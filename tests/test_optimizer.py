@@ -7,6 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from adapters import adapted, add, config, randomize
+from device import DEVICE
 from families import FAMILIES, build, ids
 from oracles import adapter_weights
 from peft_input_tuning import create_input_tuning_optimizer, input_tuning_parameter_groups
@@ -166,7 +167,7 @@ def arguments(directory, **changes):
         "max_steps": 2,
         "report_to": [],
         "save_strategy": "no",
-        "use_cpu": True,
+        "use_cpu": DEVICE.type == "cpu",
         "disable_tqdm": True,
         "logging_strategy": "no",
         "lr_scheduler_type": "constant",
@@ -174,7 +175,7 @@ def arguments(directory, **changes):
     return TrainingArguments(output_dir=str(directory), **{**settings, **changes})
 
 
-ROWS = [{"input_ids": row, "labels": row} for row in ids(4, 6)]
+ROWS = [{"input_ids": row, "labels": row} for row in ids(4, 6).cpu()]
 
 
 def test_trainer_steps_at_both_rates(tmp_path):

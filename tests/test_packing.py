@@ -11,6 +11,7 @@ from torch.testing import assert_close
 from transformers import DataCollatorWithFlattening, DynamicCache
 
 from adapters import adapted, add
+from device import DEVICE, on_device
 from families import DECODERS, FAMILIES, build, ids
 from oracles import embed, row_output
 from peft_input_tuning.backbone import forward_parameters
@@ -26,7 +27,7 @@ LENGTHS = ([5, 1, 7], [4, 6], [9])  # of the sequences in three rows
 
 def pack(sequences: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """Sequences → ids and positions of one row."""
-    return torch.cat(sequences)[None], torch.cat([torch.arange(len(s)) for s in sequences])[None]
+    return torch.cat(sequences)[None], torch.cat([torch.arange(len(s), device=DEVICE) for s in sequences])[None]
 
 
 def sequences_of(lengths: list[int], seed: int = 0) -> list[torch.Tensor]:
@@ -71,11 +72,11 @@ def test_the_layout_is_what_a_loop_gives(offset):
         slots = chooser.randint(1, 5)
         prompts = [chooser.randint(0, slots) for _ in rows]
         prompts[chooser.randrange(batch)] = slots
-        positions = torch.tensor([[offset + i for n in lengths for i in range(n)] for lengths in rows])
+        positions = torch.tensor([[offset + i for n in lengths for i in range(n)] for lengths in rows], device=DEVICE)
         longest = max(sum(lengths) + prompt * len(lengths) for lengths, prompt in zip(rows, prompts, strict=True))
-        layout = PackedLayout.of(positions, slots, torch.tensor(prompts)[:, None], longest)
-        x = torch.arange(100, 100 + length).expand(batch, -1)
-        prompt = torch.tensor([[0] * (slots - k) + [-i - 1 for i in range(k)] for k in prompts])
+        layout = PackedLayout.of(positions, slots, torch.tensor(prompts, device=DEVICE)[:, None], longest)
+        x = torch.arange(100, 100 + length, device=DEVICE).expand(batch, -1)
+        prompt = torch.tensor([[0] * (slots - k) + [-i - 1 for i in range(k)] for k in prompts], device=DEVICE)
         places, wanted_positions = naive_rows(rows, prompts, offset)
         joined = layout.join(prompt, x).tolist()
         for got, want in zip(joined, places, strict=True):
@@ -91,7 +92,7 @@ def test_the_layout_is_what_a_loop_gives(offset):
 
 def test_bounds_and_positions_of_a_row():
     for lengths in ([5, 1, 7], [1, 1], [4]):
-        bounds = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
+        bounds = torch.tensor([0, *lengths], dtype=torch.int32, device=DEVICE).cumsum(0, dtype=torch.int32)
         positions = positions_of(bounds, sum(lengths))
         assert positions.tolist() == [[i for n in lengths for i in range(n)]]
         longer = torch.tensor([0, *torch.tensor([n + 3 for n in lengths]).cumsum(0).tolist()], dtype=torch.int32)
@@ -151,12 +152,12 @@ def test_loss_and_gradients_are_those_of_the_padded_batch(family):
     flat = DataCollatorWithFlattening(return_tensors="pt")(features)
     longest = max(map(len, sequences))
     padded = torch.stack([torch.nn.functional.pad(s, (0, longest - len(s))) for s in sequences])
-    mask = torch.stack([torch.arange(longest) < len(s) for s in sequences]).long()
+    mask = torch.stack([torch.arange(longest, device=DEVICE) < len(s) for s in sequences]).long()
     results = []
     for batch in (flat, {"input_ids": padded, "attention_mask": mask, "labels": padded.masked_fill(mask == 0, -100)}):
         model, *_ = adapted(family)
         model.train()
-        loss = model(**batch).loss
+        loss = model(**on_device(batch)).loss
         loss.backward()
         results.append((loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.requires_grad}))
     (loss, gradients), (want, wanted) = results
@@ -206,7 +207,7 @@ def test_flash_attention_arguments_are_rewritten():
     model, base, weights = adapted(LLAMA)
     sequences = sequences_of([3, 5])
     row, positions = pack(sequences)
-    bounds = torch.tensor([0, 3, 8], dtype=torch.int32)
+    bounds = torch.tensor([0, 3, 8], dtype=torch.int32, device=DEVICE)
     seen = {}
     layer = model.get_base_model().model.layers[0]
     layer.register_forward_pre_hook(lambda _, args, kwargs: seen.update(kwargs), with_kwargs=True)
@@ -258,7 +259,7 @@ def test_numbers_of_sequences_are_spread():
     layer = model.get_base_model().model.layers[0]
     layer.register_forward_pre_hook(lambda _, args, kwargs: seen.update(kwargs), with_kwargs=True)
     row, positions = pack(sequences_of([2, 3]))
-    model(input_ids=row, position_ids=positions, seq_idx=torch.tensor([[0, 0, 1, 1, 1]]))
+    model(input_ids=row, position_ids=positions, seq_idx=torch.tensor([[0, 0, 1, 1, 1]], device=DEVICE))
     assert seen["seq_idx"].tolist() == [[0] * 6 + [1] * 7]
 
 
@@ -270,7 +271,7 @@ def test_a_packed_batch_of_a_single_sequence():
     layer.register_forward_pre_hook(lambda _, args, kwargs: seen.update(kwargs), with_kwargs=True)
     features = [{"input_ids": ids(7).tolist()}]
     collate = DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_seq_idx=True, return_tensors="pt")
-    batch = collate(features)
+    batch = on_device(collate(features))
     batch.pop("labels")
     assert {"seq_idx", "cu_seq_lens_q"} <= set(batch)
     assert_close(model(**batch, use_cache=False).logits[0], row_output(base, weights, ids(7)), atol=2e-4, rtol=1e-3)
@@ -280,7 +281,7 @@ def test_a_packed_batch_of_a_single_sequence():
 def test_positions_that_leave_some_out_start_a_sequence_where_the_model_says_so():
     """Without a mask and a cache, transformers takes a gap for the start of a new sequence."""
     model, base, weights = adapted(LLAMA)
-    row, positions = ids(1, 5), torch.tensor([[0, 1, 7, 8, 9]])
+    row, positions = ids(1, 5), torch.tensor([[0, 1, 7, 8, 9]], device=DEVICE)
     alone = base(input_ids=row[:, 2:], position_ids=positions[:, 2:], use_cache=False).logits
     assert_close(base(input_ids=row, position_ids=positions, use_cache=False).logits[:, 2:], alone)
     got = model(input_ids=row, position_ids=positions, use_cache=False).logits[0]

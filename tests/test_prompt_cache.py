@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 from torch.testing import assert_close
 
 from adapters import adapted, add, config, randomize
+from device import DEVICE
 from families import DECODERS, FAMILIES, PAD, build, ids, padded
 from oracles import adapter_weights, greedy, row_output
 from peft_input_tuning import InputTuningLayer, prompt_cache, set_prompt_cache
@@ -311,7 +312,7 @@ def test_positions_that_start_elsewhere(family, runs):
     if family.name == "bloom":
         return  # takes no positions
     model, _, _ = adapted(family)
-    row, positions = ids(1, 7), torch.arange(7)[None] + 3
+    row, positions = ids(1, 7), torch.arange(7, device=DEVICE)[None] + 3
     with torch.no_grad():
         want = model(input_ids=row, position_ids=positions).logits
         cache = transformers.DynamicCache(config=model.config)

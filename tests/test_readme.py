@@ -17,6 +17,7 @@ from torch.testing import assert_close
 from transformers import PreTrainedTokenizerFast
 
 from adapters import adapted, config, randomize
+from device import DEVICE
 from families import FAMILIES, PAD, VOCAB, build, ids, padded
 from peft_input_tuning import InputTuningConfig
 
@@ -128,7 +129,7 @@ def input_tuned() -> peft.PeftModel:
 def left_padding_changes_a_row(model: peft.PeftModel) -> bool:
     row = ids(4, seed=1)
     batch, mask = padded([ids(9), row], "left")
-    alone = model(input_ids=row[None], attention_mask=torch.ones(1, 4, dtype=torch.long)).logits[0, -4:]
+    alone = model(input_ids=row[None], attention_mask=torch.ones(1, 4, dtype=torch.long, device=DEVICE)).logits[0, -4:]
     in_batch = model(input_ids=batch, attention_mask=mask).logits[1, -4:]
     return not torch.allclose(in_batch, alone, atol=2e-4, rtol=1e-3)
 

@@ -28,6 +28,7 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from adapters import SIZES, adapted, add, config, randomize
+from device import DEVICE
 from families import ALL, EOS, FAMILIES, VOCAB, build, ids
 from oracles import adapter_weights, encoder_of
 from peft_input_tuning import InputTuningConfig
@@ -373,7 +374,7 @@ def vocabulary_embeddings(base: nn.Module, tokens: torch.Tensor) -> torch.Tensor
 def test_text_gives_the_embeddings_of_its_tokens(tokenizer_path, family, length, want):
     made = text_config(tokenizer_path, num_virtual_tokens=length, task_type=family.task_type)
     model = get_peft_model(build(family), made)
-    rows = vocabulary_embeddings(build(family), torch.tensor(want))
+    rows = vocabulary_embeddings(build(family), torch.tensor(want, device=DEVICE))
     assert torch.equal(adapter_weights(model)["prompt.weight"], rows)
 
 
@@ -387,7 +388,7 @@ def test_a_text_without_tokens_is_refused(tokenizer_path):
 def test_sampled_prompt_is_made_of_vocabulary_embeddings(family):
     """As the embedding module gives them: Gemma and BART scale what stands in the table."""
     model = get_peft_model(build(family), config(family, num_virtual_tokens=12))
-    rows = vocabulary_embeddings(build(family), torch.arange(VOCAB))
+    rows = vocabulary_embeddings(build(family), torch.arange(VOCAB, device=DEVICE))
     prompt = adapter_weights(model)["prompt.weight"]
     found = (prompt[:, None] == rows[None]).all(-1).any(-1)
     assert found.all()
@@ -533,7 +534,7 @@ def test_a_configuration_alone_makes_a_card_too(tmp_path):
 def test_trainable_parameters_are_counted_by_hand(family, capsys):
     """Prompt P·e and two matrices of h·e; the paper's h = 2e makes that 4e² + P·e."""
     base = build(family)
-    size = vocabulary_embeddings(base, torch.tensor([5])).shape[-1]
+    size = vocabulary_embeddings(base, torch.tensor([5], device=DEVICE)).shape[-1]
     whole = sum(parameter.numel() for parameter in base.parameters())
     for hidden, wanted in ((None, 4 * size**2 + 20 * size), (7, 2 * 7 * size + 20 * size), (0, 20 * size)):
         model = get_peft_model(build(family), InputTuningConfig(adapter_hidden_dim=hidden))

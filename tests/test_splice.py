@@ -7,6 +7,7 @@ import random
 import pytest
 import torch
 
+from device import DEVICE
 from peft_input_tuning.splice import PromptLayout, count_left_pads, repeat_rows
 
 
@@ -25,35 +26,39 @@ def batches(count: int):
         yield slots, length, lengths, [chooser.randint(0, length - 1) for _ in range(batch)]
 
 
+def column(values: list[int]) -> torch.Tensor:
+    return torch.tensor(values, device=DEVICE)[:, None]
+
+
 @pytest.mark.parametrize("slack", ["left", "right"])
 def test_join_equals_a_loop_over_rows(slack):
     for slots, length, lengths, pads in batches(60):
         batch = len(lengths)
-        layout = PromptLayout(slots, torch.tensor(lengths)[:, None], torch.tensor(pads)[:, None], slack)
-        x = torch.arange(batch * length).view(batch, length) + 1
-        prompt = torch.zeros(batch, slots, dtype=torch.long)
+        layout = PromptLayout(slots, column(lengths), column(pads), slack)
+        x = torch.arange(batch * length, device=DEVICE).view(batch, length) + 1
+        prompt = torch.zeros(batch, slots, dtype=torch.long, device=DEVICE)
         for row, k in enumerate(lengths):
-            prompt[row, slots - k :] = -torch.arange(1, k + 1)
+            prompt[row, slots - k :] = -torch.arange(1, k + 1, device=DEVICE)
         expected = [
             naive_row([-i - 1 for i in range(k)], x[r, :p].tolist(), x[r, p:].tolist(), slots, slack, 0)
             for r, (k, p) in enumerate(zip(lengths, pads, strict=True))
         ]
         assert layout.join(prompt, x).tolist() == expected
         three = layout.join(prompt[..., None].expand(-1, -1, 3), x[..., None].expand(-1, -1, 3))
-        assert torch.equal(three[..., 2], torch.tensor(expected))
+        assert torch.equal(three[..., 2], torch.tensor(expected, device=DEVICE))
 
 
 @pytest.mark.parametrize("slack", ["left", "right"])
 def test_mask_and_positions_equal_a_loop_over_rows(slack):
     for slots, length, lengths, pads in batches(60):
         batch = len(lengths)
-        mask = torch.ones(batch, length, dtype=torch.long)
-        positions = torch.zeros(batch, length, dtype=torch.long)
+        mask = torch.ones(batch, length, dtype=torch.long, device=DEVICE)
+        positions = torch.zeros(batch, length, dtype=torch.long, device=DEVICE)
         for row, p in enumerate(pads):
             mask[row, :p] = 0
-            positions[row, p:] = torch.arange(length - p) + 5
+            positions[row, p:] = torch.arange(length - p, device=DEVICE) + 5
         assert count_left_pads(mask).flatten().tolist() == pads
-        layout = PromptLayout(slots, torch.tensor(lengths)[:, None], count_left_pads(mask), slack)
+        layout = PromptLayout(slots, column(lengths), count_left_pads(mask), slack)
         joined_mask = layout.join_mask(mask, batch, length)
         joined = layout.join_positions(positions)
         for row, (k, p) in enumerate(zip(lengths, pads, strict=True)):
@@ -71,9 +76,9 @@ def test_mask_and_positions_equal_a_loop_over_rows(slack):
 def test_remove_gives_tokens_back_at_their_places(slack):
     for slots, length, lengths, pads in batches(60):
         batch = len(lengths)
-        layout = PromptLayout(slots, torch.tensor(lengths)[:, None], torch.tensor(pads)[:, None], slack)
-        x = torch.randn(batch, length, 2)
-        back = layout.remove(layout.join(torch.randn(batch, slots, 2), x))
+        layout = PromptLayout(slots, column(lengths), column(pads), slack)
+        x = torch.randn(batch, length, 2, device=DEVICE)
+        back = layout.remove(layout.join(torch.randn(batch, slots, 2, device=DEVICE), x))
         for row, p in enumerate(pads):
             assert torch.equal(back[row, p:], x[row, p:])
 
@@ -100,17 +105,18 @@ def test_without_mask_and_with_one_length_nothing_is_gathered():
     layout = PromptLayout(3)
     assert layout.index(5) is None
     assert layout.join_mask(None, 2, 5) is None
-    x, prompt = torch.randn(2, 5, 4), torch.randn(2, 3, 4)
+    x, prompt = torch.randn(2, 5, 4, device=DEVICE), torch.randn(2, 3, 4, device=DEVICE)
     assert torch.equal(layout.join(prompt, x), torch.cat([prompt, x], 1))
-    assert torch.equal(layout.join_positions(torch.arange(5)[None]), torch.arange(8)[None])
-    assert torch.equal(layout.shift_positions(torch.tensor([[7]])), torch.tensor([[10]]))
+    assert layout.join_positions(torch.arange(5, device=DEVICE)[None]).tolist() == [list(range(8))]
+    assert layout.shift_positions(column([7])).tolist() == [[10]]
 
 
 def test_a_row_without_tokens_counts_as_left_pads():
-    assert count_left_pads(torch.tensor([[0, 0, 0], [0, 1, 0], [1, 1, 1]])).flatten().tolist() == [3, 1, 0]
+    mask = torch.tensor([[0, 0, 0], [0, 1, 0], [1, 1, 1]], device=DEVICE)
+    assert count_left_pads(mask).flatten().tolist() == [3, 1, 0]
 
 
 def test_rows_are_repeated_as_generate_repeats_them():
-    rows = torch.tensor([[1], [2]])
+    rows = column([1, 2])
     assert repeat_rows(rows, 4).flatten().tolist() == [1, 1, 2, 2]
     assert repeat_rows(rows, 2) is rows

@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from adapters import adapted, config, randomize
+from device import DEVICE
 from families import DECODERS, FAMILIES, SEQ2SEQ, build, ids
 from oracles import adapter_weights, greedy, row_output
 from peft_input_tuning import create_input_tuning_optimizer, input_tuning_parameter_groups
@@ -30,13 +31,13 @@ LENGTH = 6
 
 
 def rows(count: int, seed: int = 0) -> list[dict]:
-    return [{"input_ids": row, "labels": row} for row in ids(count, LENGTH, seed=seed)]
+    return [{"input_ids": row, "labels": row} for row in ids(count, LENGTH, seed=seed).cpu()]
 
 
 def arguments(folder: Path, kind: type = TrainingArguments, **more):
     settings = {"per_device_train_batch_size": 2, "learning_rate": 1e-2, "logging_steps": 1, "report_to": "none"}
     settings |= {
-        "use_cpu": True,
+        "use_cpu": DEVICE.type == "cpu",
         "disable_tqdm": True,
         "save_strategy": "no",
         "max_steps": 4,
@@ -156,7 +157,7 @@ def test_metrics_see_logits_that_are_aligned_with_the_labels(family, tmp_path):
     trainer = trainer_of(model, tmp_path, compute_metrics=accuracy, per_device_eval_batch_size=2)
     got = trainer.evaluate(data)
     logits = torch.stack([row_output(base, weights, row["input_ids"]) for row in data])
-    labels = torch.stack([row["labels"] for row in data])
+    labels = torch.stack([row["labels"] for row in data]).to(DEVICE)
     assert seen["shape"] == logits.shape
     want = (logits[:, :-1].argmax(-1) == labels[:, 1:]).float().mean()
     assert got["eval_accuracy"] == pytest.approx(float(want))
@@ -171,7 +172,7 @@ def test_label_smoothing(tmp_path):
     model, base, weights = adapted(LLAMA)
     trainer = trainer_of(model, tmp_path, label_smoothing_factor=0.2)
     data = rows(2)
-    batch = {name: torch.stack([row[name] for row in data]) for name in data[0]}
+    batch = {name: torch.stack([row[name] for row in data]).to(DEVICE) for name in data[0]}
     logps = torch.stack([log_softmax(row_output(base, weights, row["input_ids"]), -1) for row in data])[:, :-1]
     right = logps.gather(-1, batch["labels"][:, 1:, None])
     want = -(0.8 * right.mean() + 0.2 * logps.mean())
@@ -301,7 +302,7 @@ def test_what_saves_memory_or_time_trains_the_same(tmp_path, setting):
 @pytest.mark.parametrize("family", SEQ2SEQ, ids=str)
 def test_seq2seq_trainer_predicts_with_generate(family, tmp_path):
     model, base, weights = adapted(family)
-    data = [{"input_ids": row, "labels": row[:3]} for row in ids(3, LENGTH)]
+    data = [{"input_ids": row, "labels": row[:3]} for row in ids(3, LENGTH).cpu()]
     settings = {"predict_with_generate": True, "generation_max_length": 6, "max_steps": 2}
     trainer = Seq2SeqTrainer(
         model=model,
