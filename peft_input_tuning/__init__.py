@@ -16,9 +16,11 @@ from .optimizer import create_input_tuning_optimizer, input_tuning_parameter_gro
 from .prompt_cache import set_prompt_cache
 from .prompt_tuning import from_prompt_tuning
 from .registration import register
+from .tested_versions import warn_of_untested_versions
 from .version import __version__
 
 register("input_tuning", InputTuningConfig, InputTuningModel)
+warn_of_untested_versions()
 
 __all__ = [
     "AdapterInspection",

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from types import NoneType
+from typing import Any, NoReturn, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
-from .initialization import execution_device
+from .cache_mark import cache_name
 from .layer import InputTuningLayer
 from .modules import base_embedding
+from .trial_run import plain_ids, unchanged, weights_are_here
 
-# Arguments for what other models have `past_key_values` for; transformers' ALL_CACHE_NAMES are these and that.
+# Arguments for what other models have a cache for; transformers' ALL_CACHE_NAMES are these and `CACHE_NAMES`.
 _STATES = ("cache_params", "state", "mems", "past_buckets_states")
 # A method of the module that counts positions along the ids, for calls with embeddings.
 _FROM_EMBEDDINGS = "create_position_ids_from_inputs_embeds"
@@ -33,6 +34,7 @@ class Backbone:
     Args:
         embedding: path of the wrapped embedding inside the backbone.
         parameters: names of the arguments of its `forward`.
+        cache: which of them is the cache; it has the same name in the output. None if it has none.
         feeds_decoder: whether a decoder reads its output, so that virtual places stay in the last hidden state.
         slack: where unused slots of a mixed batch go, see `splice.py`.
         positions_from_mask: whether positions that are not passed are counted along the mask (OPT).
@@ -47,6 +49,7 @@ class Backbone:
 
     embedding: str
     parameters: tuple[str, ...]
+    cache: str | None = None
     feeds_decoder: bool = False
     slack: str = "left"
     positions_from_mask: bool = False
@@ -133,6 +136,7 @@ def describe_backbone(model: nn.Module, backbone_path: str, embedding_path: str)
     return Backbone(
         embedding=embedding_path,
         parameters=parameters,
+        cache=cache_name(parameters),
         feeds_decoder=find_decoder(model, backbone) is not None,
         slack="right" if by_place else "left",
         positions_from_mask=backbone.config.model_type == "opt",  # the table of BioGPT could, but is never left to
@@ -140,15 +144,28 @@ def describe_backbone(model: nn.Module, backbone_path: str, embedding_path: str)
         first_position=first_position,
         loses_left_pads=hasattr(table, _FROM_EMBEDDINGS),
         max_positions=_max_positions(table, first_position),
-        is_causal=any(getattr(module, "is_causal", False) is True for module in backbone.modules()),
-        has_window=any(getattr(backbone.config, name, None) for name in _WINDOWS),
+        is_causal=is_causal(backbone),
+        has_window=has_window(backbone),
         # XLNet has its table in the backbone as GPT-2 does, and looks types up elsewhere.
         adds_token_types="token_type_ids" in parameters and owner is backbone and not _state_argument(backbone),
     )
 
 
 def _state_argument(backbone: nn.Module) -> str | None:
-    return next((name for name in forward_parameters(backbone) if name in _STATES), None)
+    """The argument in which a model keeps a past that has no length; None if it has none.
+
+    Since transformers 5.24 state-space models call theirs a cache, too: one without a layer of attention, or of a
+    class of its own (xLSTM).
+    """
+    parameters = inspect.signature(type(backbone).forward).parameters
+    name = cache_name(parameters)
+    if name is None:
+        return next((name for name in parameters if name in _STATES), None)
+    kinds = [one for one in get_args(parameters[name].annotation) if inspect.isclass(one) and one is not NoneType]
+    kinds = [one for one in kinds if one.__module__ != "builtins"]
+    without_length = bool(kinds) and not any(hasattr(one, "get_seq_length") for one in kinds)
+    layers = DynamicCache(config=backbone.config).is_linear
+    return name if without_length or (layers and all(layers)) else None
 
 
 def refuse_models_without_place(
@@ -165,7 +182,7 @@ def refuse_models_without_place(
         return
     state = _state_argument(backbone)
     if state is not None:
-        why = f"keeps its past in `{state}`, not `past_key_values`: a generated token looks like the start of a text"
+        why = f"keeps its past in `{state}`, as a state without a length: a generated token looks like a text's start"
     elif getattr(backbone.config, "hidden_size_per_layer_input", None):
         why = "looks up each token's id in every layer, and would get embeddings instead of ids"
     elif virtual_tokens and _treats_ids_otherwise(backbone, embedding):
@@ -180,28 +197,29 @@ def refuse_models_without_place(
 def _treats_ids_otherwise(backbone: nn.Module, embedding: nn.Module) -> bool:
     """Whether two ids give another output than their embeddings: in Marian and Pegasus, which scale what they look up
     and take embeddings as they are. Read off a run, since others scale both. False where weights are elsewhere."""
-    weights = list(backbone.parameters())
-    if any(one.is_meta or isinstance(one, DTensor) or hasattr(one, "ds_id") for one in weights):  # ds_id: DeepSpeed
+    if not weights_are_here(backbone):
         return False
-    table = base_embedding(embedding)
-    special = {getattr(table, "padding_idx", None)}
-    special |= {getattr(backbone.config, f"{name}_token_id", None) for name in ("pad", "mask", "bos")}
-    plain = [number for number in range(table.num_embeddings // 2, table.num_embeddings) if number not in special]
-    ids = torch.tensor([plain[:2]], device=execution_device(table))
+    ids = plain_ids(backbone, embedding, 2)
     settings: dict[str, Any] = {"return_dict": True}
     if "use_cache" in forward_parameters(backbone):
         settings["use_cache"] = False
-    modes = [(module, module.training) for module in backbone.modules()]
-    backbone.eval()
-    try:
-        expected = backbone(input_ids=ids, **settings).last_hidden_state
-        found = backbone(inputs_embeds=embedding(ids), **settings).last_hidden_state
-    except Exception:  # it wants more than ids, or no embeddings: its own error says so at the first call
-        return False
-    finally:
-        for module, training in modes:
-            module.training = training
+    with unchanged(backbone):
+        try:
+            expected = backbone(input_ids=ids, **settings).last_hidden_state
+            found = backbone(inputs_embeds=embedding(ids), **settings).last_hidden_state
+        except Exception:  # it wants more than ids, or no embeddings: its own error says so at the first call
+            return False
     return not torch.allclose(found, expected, rtol=0, atol=1e-3 * float(expected.abs().max()), equal_nan=True)
+
+
+def is_causal(backbone: nn.Module) -> bool:
+    """Whether its attention looks back only."""
+    return any(getattr(module, "is_causal", False) is True for module in backbone.modules())
+
+
+def has_window(backbone: nn.Module) -> bool:
+    """Whether attention sees only the nearest places."""
+    return any(getattr(backbone.config, name, None) for name in _WINDOWS)
 
 
 def _is_position_table(path: str) -> bool:

@@ -1,11 +1,12 @@
-"""The mark on a cache that holds a prompt: later calls on that cache read from it where the virtual tokens stand.
+"""The cache of a call: what its argument is called, and the mark on one that holds a prompt.
 
-A mark needs no look at the data (a GPU would have to wait for it), and caches that were filled without a prompt pass
-untouched.
+Later calls on a marked cache read from it where the virtual tokens stand. A mark needs no look at the data (a GPU
+would have to wait for it), and caches that were filled without a prompt pass untouched.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,9 @@ from torch import Tensor
 from .splice import PromptLayout
 
 MARK_ON_CACHE = "_input_tuning_prompt"
+# What transformers calls the cache, as an argument and in outputs: since 5.24, and before. Until 5.40 the older name
+# is understood as well.
+CACHE_NAMES = ("cache", "past_key_values")
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,17 @@ class CacheMark:
 
     layout: PromptLayout
     first_position: Tensor | None = None
+
+
+def cache_name(parameters: Iterable[str]) -> str | None:
+    """The cache's name among the arguments of a forward, which is its name in the output, too; None if it has none."""
+    parameters = set(parameters)
+    return next((name for name in CACHE_NAMES if name in parameters), None)
+
+
+def cache_of(call: dict[str, Any]) -> Any:
+    """The cache that a call brings, by whichever of its names the caller used; None if it brings none."""
+    return next((call[name] for name in CACHE_NAMES if call.get(name) is not None), None)
 
 
 def mark_of(cache: Any) -> CacheMark | None:

@@ -12,15 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.masking_utils import create_masks_for_generate
 
 from .backbone import Backbone
-from .cache_mark import CacheMark, mark_cache
+from .cache_mark import CacheMark, cache_of, mark_cache
 from .layer import InputTuningLayer
-from .packing import PackedLayout, bounds_of, positions_of, sequence_starts
+from .packing import PackedLayout, moved_bounds, positions_of, sequence_starts
 from .prompt_cache import put_prompt_into_cache
 from .refusals import (
-    PACKED_COMPILED,
     refuse_expanded_mask,
     refuse_full_ids,
     refuse_gap,
@@ -28,9 +26,10 @@ from .refusals import (
     refuse_mixed_lengths,
     refuse_other_places,
     refuse_pads_behind_prompt,
+    refuse_positions_in_compiled_call,
     refuse_too_long,
 )
-from .row_adapters import current_row_adapters
+from .row_adapters import current_row_adapters, is_generating
 from .splice import PromptLayout, count_left_pads
 
 OF_PACKED_ROWS = ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
@@ -54,7 +53,7 @@ def start_on_prompt_cache(
 ) -> bool:
     """The short way at inference: the prompt's keys and values are known, only the caller's tokens run."""
     given = given_input(call)
-    cache, positions = call.get("past_key_values"), call.get("position_ids")
+    cache, positions = cache_of(call), call.get("position_ids")
     one_given = (call.get("input_ids") is None) != (call.get("inputs_embeds") is None)
     if not one_given or site.slack == "right" or site.first_position:
         return False
@@ -115,42 +114,50 @@ def start_with_prompt(
     call.mark = CacheMark(layout, first_position=None if given_positions is None else given_positions[:, :1])
 
 
-def packed_positions(backbone: nn.Module, call: SplicedCall) -> Tensor | None:
-    """The positions of a call whose rows hold several sequences each; None where a row is one sequence.
+def packed_layout(
+    backbone: nn.Module, call: dict[str, Any], slots: int, layer: InputTuningLayer
+) -> PackedLayout | None:
+    """How prompts stand in a call whose rows hold several sequences each; None where a row is one sequence.
 
-    A position that does not go up starts a new sequence. One that leaves some out does where the model takes it for
-    a start, which is where it gets positions, no mask and no cache.
+    As in transformers, such rows come with neither a mask nor a cache, and positions or `cu_seq_lens` tell their
+    sequences apart: a position that does not go up starts a new one, and where no cache is made, one that leaves some
+    out does too. Bounds say on the host how many sequences there are. Positions have to be looked at, once: it is the
+    look that transformers has at them by itself, to make the mask that it is spared here.
     """
     given, positions, bounds = given_input(call), call.get("position_ids"), call.get("cu_seq_lens_q")
-    if given is None:
+    if given is None or call.get("attention_mask") is not None or cache_of(call) is not None:
         return None
-    if positions is None and bounds is not None:
-        positions = positions_of(bounds, given.shape[1])
-    if positions is None or positions.shape[-1] < 2:
+    batch, length = given.shape[:2]
+    rows = current_row_adapters(layer)
+    prompts = [slots] * batch if rows is None else rows.prompt_lengths
+    if bounds is not None:
+        positions, sequences = positions_of(bounds, length), [bounds.shape[0] - 1]
+        is_packed = sequences[0] > 1
+    elif positions is None or positions.shape[-1] < 2:
         return None
-    if torch.compiler.is_compiling():
-        torch._assert_async(
-            (positions.diff(dim=-1) > 0).all() | (call.get("attention_mask") is not None), PACKED_COMPILED
+    else:
+        refuse_positions_in_compiled_call()
+        makes_cache = (
+            getattr(backbone.config, "use_cache", False) if call.get("use_cache") is None else call["use_cache"]
         )
+        positions = positions.expand(batch, -1)
+        counts = sequence_starts(positions).sum(dim=-1)
+        restarts = (positions.diff(dim=-1) <= 0).any(dim=-1)
+        sequences, restarting = torch.stack([counts, restarts.to(counts)]).tolist()
+        is_packed = any(restarting) if makes_cache else max(sequences) > 1
+    if not is_packed:
         return None
-    caches = getattr(backbone.config, "use_cache", False) if call.get("use_cache") is None else call["use_cache"]
-    alone = call.get("attention_mask") is None and call.get("past_key_values") is None and not caches
-    starts = sequence_starts(positions)[:, 1:] if alone else positions.diff(dim=-1) <= 0
-    mask = call.get("attention_mask")
-    if mask is not None and mask.shape[-1] == positions.shape[-1]:
-        starts = starts & (mask[:, 1:] != 0) & (mask[:, :-1] != 0)
-    return positions.expand(given.shape[0], -1) if starts.any() else None
+    places = max(length + count * prompt for count, prompt in zip(sequences, prompts, strict=True))
+    lengths = None if rows is None else rows.lengths_of(batch, given.device)
+    return PackedLayout.of(positions.to(given.device), slots, lengths, places)
 
 
 def start_packed(
-    backbone: nn.Module, call: SplicedCall, positions: Tensor, slots: int, layer: InputTuningLayer, site: Backbone
+    backbone: nn.Module, call: SplicedCall, layout: PackedLayout, layer: InputTuningLayer, site: Backbone
 ) -> None:
     """Rewrites a call whose rows hold several sequences each: every sequence gets the prompt of its row."""
     ids, x, types = (call.get(name) for name in ("input_ids", "inputs_embeds", "token_type_ids"))
     given = given_input(call)
-    rows = current_row_adapters(layer)
-    lengths = None if rows is None else rows.lengths_of(given.shape[0], given.device)
-    layout = PackedLayout.of(positions.to(given.device), slots, lengths)
     x = layer(ids) if x is None else x
     if types is not None and site.adds_token_types:
         x = x + layer.unadapted(types)
@@ -158,20 +165,20 @@ def start_packed(
     elif types is not None:
         call["token_type_ids"] = layout.spread(types)
     call["input_ids"] = None
-    call["inputs_embeds"] = layout.join(layer.prompt_rows(given.shape[0], slots), x)
+    call["inputs_embeds"] = layout.join(layer.prompt_rows(given.shape[0], layout.slots), x)
     call["position_ids"] = layout.positions
     refuse_too_long(call, layout.positions.shape[1], layout.positions.shape[1] - given.shape[1], site)
     if call.get("seq_idx") is not None:
         call["seq_idx"] = layout.spread(call["seq_idx"])
-    if call.get("cu_seq_lens_q") is not None:
-        bounds = bounds_of(layout.positions)
-        call["cu_seq_lens_q"] = call["cu_seq_lens_k"] = bounds
-        call["max_length_q"] = call["max_length_k"] = int(bounds.diff().max())
+    for name in ("cu_seq_lens_q", "cu_seq_lens_k"):
+        if call.get(name) is not None:
+            call[name] = moved_bounds(call[name], layout.slots)
+    for name in ("max_length_q", "max_length_k"):
+        if call.get(name) is not None:
+            call[name] += layout.slots
     # The mask is made here, since models make one for packed rows only where they use no cache, and some never.
     call["use_cache"] = False
-    call["attention_mask"] = create_masks_for_generate(
-        backbone.config, call["inputs_embeds"], None, None, position_ids=layout.positions
-    )
+    call["attention_mask"] = layout.mask(backbone.config, call["inputs_embeds"])
     call.layout = layout
 
 
@@ -213,10 +220,12 @@ def continue_after_prompt(
     refuse_expanded_mask(mask)
     if mask is not None:
         refuse_full_ids(cache, mask.shape[1], length)
-        if site.has_window and length > 1:
-            refuse_pads_behind_prompt(mask, layout)
-    elif positions is not None:
-        refuse_gap(positions, past, length, mark)
+    if length > 1 and not torch.compiler.is_compiling() and not is_generating(layer):
+        # A chunk that the caller feeds by hand. `generate` checked its own at the start; a step is not looked at.
+        if mask is None and positions is not None:
+            refuse_gap(positions, past, mark)
+        if mask is not None and site.has_window and layout.pads is not None:
+            refuse_pads_behind_prompt(count_left_pads(mask), layout.pads)
     if positions is not None:
         call["position_ids"] = layout.shift_positions(positions)
     elif layout.lengths is not None and "position_ids" in site.parameters and not site.positions_from_mask:

@@ -25,13 +25,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from .backbone import Backbone, describe_backbone, find_decoder, find_layer, forward_parameters
-from .cache_mark import CacheMark, mark_cache, mark_of
+from .cache_mark import CacheMark, cache_of, mark_cache, mark_of
 from .calls import (
     SplicedCall,
     add_token_types,
     continue_after_prompt,
     given_input,
-    packed_positions,
+    packed_layout,
     start_on_prompt_cache,
     start_packed,
     start_with_prompt,
@@ -49,7 +49,7 @@ def put_prompt_in(backbone: nn.Module, args: tuple, kwargs: dict[str, Any], *, s
     layer = find_layer(backbone, site)
     call = SplicedCall(zip(site.parameters, args, strict=False))
     call.update(kwargs)
-    cache = call.get("past_key_values")
+    cache = cache_of(call)
     mark = mark_of(cache)
     if mark is not None:
         if mark.layout.slots:
@@ -62,11 +62,11 @@ def put_prompt_in(backbone: nn.Module, args: tuple, kwargs: dict[str, Any], *, s
     if not slots or (cache is not None and not _is_empty(cache)):
         add_token_types(call, layer, site)
         return (), call
-    refuse_what_cannot_be_spliced(call, cache)
-    packed = packed_positions(backbone, call)
+    refuse_what_cannot_be_spliced(call, cache, site)
+    packed = packed_layout(backbone, call, slots, layer)
     if packed is not None:
         refuse_what_cannot_be_packed(backbone, call, site)
-        start_packed(backbone, call, packed, slots, layer, site)
+        start_packed(backbone, call, packed, layer, site)
     elif start_on_prompt_cache(backbone, call, slots, layer, site):
         return (), call
     else:
@@ -90,7 +90,7 @@ def take_prompt_out(backbone: nn.Module, args: tuple, call: dict[str, Any], outp
     """Post-hook of the backbone."""
     if not isinstance(call, SplicedCall):
         return None
-    cache = getattr(output, "past_key_values", None)
+    cache = None if site.cache is None else getattr(output, site.cache, None)
     if cache is not None and call.mark is not None:
         mark_cache(cache, call.mark)
     layout = call.layout

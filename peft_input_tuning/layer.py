@@ -26,7 +26,7 @@ from .folding import Progress, fold
 from .initialization import execution_device, initial_prompt
 from .modules import SoftPrompt, adapt
 from .quantized import is_quantized
-from .row_adapters import BASE, current_row_adapters
+from .row_adapters import BASE, current_row_adapters, on_device
 
 IsOutput = Tensor | bool  # which tokens are the output's: `(batch, length)` booleans, or one for all
 
@@ -49,7 +49,7 @@ class InputTuningLayer(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("input_tuning_prompt", "input_tuning_fc1", "input_tuning_activation", "input_tuning_fc2")
-    caches_prompt = True  # see prompt_cache.py
+    caches_prompt = False  # see prompt_cache.py
     other_param_names = ("input_tuning_dropout",)
 
     def __init__(self, base_layer: nn.Module) -> None:
@@ -62,6 +62,7 @@ class InputTuningLayer(nn.Module, BaseTunerLayer):
         self.input_tuning_dropout = nn.ModuleDict()
         self.awaiting_weights: set[str] = set()  # adapters whose file has still to be read
         self.input_only: set[str] = set()  # adapters that leave the output's tokens alone, see scope.py
+        self.seen_labels: set[tuple[str, bool]] = set()  # of those, whose labels were looked at, in training or not
         self.merged_adapters: list[str] = []
         self._unmerged_weight: tuple[nn.Parameter, ...] = ()  # in a tuple, or it would be a parameter of this module
         self.prompt_states: dict[str, Any] = {}
@@ -148,6 +149,7 @@ class InputTuningLayer(nn.Module, BaseTunerLayer):
             self.input_tuning_fc2[adapter_name] = nn.Linear(hidden, width, bias=config.adapter_bias)
             self.input_tuning_activation[adapter_name] = ACT2FN[config.adapter_activation]
             self.input_tuning_dropout[adapter_name] = nn.Dropout(config.adapter_dropout)
+        self.seen_labels -= {(adapter_name, True), (adapter_name, False)}
         if input_only and hidden:
             self.input_only.add(adapter_name)
         else:
@@ -394,7 +396,7 @@ class InputTuningLayer(nn.Module, BaseTunerLayer):
         for name in dict.fromkeys(names):
             if name == BASE:
                 continue
-            rows = torch.tensor([i for i, other in enumerate(names) if other == name], device=embeddings.device)
+            rows = on_device([i for i, other in enumerate(names) if other == name], embeddings.device)
             of_rows = is_output[rows] if isinstance(is_output, Tensor) else is_output
             adapted[rows] = self.adapt_in_scope(embeddings[rows], name, of_rows)
         return adapted
@@ -419,7 +421,7 @@ class InputTuningLayer(nn.Module, BaseTunerLayer):
         names = rows.names_of(batch)
         distinct = list(dict.fromkeys(names))
         table = torch.stack([self._padded_prompt(name, slots) for name in distinct])
-        return table[torch.tensor([distinct.index(name) for name in names], device=table.device)]
+        return table[on_device([distinct.index(name) for name in names], table.device)]
 
     def _padded_prompt(self, name: str, slots: int) -> Tensor:
         if not self.prompt_length(name):

@@ -1,4 +1,4 @@
-"""Rows that hold several sequences each: every one of them gets a prompt of its own. Pure functions of tensors.
+"""Rows that hold several sequences each: every one of them gets a prompt of its own.
 
     [ a a a | b b ]   positions 0 1 2 0 1   ──►   [ prompt a a a | prompt b b | slack ]
 
@@ -10,9 +10,13 @@ It stands at position 0, each place a sequence of its own, so that nothing sees 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PretrainedConfig
+from transformers.masking_utils import create_masks_for_generate
 
 from .splice import gather_places
 
@@ -23,15 +27,19 @@ def positions_of(bounds: Tensor, length: int) -> Tensor:
     return (at - bounds[torch.searchsorted(bounds, at, right=True) - 1]).unsqueeze(0)
 
 
-def bounds_of(positions: Tensor) -> Tensor:
-    """The other way round: `cu_seq_lens` of one row, `(1, length)` → `(sequences + 1,)`."""
-    starts = sequence_starts(positions)[0].nonzero().flatten()
-    return torch.cat([starts, starts.new_tensor([positions.shape[1]])]).to(torch.int32)
+def moved_bounds(bounds: Tensor, slots: int) -> Tensor:
+    """`cu_seq_lens` `(sequences + 1,)` with a prompt of `slots` before each sequence."""
+    return bounds + slots * torch.arange(len(bounds), device=bounds.device, dtype=bounds.dtype)
 
 
 def sequence_starts(positions: Tensor) -> Tensor:
     """Whether a sequence starts at a place: `(batch, length)` → booleans of the same shape."""
     return positions.diff(dim=-1, prepend=positions[:, :1] - 2) != 1
+
+
+def _in_one_sequence(number: Tensor, row: Any, head: Any, query: Any, key: Any) -> Tensor:
+    """A mask function of transformers: whether two places of a row belong to one sequence."""
+    return number[row, query] == number[row, key]
 
 
 @dataclass(frozen=True)
@@ -54,25 +62,25 @@ class PackedLayout:
     positions: Tensor
 
     @classmethod
-    def of(cls, positions: Tensor, slots: int, lengths: Tensor | None = None) -> PackedLayout:
+    def of(cls, positions: Tensor, slots: int, lengths: Tensor | None, places: int) -> PackedLayout:
         """The layout for the caller's positions.
 
         Args:
             positions: `(batch, length)`.
             slots: the length of the longest prompt.
             lengths: `(batch, 1)`, each row's prompt length; None where all have `slots`.
+            places: N, what the longest row comes to with its prompts.
         """
         batch, length = positions.shape
         prompts = torch.full_like(positions[:, :1], slots) if lengths is None else lengths
         number = sequence_starts(positions).cumsum(-1)  # of the sequence, from 1
         kept = torch.arange(length, device=positions.device) + number * prompts
-        total = int(kept[:, -1].max()) + 1
         # The place of the next token, seen from every place: what stands there now, or the nearest to the right.
-        at = torch.arange(total, device=positions.device).expand(batch, -1)
-        following = torch.full_like(at, total).scatter(1, kept, kept).flip(-1).cummin(-1).values.flip(-1)
-        is_slack = following == total
+        at = torch.arange(places, device=positions.device).expand(batch, -1)
+        following = torch.full_like(at, places).scatter(1, kept, kept).flip(-1).cummin(-1).values.flip(-1)
+        is_slack = following == places
         numbers = torch.zeros_like(at).scatter(1, kept, torch.arange(length, device=at.device).expand(batch, -1))
-        token = numbers.gather(1, following.clamp(max=total - 1))
+        token = numbers.gather(1, following.clamp(max=places - 1))
         distance = torch.where(is_slack, 0, following - at)
         moved = (positions + prompts).gather(1, token) - distance
         return cls(slots, token, distance, kept, torch.where(is_slack, 0, moved))
@@ -84,6 +92,18 @@ class PackedLayout:
         """
         index = torch.where(self.distance > 0, self.slots - self.distance, self.slots + self.token)
         return gather_places(torch.cat([prompt.to(x.dtype), x], dim=1), index)
+
+    def mask(self, config: PretrainedConfig, x: Tensor) -> Any:
+        """The model's own attention mask, in which sequences do not see each other, for embeddings `(batch, N, dim)`.
+
+        Transformers would look for packed sequences in positions, and a GPU would have to wait. Only where attention
+        goes by chunks must it have them: a chunk is counted from the start of its sequence.
+        """
+        number = sequence_starts(self.positions).cumsum(-1)
+        if getattr(config, "attention_chunk_size", None):
+            return create_masks_for_generate(config, x, None, None, position_ids=self.positions)
+        alike = partial(_in_one_sequence, number)
+        return create_masks_for_generate(config, x, None, None, and_mask_function=alike)
 
     def spread(self, x: Tensor) -> Tensor:
         """Gives virtual tokens what their sequence's first token has: `(batch, length)` → `(batch, N)`."""

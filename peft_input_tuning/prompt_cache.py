@@ -9,7 +9,8 @@ run through the model:
 The states are kept with the adapter, together with what they come from, and computed again when that has changed
 (`_origin`). A call in training mode or with gradients forgets them: trainers write weights in ways that leave no
 trace. Where the picture would not be exact, the call takes the usual way (`calls.start_with_prompt`).
-`set_prompt_cache(model, False)` switches all of it off.
+All of it is off until `set_prompt_cache(model, True)`: noticing changes of the weights costs hundreds of small
+operations a prefill, which is more than it saves where the prompt is short or the device is fast.
 """
 
 from __future__ import annotations
@@ -27,10 +28,12 @@ from torch.distributed.tensor import DTensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from .backbone import forward_parameters
+from .cache_mark import cache_name, cache_of
 from .initialization import execution_device
 from .layer import InputTuningLayer, named_layer
 from .quantized import inner_tensors
-from .row_adapters import RowAdapters, current_row_adapters, prompt_in_place, use_row_adapters
+from .row_adapters import RowAdapters, current_row_adapters, on_device, prompt_in_place, use_row_adapters
 from .splice import PromptLayout, count_left_pads
 
 KeysAndValues = list[tuple[Tensor, Tensor]]  # a layer's `(1, heads, prompt length, head dim)` each
@@ -59,7 +62,7 @@ class PromptStates:
 
 
 def set_prompt_cache(model: nn.Module, enabled: bool) -> None:
-    """Switches the cache of prompts' keys and values on (the default) or off, for all adapters of a model, and forgets
+    """Switches the cache of prompts' keys and values on or off (the default), for all adapters of a model, and forgets
     what it holds.
 
     Raises:
@@ -78,14 +81,14 @@ def put_prompt_into_cache(
     Returns:
         How the prompts stand in the cache; None where the call must take the usual way, and nothing was done.
     """
-    cache: Any = call.get("past_key_values")
+    cache = cache_of(call)
     mask, positions = call.get("attention_mask"), call.get("position_ids")
-    if torch.compiler.is_compiling():
+    if not layer.caches_prompt or torch.compiler.is_compiling():
         return None
     if torch.is_grad_enabled() or backbone.training:
         layer.prompt_states.clear()
         return None
-    if not layer.caches_prompt or not _is_exact(backbone, cache, mask, positions, has_window):
+    if not _is_exact(backbone, cache, mask, positions, has_window):
         return None
     origin = _origin(backbone, layer)
     if origin is None:
@@ -94,7 +97,7 @@ def put_prompt_into_cache(
     names = [str(layer.enabled_adapter)] * batch if rows is None else rows.names_of(batch)
     distinct = list(dict.fromkeys(names))
     states = {name: _keys_and_values(backbone, layer, name, origin) for name in distinct if layer.prompt_length(name)}
-    at = torch.tensor([distinct.index(name) for name in names])
+    at = on_device([distinct.index(name) for name in names], execution_device(layer.base_layer))
     for index in range(len(next(iter(states.values())))):
         both = [_table([states.get(name, [])[index : index + 1] for name in distinct], part, slots) for part in (0, 1)]
         keys, values = (table[at.to(table.device)] for table in both)
@@ -162,7 +165,8 @@ def _compute(backbone: nn.Module, layer: InputTuningLayer, name: str) -> KeysAnd
         if current_row_adapters(layer) is not None:  # modules_to_save inside the backbone ask for the rows
             stack.enter_context(use_row_adapters(layer, RowAdapters((name,), (0,))))
         # A cache without the model's configuration keeps all places, also those that a sliding window would drop.
-        cache = backbone(inputs_embeds=prompt, past_key_values=DynamicCache(), use_cache=True).past_key_values
+        cache = DynamicCache()
+        backbone(inputs_embeds=prompt, use_cache=True, **{str(cache_name(forward_parameters(backbone))): cache})
     return [(one.keys, one.values) for one in cache.layers]
 
 

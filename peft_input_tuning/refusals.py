@@ -9,12 +9,8 @@ from torch import Tensor, nn
 
 from .backbone import Backbone
 from .cache_mark import MARK_ON_CACHE, CacheMark
-from .splice import PromptLayout, count_left_pads
+from .splice import PromptLayout
 
-PACKED_COMPILED = (
-    "`position_ids` restart inside a row: several sequences are packed into it, which a compiled model cannot look "
-    "for. Pass one sequence a row, with padding, or do not compile."
-)
 _OF_PLACES = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids")
 CONTINUE = (
     "To continue on a returned cache, pass only the new tokens as `input_ids`, and an `attention_mask` over the "
@@ -23,11 +19,11 @@ CONTINUE = (
 )
 
 
-def refuse_what_cannot_be_spliced(call: dict[str, Any], cache: Any) -> None:
+def refuse_what_cannot_be_spliced(call: dict[str, Any], cache: Any, site: Backbone) -> None:
     mask, positions = call.get("attention_mask"), call.get("position_ids")
     if getattr(cache, "is_compileable", False):
         raise ValueError(
-            f"`past_key_values` is a {type(cache).__name__} of fixed size, which has no room for the virtual tokens. "
+            f"`{site.cache}` is a {type(cache).__name__} of fixed size, which has no room for the virtual tokens. "
             "Call `generate` of the PeftModel (with a task type), which makes room, or use a dynamic cache."
         )
     refuse_expanded_mask(mask)
@@ -44,14 +40,7 @@ def refuse_what_cannot_be_spliced(call: dict[str, Any], cache: Any) -> None:
 def refuse_what_cannot_be_packed(backbone: nn.Module, call: dict[str, Any], site: Backbone) -> None:
     """For a call whose rows hold several sequences each."""
     name = type(backbone).__name__
-    packed = "`position_ids` restart inside a row: several sequences are packed into it"
-    if call.get("attention_mask") is not None:
-        raise ValueError(
-            f"{packed}, and `attention_mask` is given, with which models let them see each other. Pass no mask with "
-            "packed rows, or one sequence a row, with padding."
-        )
-    if call.get("past_key_values") is not None:
-        raise ValueError(f"{packed}, and `past_key_values` is given. Pass one sequence a row to fill a cache.")
+    packed = "several sequences are packed into a row"
     if not site.is_causal or "position_ids" not in site.parameters:
         raise ValueError(
             f"{packed}, which {name} cannot tell apart. Pass one sequence a row, with padding (no packing, no "
@@ -62,6 +51,18 @@ def refuse_what_cannot_be_packed(backbone: nn.Module, call: dict[str, Any], site
         raise ValueError(
             f"{packed}, in a batch of {batch} rows. With flash attention {name} tells packed sequences apart in a "
             "batch of one row only: flatten the batch into one row."
+        )
+
+
+def refuse_positions_in_compiled_call() -> None:
+    """Compiled code cannot look at positions that come with neither a mask nor a cache, where they may be of packed
+    rows."""
+    if torch.compiler.is_compiling():
+        raise ValueError(
+            "`position_ids` come without an `attention_mask` or a cache, which may mean that several sequences are "
+            "packed into a row, and a compiled model cannot look. Pass an `attention_mask` with one sequence a row, "
+            "pass `cu_seq_lens_q` of packed rows (DataCollatorWithFlattening(return_flash_attn_kwargs=True)), or do "
+            "not compile."
         )
 
 
@@ -105,7 +106,7 @@ def refuse_left_pads(backbone: nn.Module, layout: PromptLayout) -> None:
 
 
 def refuse_mixed_lengths(backbone: nn.Module, site: Backbone) -> None:
-    if site.slack == "right" and "past_key_values" in site.parameters:
+    if site.slack == "right" and site.cache is not None:
         raise ValueError(
             f"`adapter_names`: {type(backbone).__name__} numbers positions by place in the row, so adapters with "
             "prompts of different lengths cannot share a batch. Use adapters of one length, or one batch each."
@@ -113,7 +114,8 @@ def refuse_mixed_lengths(backbone: nn.Module, site: Backbone) -> None:
 
 
 def refuse_too_long(call: dict[str, Any], total: int, slots: int, site: Backbone) -> None:
-    """`total` places are more than the table of positions has; pads may share a position, so look closer then."""
+    """`total` places are more than the table of positions has. Pads may share a position: only of calls that would be
+    refused otherwise is the data looked at."""
     if site.max_positions is None or total <= site.max_positions:
         return
     positions, mask = call.get("position_ids"), call.get("attention_mask")
@@ -142,24 +144,18 @@ def refuse_full_ids(cache: Any, mask_length: int | None, length: int) -> None:
         )
 
 
-def refuse_pads_behind_prompt(mask: Tensor, layout: PromptLayout) -> None:
+def refuse_pads_behind_prompt(left_pads: Tensor, before_prompt: Tensor | int) -> None:
     """A first chunk of nothing but pads got its prompt before all of the row's pads were there. Masks and positions
     make up for that, a window that counts places does not."""
-    if layout.pads is not None and (count_left_pads(mask) > layout.pads).any():
+    if (left_pads > before_prompt).any():
         raise ValueError(
             "`prefill_chunk_size` is smaller than the left padding of a row, and this model's attention has a sliding "
             "window, which would lose the prompt. Use larger chunks, or batch rows of similar length."
         )
 
 
-def refuse_gap(positions: Tensor, past: int, length: int, mark: CacheMark) -> None:
+def refuse_gap(positions: Tensor, past: int, mark: CacheMark) -> None:
     """Without a mask the positions tell whether the new tokens follow the cached ones."""
-    if torch.compiler.is_compiling():
-        return
     first = 0 if mark.first_position is None else mark.first_position
-    message = f"`position_ids` do not go on where the cache ends, at {past} tokens. {CONTINUE}"
-    follows = (positions[:, :1] == first + past).all()
-    if length == 1 and positions.is_cuda:
-        torch._assert_async(follows, message)  # a step of decoding, where waiting for the answer would cost time
-    elif not follows:
-        raise ValueError(message)
+    if not (positions[:, :1] == first + past).all():
+        raise ValueError(f"`position_ids` do not go on where the cache ends, at {past} tokens. {CONTINUE}")

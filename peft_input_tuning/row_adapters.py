@@ -1,6 +1,7 @@
-"""Which adapter each row of the current call uses (`adapter_names=[...]`), and whether its prompt is already in place.
+"""Which adapter each row of the current call uses (`adapter_names=[...]`), whether its prompt is already in place, and
+whether `generate` makes the call.
 
-Both are properties of one call, not of the model: two threads may call one model with different rows. So they live in
+All are properties of one call, not of the model: two threads may call one model with different rows. So they live in
 context variables, which every thread has for itself. Compiled code does not read them: `InputTuningModel` runs calls
 with `adapter_names` eagerly.
 """
@@ -50,17 +51,23 @@ class RowAdapters:
         repeats = self._repeats(batch)
         if len(set(self.prompt_lengths)) == 1:
             return None
-        lengths = torch.tensor(self.prompt_lengths, device=device).unsqueeze(1)
-        return lengths.repeat_interleave(repeats, dim=0)
+        lengths = [length for length in self.prompt_lengths for _ in range(repeats)]
+        return on_device(lengths, device).unsqueeze(1)
 
     @property
     def slots(self) -> int:
         return max(self.prompt_lengths)
 
 
+def on_device(values: list[int], device: torch.device) -> torch.Tensor:
+    """A tensor of host values, `(len(values),)`, for which the host does not wait until the device is idle."""
+    return torch.tensor(values).to(device, non_blocking=True)
+
+
 # With the layer that a call is about: an assistant model, called inside the same call, has a layer of its own.
 _row_adapters: ContextVar[tuple[object, RowAdapters] | None] = ContextVar("row_adapters", default=None)
 _prompt_in_place: ContextVar[object] = ContextVar("prompt_in_place", default=None)
+_generating: ContextVar[object] = ContextVar("generating", default=None)
 
 
 def current_row_adapters(layer: object) -> RowAdapters | None:
@@ -74,6 +81,20 @@ def current_row_adapters(layer: object) -> RowAdapters | None:
 def is_prompt_in_place(layer: object) -> bool:
     """Whether the caller's embeddings hold the virtual tokens already."""
     return not torch.compiler.is_compiling() and _prompt_in_place.get() is layer
+
+
+def is_generating(layer: object) -> bool:
+    """Whether `generate` of the tuner is under way, which looks at its arguments once, at its start."""
+    return not torch.compiler.is_compiling() and _generating.get() is layer
+
+
+@contextmanager
+def generating(layer: object) -> Iterator[None]:
+    token = _generating.set(layer)
+    try:
+        yield
+    finally:
+        _generating.reset(token)
 
 
 @contextmanager

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .cache_mark import mark_of
+from .cache_mark import cache_of, mark_of
 from .layer import CANNOT_TELL, InputTuningLayer, IsOutput
-from .row_adapters import is_prompt_in_place
+from .row_adapters import current_row_adapters, is_prompt_in_place
 
 IGNORED = -100  # the label of a token that has none, in all of transformers
 
@@ -44,18 +44,18 @@ def tells_input_from_output(model: nn.Module) -> bool:
     return model.can_generate() and not getattr(model.config, "is_encoder_decoder", False)
 
 
-def length_in(cache: Any) -> int:
-    """Number of the caller's tokens in a cache, without virtual ones."""
+def length_in(cache: Any) -> int | Tensor:
+    """Number of the caller's tokens in a cache, without virtual ones; static caches keep it on the device."""
     if cache is None:
         return 0
     mark = mark_of(cache)
-    return int(cache.get_seq_length()) - (0 if mark is None else mark.layout.slots)
+    return cache.get_seq_length() - (0 if mark is None else mark.layout.slots)
 
 
 @contextmanager
 def input_of_generate(layer: InputTuningLayer, ids: Tensor | None, cache: Any) -> Iterator[None]:
     """While `generate` runs on these ids, tokens at later places are the output's. Without ids it starts from one."""
-    token = _input_end.set((layer, length_in(cache) + (1 if ids is None else ids.shape[1])))
+    token = _input_end.set((layer, int(length_in(cache)) + (1 if ids is None else ids.shape[1])))
     try:
         yield
     finally:
@@ -80,36 +80,40 @@ def output_tokens(call: dict[str, Any], ids: Tensor, layer: InputTuningLayer) ->
     """Which of a call's tokens are the output's: `(batch, length)` booleans, or one for all.
 
     Raises:
-        ValueError: nothing tells, or a row has a label at every token.
+        ValueError: nothing tells, or a row of the first labels has one at every token.
     """
     labels = call.get("labels")
     if labels is not None:
         if labels.shape != ids.shape:
             raise ValueError(f"`labels` have the shape {tuple(labels.shape)}, and `input_ids` {tuple(ids.shape)}.")
         is_output = labels.to(ids.device) != IGNORED
-        _refuse_rows_without_input(is_output, call.get("attention_mask"))
+        _refuse_rows_without_input(is_output, call.get("attention_mask"), layer)
         return is_output
     owner, end = (None, 0) if torch.compiler.is_compiling() else _input_end.get() or (None, 0)
     if owner is not layer:
         raise ValueError(CANNOT_TELL)
     if is_prompt_in_place(layer):
         return True  # the input came as embeddings (static_cache.py): these ids follow it
-    start = length_in(call.get("past_key_values"))
-    if start >= end or start + ids.shape[1] <= end:
+    start = length_in(cache_of(call))
+    if isinstance(start, int) and (start >= end or start + ids.shape[1] <= end):
         return start >= end
-    return (torch.arange(start, start + ids.shape[1], device=ids.device) >= end).expand(ids.shape[0], -1)
+    return (torch.arange(ids.shape[1], device=ids.device) + start >= end).expand(ids.shape[0], -1)
 
 
-def _refuse_rows_without_input(is_output: Tensor, mask: Any) -> None:
+def _refuse_rows_without_input(is_output: Tensor, mask: Any, layer: InputTuningLayer) -> None:
+    """Looks at the first labels that adapters get, in training and outside of it: a GPU would have to wait each time,
+    and rows that are made wrong are wrong from the first batch on."""
+    rows = current_row_adapters(layer)
+    names = [layer.enabled_adapter] if rows is None else rows.names
+    known = {(name, layer.training) for name in layer.input_only.intersection(names)}
+    if torch.compiler.is_compiling() or known <= layer.seen_labels:
+        return
     is_input = ~is_output
     if isinstance(mask, Tensor) and mask.shape == is_output.shape:
         is_input = is_input & (mask.to(is_input.device) != 0)
-    fine = (is_input.any(dim=-1) | ~is_output.any(dim=-1)).all()
-    message = (
-        '`adapter_scope` is "input", but a row of `labels` has a label at every token, so there is no input to adapt. '
-        'Set the labels of the input\'s tokens to -100, or use adapter_scope="all".'
-    )
-    if torch.compiler.is_compiling() or fine.is_cuda:
-        torch._assert_async(fine, message)  # waiting for the answer would cost time
-    elif not fine:
-        raise ValueError(message)
+    if not (is_input.any(dim=-1) | ~is_output.any(dim=-1)).all():
+        raise ValueError(
+            '`adapter_scope` is "input", but a row of `labels` has a label at every token, so there is no input to '
+            'adapt. Set the labels of the input\'s tokens to -100, or use adapter_scope="all".'
+        )
+    layer.seen_labels |= known

@@ -16,10 +16,10 @@ data in a way that would make a GPU wait.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def count_left_pads(mask: Tensor) -> Tensor:
@@ -64,18 +64,28 @@ class PromptLayout:
     lengths: Tensor | None = None
     pads: Tensor | None = None
     slack: str = "left"
+    _indices: dict[int, Tensor | None] = field(default_factory=dict, compare=False, repr=False)
 
     def index(self, length: int) -> Tensor | None:
         """Places to take from `[slots right-aligned prompt places | length places of x]`, `(batch, slots + length)`.
 
-        None where that is already the wanted order.
+        None where that is already the wanted order. Worked out once for each length.
         """
+        if length not in self._indices:
+            self._indices[length] = self._index(length)
+        return self._indices[length]
+
+    def _index(self, length: int) -> Tensor | None:
         reference = self.pads if self.pads is not None else self.lengths
         if reference is None:
             return None
         slots = self.slots
+        if self.lengths is None:
+            at = torch.arange(slots + length, device=reference.device)
+            past = at - reference
+            return torch.where(past < 0, at + slots, torch.where(past < slots, past, at))
         pads = self.pads if self.pads is not None else torch.zeros_like(reference)
-        lengths = self.lengths if self.lengths is not None else torch.full_like(reference, slots)
+        lengths = self.lengths
         at = torch.arange(slots + length, device=reference.device)
         unused = slots - lengths
         if self.slack == "left":
@@ -102,10 +112,16 @@ class PromptLayout:
             if self.lengths is None:
                 return None
             mask = torch.ones(batch, length, dtype=torch.long, device=self.lengths.device)
-        visible = torch.ones(mask.shape[0], self.slots, dtype=mask.dtype, device=mask.device)
-        if self.lengths is not None:
-            visible = (torch.arange(self.slots, device=mask.device) >= self.slots - self.lengths).to(mask.dtype)
-        return self.join(visible, mask)
+        if self.pads is None and self.lengths is None:
+            return nn.functional.pad(mask, (self.slots, 0), value=1)
+        if self.slack == "right" and self.lengths is not None:
+            visible = torch.arange(self.slots, device=mask.device) >= self.slots - self.lengths
+            return self.join(visible, mask)
+        # Up to the first token nothing but the prompt is visible, and the prompt ends there.
+        at = torch.arange(self.slots + length, device=mask.device)
+        end = self.slots if self.pads is None else self.pads + self.slots
+        start = end - (self.slots if self.lengths is None else self.lengths)
+        return nn.functional.pad(mask, (self.slots, 0)).masked_fill_((at >= start) & (at < end), 1)
 
     def join_positions(self, positions: Tensor) -> Tensor:
         """Positions `(batch or 1, length)` → `(.., slots + length)`: the prompt takes the first token's position and
@@ -117,7 +133,8 @@ class PromptLayout:
         pads = 0 if self.pads is None else self.pads
         lengths = slots if self.lengths is None else self.lengths
         first = positions[:, :1] if self.pads is None else positions.gather(1, self.pads.clamp(max=length - 1))
-        prompt = first + (torch.arange(slots, device=positions.device) - (slots - lengths)).clamp(min=0)
+        ahead = torch.arange(slots, device=positions.device)
+        prompt = first + (ahead if self.lengths is None else (ahead - (slots - lengths)).clamp(min=0))
         moved = positions + torch.where(torch.arange(length, device=positions.device) >= pads, lengths, 0)
         return self.join(prompt, moved)
 
@@ -141,12 +158,17 @@ class PromptLayout:
 
     def to(self, device: torch.device) -> PromptLayout:
         """The same layout on another device."""
+        known = [one.device for one in (self.lengths, self.pads) if one is not None]
+        if all(one == device for one in known):
+            return self
         lengths = None if self.lengths is None else self.lengths.to(device)
         pads = None if self.pads is None else self.pads.to(device)
         return PromptLayout(self.slots, lengths, pads, self.slack)
 
     def repeated(self, batch: int) -> PromptLayout:
         """The same layout for a batch whose rows were repeated."""
+        if all(one is None or one.shape[0] == batch for one in (self.lengths, self.pads)):
+            return self
         lengths = None if self.lengths is None else repeat_rows(self.lengths, batch)
         pads = None if self.pads is None else repeat_rows(self.pads, batch)
         return PromptLayout(self.slots, lengths, pads, self.slack)

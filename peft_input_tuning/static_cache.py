@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
+from .cache_mark import cache_of
 from .initialization import execution_device
 from .layer import InputTuningLayer
 from .row_adapters import current_row_adapters
@@ -19,7 +20,7 @@ _LOOKING_ELSEWHERE = {"guidance_scale": 1, "encoder_repetition_penalty": 1.0, "e
 DEFAULT_MAX_LENGTH = 20  # of transformers' generate, counted in new tokens beside embeddings
 
 
-def _setting(model: nn.Module, kwargs: dict[str, Any], name: str) -> Any:
+def generation_setting(model: nn.Module, kwargs: dict[str, Any], name: str) -> Any:
     """A setting of this call: its own argument, its generation_config, the model's."""
     if kwargs.get(name) is not None:
         return kwargs[name]
@@ -33,9 +34,9 @@ def uses_static_cache(model: nn.Module, kwargs: dict[str, Any]) -> bool:
     """Whether `generate(**kwargs)` of a decoder-only model will use a cache of fixed size."""
     if getattr(model.config, "is_encoder_decoder", False):
         return False
-    if getattr(kwargs.get("past_key_values"), "is_compileable", False):
+    if getattr(cache_of(kwargs), "is_compileable", False):
         return True
-    implementation = _setting(model, kwargs, "cache_implementation") or ""
+    implementation = generation_setting(model, kwargs, "cache_implementation") or ""
     return implementation == "sliding_window" or any(kind in implementation for kind in ("static", "hybrid"))
 
 
@@ -49,14 +50,14 @@ def input_with_prompt(model: nn.Module, layer: InputTuningLayer, kwargs: dict[st
     rows, slots = current_row_adapters(layer), layer.slots
     if not slots:
         return None
-    cache = kwargs.get("past_key_values")
+    cache = cache_of(kwargs)
     if cache is not None and int(cache.get_seq_length()):
         raise ValueError(
-            f"`past_key_values` is a {type(cache).__name__} of fixed size that is not empty: going on from it is not "
+            f"The cache is a {type(cache).__name__} of fixed size that is not empty: going on from it is not "
             "supported with virtual tokens. Pass an empty one (`.reset()`), or use a dynamic cache."
         )
     for name, neutral in _LOOKING_ELSEWHERE.items():
-        value = _setting(model, kwargs, name)
+        value = generation_setting(model, kwargs, name)
         if value not in (None, neutral):
             raise ValueError(
                 f"`{name}` is {value}, which reads the input beside the cache, and a static cache has virtual tokens "
@@ -72,7 +73,7 @@ def input_with_prompt(model: nn.Module, layer: InputTuningLayer, kwargs: dict[st
     x = layer(ids.to(execution_device(layer.base_layer)), is_output=False) if x is None else x
     batch, length = x.shape[:2]
     mask = kwargs.get("attention_mask")
-    mask = _mask_of(model, ids, kwargs) if mask is None else mask
+    mask = mask_of_ids(model, ids, kwargs) if mask is None else mask
     layout = PromptLayout(
         slots,
         lengths=None if rows is None else rows.lengths_of(batch, x.device),
@@ -87,9 +88,9 @@ def input_with_prompt(model: nn.Module, layer: InputTuningLayer, kwargs: dict[st
     return kwargs
 
 
-def _mask_of(model: nn.Module, ids: Tensor | None, kwargs: dict[str, Any]) -> Tensor | None:
+def mask_of_ids(model: nn.Module, ids: Tensor | None, kwargs: dict[str, Any]) -> Tensor | None:
     """The mask that `generate` would infer from padding in the ids; beside embeddings it does not look."""
-    pad, eos = _setting(model, kwargs, "pad_token_id"), _setting(model, kwargs, "eos_token_id")
+    pad, eos = generation_setting(model, kwargs, "pad_token_id"), generation_setting(model, kwargs, "eos_token_id")
     if ids is None or pad is None or pad in (eos if isinstance(eos, list) else [eos]) or not (ids == pad).any():
         return None
     return (ids != pad).long()
@@ -101,9 +102,9 @@ def _count_new_tokens(model: nn.Module, kwargs: dict[str, Any], length: int) -> 
         ("max_length", "max_new_tokens", length + DEFAULT_MAX_LENGTH),
         ("min_length", "min_new_tokens", None),
     ):
-        limit = _setting(model, kwargs, new)
+        limit = generation_setting(model, kwargs, new)
         if limit is None:
-            whole = _setting(model, kwargs, total)
+            whole = generation_setting(model, kwargs, total)
             whole = default if whole is None else whole
             limit = None if whole is None else max(whole - length, 0)
         kwargs.pop(total, None)

@@ -8,12 +8,14 @@ from itertools import pairwise
 import pytest
 import torch
 from torch.testing import assert_close
-from transformers import DataCollatorWithFlattening
+from transformers import DataCollatorWithFlattening, DynamicCache
 
 from adapters import adapted, add
 from families import DECODERS, FAMILIES, build, ids
-from oracles import row_output
-from peft_input_tuning.packing import PackedLayout, bounds_of, positions_of
+from oracles import embed, row_output
+from peft_input_tuning.backbone import forward_parameters
+from peft_input_tuning.cache_mark import cache_name
+from peft_input_tuning.packing import PackedLayout, moved_bounds, positions_of
 
 NOT_PACKED = ("bloom",)  # has no positions to tell sequences apart by
 PACKING = [f for f in DECODERS if f.name not in NOT_PACKED]
@@ -70,7 +72,8 @@ def test_the_layout_is_what_a_loop_gives(offset):
         prompts = [chooser.randint(0, slots) for _ in rows]
         prompts[chooser.randrange(batch)] = slots
         positions = torch.tensor([[offset + i for n in lengths for i in range(n)] for lengths in rows])
-        layout = PackedLayout.of(positions, slots, torch.tensor(prompts)[:, None])
+        longest = max(sum(lengths) + prompt * len(lengths) for lengths, prompt in zip(rows, prompts, strict=True))
+        layout = PackedLayout.of(positions, slots, torch.tensor(prompts)[:, None], longest)
         x = torch.arange(100, 100 + length).expand(batch, -1)
         prompt = torch.tensor([[0] * (slots - k) + [-i - 1 for i in range(k)] for k in prompts])
         places, wanted_positions = naive_rows(rows, prompts, offset)
@@ -82,16 +85,17 @@ def test_the_layout_is_what_a_loop_gives(offset):
         three = layout.join(prompt[..., None].expand(-1, -1, 3), x[..., None].expand(-1, -1, 3))
         assert torch.equal(layout.remove(three)[..., 1], x)
         if len(set(prompts)) == 1:
-            same = PackedLayout.of(positions, slots)
+            same = PackedLayout.of(positions, slots, None, longest)
             assert torch.equal(same.join(prompt, x), layout.join(prompt, x))
 
 
-def test_bounds_and_positions_are_each_others_inverse():
+def test_bounds_and_positions_of_a_row():
     for lengths in ([5, 1, 7], [1, 1], [4]):
         bounds = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
         positions = positions_of(bounds, sum(lengths))
         assert positions.tolist() == [[i for n in lengths for i in range(n)]]
-        assert torch.equal(bounds_of(positions), bounds)
+        longer = torch.tensor([0, *torch.tensor([n + 3 for n in lengths]).cumsum(0).tolist()], dtype=torch.int32)
+        assert torch.equal(moved_bounds(bounds, 3), longer)
 
 
 # ---- models ---------------------------------------------------------------------------------------------------------
@@ -215,6 +219,37 @@ def test_flash_attention_arguments_are_rewritten():
         assert (seen["max_length_q"], seen["max_length_k"]) == (9, 9)
         assert seen["position_ids"].tolist() == [[*range(7), *range(9)]]
         assert_close(logits[0, 3:], row_output(base, weights, sequences[1]), atol=2e-4, rtol=1e-3)
+
+
+@each
+@pytest.mark.parametrize("given", ["mask", "cache"])
+def test_a_mask_or_a_cache_says_that_a_row_is_one_sequence(family, given):
+    """As in transformers, whose mask is a plain causal one then: the base with the prompt in front of the row."""
+    model, base, weights = adapted(family)
+    row, positions = pack(sequences_of([3, 2]))
+    more = {"attention_mask": torch.ones_like(row)} if given == "mask" else {"use_cache": True}
+    if given == "cache":
+        more[cache_name(forward_parameters(base))] = DynamicCache(config=base.config)
+    x = embed(base, weights, row[0])
+    moved = torch.cat([torch.arange(4)[None], positions + 4], dim=1)
+    with torch.no_grad():
+        want = base(inputs_embeds=x, position_ids=moved, attention_mask=torch.ones_like(moved)).logits[:, 4:]
+        got = model(input_ids=row, position_ids=positions, **more).logits
+    assert_close(got, want, atol=2e-4, rtol=1e-3)
+
+
+def test_bounds_in_a_compiled_model():
+    """They say on the host how many sequences there are; positions alone would have to be looked at."""
+    model, base, weights = adapted(LLAMA)
+    sequences = sequences_of([3, 5])
+    row, _ = pack(sequences)
+    bounds = torch.tensor([0, 3, 8], dtype=torch.int32)
+    compiled = torch.compile(model.get_base_model(), backend="eager", fullgraph=True)
+    packed = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": 5, "max_length_k": 5}
+    with torch.no_grad():
+        logits = compiled(input_ids=row, use_cache=False, **packed).logits
+    for part, sequence in zip(logits[0].split([3, 5]), sequences, strict=True):
+        assert_close(part, row_output(base, weights, sequence), atol=2e-4, rtol=1e-3)
 
 
 def test_numbers_of_sequences_are_spread():

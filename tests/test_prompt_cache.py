@@ -13,16 +13,26 @@ from torch.testing import assert_close
 from adapters import adapted, add, config, randomize
 from families import DECODERS, FAMILIES, PAD, build, ids, padded
 from oracles import adapter_weights, greedy, row_output
-from peft_input_tuning import prompt_cache, set_prompt_cache
+from peft_input_tuning import InputTuningLayer, prompt_cache, set_prompt_cache
 
 llama = FAMILIES["llama"]
 WINDOWED = {"mistral", "gemma2", "gemma3"}
 each_decoder = pytest.mark.parametrize("family", DECODERS, ids=str)
 
 
+@pytest.fixture(autouse=True)
+def _switched_on(monkeypatch):
+    """It is off until `set_prompt_cache` switches it on (`test_the_switch`); here all adapters have it."""
+    monkeypatch.setattr(InputTuningLayer, "caches_prompt", True)
+
+
 @pytest.fixture
 def runs(monkeypatch):
     """Names of the adapters whose prompts ran through the model."""
+    return counted_runs(monkeypatch)
+
+
+def counted_runs(monkeypatch) -> list[str]:
     names: list[str] = []
     compute = prompt_cache._compute
 
@@ -65,13 +75,18 @@ def test_left_padding(family, runs):
 
 
 @each_decoder
-def test_the_switch(family, runs):
+def test_the_switch(family, runs, monkeypatch):
+    monkeypatch.undo()
+    assert not InputTuningLayer.caches_prompt
+    runs = counted_runs(monkeypatch)
     model, base, weights = adapted(family)
-    set_prompt_cache(model, False)
     out = generate(model, input_ids=ids(1, 7, seed=7))
     assert torch.equal(out[0, -5:], greedy(base, weights, ids(1, 7, seed=7)[0], 5))
     assert runs == []
     set_prompt_cache(model, True)
+    assert torch.equal(generate(model, input_ids=ids(1, 7, seed=7)), out)
+    assert runs == ["default"]
+    set_prompt_cache(model, False)
     assert torch.equal(generate(model, input_ids=ids(1, 7, seed=7)), out)
     assert runs == ["default"]
 

@@ -78,6 +78,24 @@ def test_remove_gives_tokens_back_at_their_places(slack):
             assert torch.equal(back[row, p:], x[row, p:])
 
 
+@pytest.mark.parametrize("dtype", [torch.long, torch.bool, torch.float32])
+def test_padded_rows_with_prompts_of_one_length(dtype):
+    for slots, length, _, pads in batches(60):
+        mask = torch.ones(len(pads), length, dtype=dtype)
+        for row, p in enumerate(pads):
+            mask[row, :p] = 0
+        layout = PromptLayout(slots, pads=count_left_pads(mask))
+        x = torch.arange(len(pads) * length).view(len(pads), length) + 1
+        prompt = -torch.arange(1, slots + 1).expand(len(pads), -1)
+        joined, joined_mask = layout.join(prompt, x), layout.join_mask(mask, len(pads), length)
+        assert joined_mask.dtype == dtype
+        for row, p in enumerate(pads):
+            own = prompt[row].tolist()
+            assert joined[row].tolist() == naive_row(own, x[row, :p].tolist(), x[row, p:].tolist(), slots, "left", 0)
+            want = naive_row([1] * slots, [0] * p, [1] * (length - p), slots, "left", 0)
+            assert joined_mask[row].long().tolist() == want
+
+
 def test_without_mask_and_with_one_length_nothing_is_gathered():
     layout = PromptLayout(3)
     assert layout.index(5) is None
