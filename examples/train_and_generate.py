@@ -20,7 +20,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    GgufConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProgressCallback,
@@ -31,6 +30,7 @@ from transformers import (
 from transformers import logging as transformers_logging
 
 from peft_input_tuning import InputTuningConfig, create_input_tuning_optimizer
+from peft_input_tuning.gguf_file import dense_weights
 from task_data import Example, InputError
 
 IGNORED = -100  # label of places without a loss
@@ -68,9 +68,7 @@ def load_base(name: str, gguf_file: str | None, dtype: torch.dtype) -> tuple[Pre
         tokenizer = AutoTokenizer.from_pretrained(name, **extra)
         if tokenizer.eos_token_id is None:
             raise InputError(f"--model: the tokenizer of {name!r} has no end-of-text token. Pass another model.")
-        # Packed GGUF weights would be read with kernels that some machines have: a dense model is the same everywhere.
-        dense = {"quantization_config": GgufConfig(dequantize=True)} if gguf_file else {}
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **extra, **dense)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **dense_weights(gguf_file))
     except InputError:
         raise
     except (OSError, ValueError) as error:

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import familiarity_command
-from .gguf_file import gguf_arguments
+from .extras import needs
+from .gguf_file import dense_weights, gguf_arguments
 from .unfinished_file import check_file_to_write, unfinished
 
 if TYPE_CHECKING:
@@ -106,10 +107,8 @@ def _export(arguments: argparse.Namespace) -> int:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    try:
-        from rich.console import Console
-    except ImportError as error:
-        raise ValueError("`inspect` needs rich. Install it with: pip install rich") from error
+    needs("inspect", "rich")
+    from rich.console import Console
     from tqdm.auto import tqdm
 
     from .inspection import inspect_adapter
@@ -195,7 +194,8 @@ def _load(arguments: argparse.Namespace) -> tuple[PeftModel, PreTrainedTokenizer
     if not arguments.base and config.revision:
         more["revision"] = config.revision
     labels = {} if arguments.num_labels is None else {"num_labels": arguments.num_labels}
-    base = auto_class.from_pretrained(base_name, dtype="auto", **more, **labels)
+    dense = dense_weights(more.get("gguf_file"))
+    base = auto_class.from_pretrained(base_name, dtype="auto", **{**more, **dense}, **labels)
     tokenizer = None
     if not arguments.no_tokenizer:
         has_own = bool(get_tokenizer_config(arguments.adapter))

@@ -13,7 +13,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .gguf_file import gguf_arguments
+from .extras import needs
+from .gguf_file import dense_weights, gguf_arguments
 from .unfinished_file import check_file_to_write, unfinished
 
 if TYPE_CHECKING:
@@ -56,10 +57,9 @@ def add_arguments(command: argparse.ArgumentParser, dtypes: tuple[str, ...]) -> 
 
 
 def run(arguments: argparse.Namespace) -> int:
-    try:
-        from rich.console import Console
-    except ImportError as error:
-        raise ValueError("`familiarity` needs rich. Install it with: pip install rich") from error
+    needs("inspect", "rich")
+    from rich.console import Console
+
     from .familiarity_measure import familiarity
     from .familiarity_page import familiarity_page
     from .familiarity_regression import FamiliarityRegression
@@ -186,7 +186,8 @@ def _load(arguments: argparse.Namespace) -> tuple[Any, PreTrainedTokenizerBase, 
     counts = _counts(arguments, tokenizer)  # first, since the weights take longer than an error in the corpus
     if arguments.no_weights:
         return None, tokenizer, counts
-    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=arguments.dtype or "auto", **more)
+    dtype, dense = arguments.dtype or "auto", dense_weights(more.get("gguf_file"))
+    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype, **{**more, **dense})
     return model.to(device), tokenizer, counts
 
 

@@ -765,9 +765,10 @@ def test_results_of_another_budget_or_of_other_data_are_not_taken(record, messag
 
 
 def test_a_missing_package_is_named_before_any_run(data, monkeypatch, capsys):
-    monkeypatch.setattr(run_all, "find_spec", lambda name: None if name == "pycocoevalcap" else name)
+    monkeypatch.setitem(sys.modules, "pycocoevalcap", None)
     assert run_all.main([str(data)]) == 2
-    assert "pycocoevalcap is not installed. Run `pip install '.[benchmark]'`." in capsys.readouterr().err
+    said = "pycocoevalcap is missing. Install it with: pip install 'peft-input-tuning[benchmark]'"
+    assert said in capsys.readouterr().err
 
 
 def test_some_tasks_only(data, tmp_path):

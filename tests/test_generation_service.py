@@ -23,7 +23,8 @@ from tokenizers_of_families import tokenizer_of
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from batching import BASE, Batcher, OverloadedError, UnknownAdapterError
-from generation_service import load_model, main, make_app
+from generation_app import make_app
+from generation_service import load_model, main
 
 PROMPTS = {"default": 4, "short": 1, "long": 7, "bare": 0}  # virtual tokens
 TEXTS = ("abc", "hello world", "x", "some longer text than the others")

@@ -252,7 +252,8 @@ def test_packaged_model_that_is_not_installed(monkeypatch):
 def test_missing_demo_package(monkeypatch, capsys):
     monkeypatch.setattr(quickstart, "MODULES", ("no_such_module",))
     assert quickstart.main([]) == 2
-    assert "no_such_module is not installed. Run `pip install '.[demo]'`." in capsys.readouterr().err
+    said = "error: no_such_module is missing. Install it with: pip install 'peft-input-tuning[demo]'\n"
+    assert capsys.readouterr().err == said
 
 
 @pytest.mark.parametrize(

@@ -16,13 +16,16 @@ import sacrebleu
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from datasets import Dataset
-from peft import AutoPeftModelForCausalLM, AutoPeftModelForSeq2SeqLM
+from peft import AutoPeftModelForCausalLM, AutoPeftModelForSeq2SeqLM, get_peft_model
 from rouge_score.rouge_scorer import RougeScorer
 from safetensors.torch import load_file
 from torch.testing import assert_close
-from transformers import AutoTokenizer, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
+from transformers.trainer_utils import validate_quantization_for_training
 
+import quantized_bases
 from families import FAMILIES, build
+from peft_input_tuning import InputTuningConfig
 from tokenizers_of_families import tokenizer_of
 
 TESTS = Path(__file__).parent
@@ -31,6 +34,7 @@ CONFIGS = EXAMPLES / "accelerate_configs"
 sys.path.insert(0, str(EXAMPLES))
 
 import logic_to_text  # noqa: E402
+import packaged_model  # noqa: E402
 import train  # noqa: E402
 
 SMALL = ["--max_steps", "6", "--logging_steps", "1", "--max_new_tokens", "5", "--learning_rate", "1e-2"]
@@ -119,6 +123,36 @@ def test_what_a_run_leaves(alone, data):
     assert "import peft_input_tuning" in card
     sources = [row["source"] + "\n" for row in rows_of(data / "test.jsonl")]
     assert [row["source"] for row in rows_of(alone / "generations.jsonl")] == sources
+
+
+def test_a_model_out_of_a_gguf_file_can_be_trained(tmp_path):
+    pytest.importorskip("gguf")
+    quantized_bases.write_plain(tmp_path)
+    as_it_is = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf")
+    base = train.Base(str(tmp_path), "model.gguf", False, None).load("float32")
+    for name, weight in quantized_bases.gguf_file(tmp_path).state_dict().items():
+        assert torch.equal(weight, base.state_dict()[name])
+    config = InputTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    with pytest.raises(ValueError, match="do not support training"):
+        validate_quantization_for_training(get_peft_model(as_it_is, config))
+    validate_quantization_for_training(get_peft_model(base, config))
+
+
+@pytest.mark.slow
+def test_one_step_of_the_default_model(data, tmp_path):
+    """As packaged_model.py's error advises: without --model."""
+    try:
+        packaged_model.find_packaged_model()
+    except ValueError as error:
+        pytest.skip(str(error))
+    done = start(
+        str(EXAMPLES / "train.py"), "--train_data", str(data / "train.jsonl"), "--output_dir", str(tmp_path / "out"),
+        "--max_steps", "1", "--per_device_train_batch_size", "1", "--report_to", "none", "--use_cpu",
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert results(tmp_path / "out")["steps"] == 1
+    assert "Warning: No artists" not in done.stderr
 
 
 def test_the_adapter_gives_the_generations(alone, tiny_model):
