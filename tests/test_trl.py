@@ -6,12 +6,12 @@ The oracle runs the untouched base model on `[prompt ; T(e)]`, one row at a time
 from __future__ import annotations
 
 import copy
+import sys
 import warnings
 from itertools import pairwise
 
 import pytest
 import torch
-import trl
 from datasets import Dataset
 from peft import get_peft_model
 from torch import Tensor
@@ -23,6 +23,11 @@ from device import DEVICE
 from families import FAMILIES
 from oracles import adapter_weights, row_output
 from peft_input_tuning import create_input_tuning_optimizer
+
+if sys.version_info < (3, 11):
+    pytest.skip("TRL 1.15 and newer need Python 3.11", allow_module_level=True)
+
+import trl
 
 LLAMA = FAMILIES["llama"]
 CLOSE = {"rel": 1e-3, "abs": 1e-4}
