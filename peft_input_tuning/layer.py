@@ -25,7 +25,7 @@ from .folding import Progress, fold
 from .initialization import execution_device, initial_prompt
 from .modules import InputDtypeLinear, SoftPrompt, adapt
 from .quantized import is_quantized
-from .row_adapters import BASE, current_row_adapters, on_device
+from .row_adapters import BASE, RowAdapters, current_row_adapters, on_device
 
 IsOutput = Tensor | bool  # which tokens are the output's: `(batch, length)` booleans, or one for all
 
@@ -361,7 +361,7 @@ class InputTuningLayer(nn.Module, BaseTunerLayer):
             return embeddings
         rows = None if self.disable_adapters else current_row_adapters(self)
         if rows is not None:
-            return self._adapt_rows(embeddings, rows.names_of(embeddings.shape[0]), is_output)
+            return self._adapt_rows(embeddings, rows, is_output)
         name = self.enabled_adapter
         return embeddings if name is None else self.adapt_in_scope(embeddings, name, is_output)
 
@@ -388,15 +388,15 @@ class InputTuningLayer(nn.Module, BaseTunerLayer):
             self.input_tuning_fc2[name],
         )
 
-    def _adapt_rows(self, embeddings: Tensor, names: list[str], is_output: IsOutput | None) -> Tensor:
+    def _adapt_rows(self, embeddings: Tensor, rows: RowAdapters, is_output: IsOutput | None) -> Tensor:
         """Each row with its own adapter; an adapter's work is done for its rows only."""
         adapted = embeddings.clone()
-        for name in dict.fromkeys(names):
+        for name in dict.fromkeys(rows.names):
             if name == BASE:
                 continue
-            rows = on_device([i for i, other in enumerate(names) if other == name], embeddings.device)
-            of_rows = is_output[rows] if isinstance(is_output, Tensor) else is_output
-            adapted[rows] = self.adapt_in_scope(embeddings[rows], name, of_rows)
+            own = rows.rows_of(name, len(embeddings), embeddings.device)
+            of_rows = is_output[own] if isinstance(is_output, Tensor) else is_output
+            adapted[own] = self.adapt_in_scope(embeddings[own], name, of_rows)
         return adapted
 
     def prompt_rows(self, batch: int, slots: int) -> Tensor:

@@ -91,8 +91,9 @@ def adapt(embeddings: Tensor, fc1: nn.Module, activation: Callable, dropout: nn.
     Returns:
         `(..., embedding_dim)`, the dtype of `embeddings`.
     """
-    hidden = _activated(activation, fc1(embeddings))
-    return embeddings + fc2(dropout(hidden)).to(embeddings.dtype)
+    rows = embeddings.flatten(0, -2)  # a linear layer takes more operations over three dimensions
+    hidden = _activated(activation, fc1(rows))
+    return (rows + fc2(dropout(hidden)).to(rows.dtype)).view(embeddings.shape)
 
 
 def _activated(activation: Callable, hidden: Tensor) -> Tensor:
