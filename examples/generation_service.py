@@ -26,9 +26,9 @@ from typing import TYPE_CHECKING, Any
 from peft import PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
-import peft_input_tuning  # noqa: F401  registers INPUT_TUNING with PEFT
 from extras import needs
 from packaged_model import PACKAGED, find_model
+from peft_input_tuning import set_prompt_cache  # and registers INPUT_TUNING with PEFT
 from peft_input_tuning.gguf_file import dense_weights
 from task_data import InputError
 
@@ -59,6 +59,7 @@ def load_model(base: str, adapters: dict[str, str]) -> tuple[PeftModel, Any]:
     model = PeftModel.from_pretrained(base_model, first[1], adapter_name=first[0])
     for adapter, folder in others:
         model.load_adapter(folder, adapter_name=adapter)
+    set_prompt_cache(model, True)  # nothing changes the base model here
     return model, AutoTokenizer.from_pretrained(name, **more)
 
 
