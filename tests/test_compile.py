@@ -10,6 +10,7 @@ from adapters import adapted, add
 from families import FAMILIES, PAD, ids, padded
 from oracles import greedy
 
+pytestmark = pytest.mark.not_emulated("torch.compile does not know the device")
 FULLGRAPH = [FAMILIES[name] for name in ("llama", "t5", "bert")]
 
 
