@@ -25,6 +25,12 @@ def pytest_report_header() -> str:
     return f"device: {device.DEVICE}"
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for marker in item.iter_markers("not_emulated"):
+        if device.DEVICE.type == "emulated":
+            pytest.skip(*marker.args)
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

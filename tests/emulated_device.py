@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -86,6 +87,11 @@ def _map(function: Callable, value):
     return function(value)
 
 
+@cache
+def _places_of_tensors(op) -> list[int]:
+    return [i for i, argument in enumerate(op._schema.arguments) if isinstance(argument.type, torch.TensorType)]
+
+
 def _check_devices(op, args: tuple, kwargs: dict) -> None:
     if op in _COPIES:
         return
@@ -105,6 +111,9 @@ def _check_devices(op, args: tuple, kwargs: dict) -> None:
 def _run(op, *args, **kwargs):
     if op.overloadpacket is _aten.set_:
         return op.redispatch(_CPU_KERNEL, *args, **kwargs)
+    for i in _places_of_tensors(op):  # of `x % 3` in C++, where 3 is a tensor already, Python gets a number
+        if i < len(args) and isinstance(args[i], (bool, int, float, complex)):
+            args = (*args[:i], torch.tensor(args[i]), *args[i + 1 :])
     _check_devices(op, args, kwargs)
     seen: list[tuple[Tensor, Tensor]] = []  # on the device, and over its memory
 
@@ -157,10 +166,13 @@ def _pin_memory(tensor: Tensor, *_) -> Tensor:
 def _autocast(op):
     """An operation that autocast runs in its lower precision."""
 
-    def run(*args):
-        low = torch.get_autocast_dtype(NAME)
+    def lower(value):
+        is_float = isinstance(value, Tensor) and value.is_floating_point()
+        return value.to(torch.get_autocast_dtype(NAME)) if is_float else value
+
+    def run(*args, **kwargs):
         with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
-            return op(*(a.to(low) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args))
+            return op(*map(lower, args), **{name: lower(value) for name, value in kwargs.items()})
 
     return run
 
@@ -169,11 +181,12 @@ def register() -> None:
     """Make the device known to torch, once in a process."""
     global _library, _autocast_rules  # they hold only as long as somebody holds them
     _setup_privateuseone_for_python_backend(NAME, backend_module=_Module())
+    torch.__future__.set_swap_module_params_on_conversion(True)  # else `.to` unties weights that modules share
     torch.UntypedStorage.__new__ = _storage  # torch has no allocator for the device
     _library = torch.library.Library("_", "IMPL")
     _library.fallback(_run, "PrivateUse1")
     _library.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
     _autocast_rules = torch.library.Library("aten", "IMPL")
-    for op in (_aten.linear, _aten.matmul):
+    for op in (_aten.linear, _aten.matmul, _aten.bmm, _aten.baddbmm, _aten.scaled_dot_product_attention):
         _autocast_rules.impl(op.default.name(), _autocast(op), "AutocastPrivateUse1")
     Tensor.pin_memory, Tensor.is_pinned = _pin_memory, lambda *_: False

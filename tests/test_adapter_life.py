@@ -150,7 +150,7 @@ def test_tie_weights_after_wrapping_changes_nothing(family):
 def test_tie_weights_after_wrapping_a_tied_llama():
     llama_config = LLAMA.config()
     llama_config.tie_word_embeddings = True
-    base = LLAMA.heads["lm"](llama_config).eval()
+    base = LLAMA.heads["lm"](llama_config).eval().to(DEVICE)
     fresh = copy.deepcopy(base)
     model = get_peft_model(base, config(LLAMA)).eval()
     randomize(model)

@@ -117,6 +117,7 @@ def test_packed_rows_in_a_batch_with_flash_attention(monkeypatch):
         model(input_ids=ids(2, 5), position_ids=torch.tensor([[0, 1, 2, 0, 1]], device=DEVICE).expand(2, -1))
 
 
+@pytest.mark.not_emulated("torch.compile does not know the device")
 def test_packed_rows_in_a_compiled_model():
     model, _, _ = adapted(llama)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
@@ -189,7 +190,7 @@ def test_prompts_of_different_lengths_where_positions_go_by_place():
     from families import _BART
 
     torch.manual_seed(0)
-    base = transformers.BartForCausalLM(transformers.BartConfig(**_BART)).eval()
+    base = transformers.BartForCausalLM(transformers.BartConfig(**_BART)).eval().to(DEVICE)
     model = get_peft_model(base, config(llama)).eval()
     add(model, "b", seed=2, num_virtual_tokens=6)
     model.eval()

@@ -11,6 +11,7 @@ from adapters import adapted, add, config, randomize
 from families import FAMILIES, PAD, build, ids, padded
 from oracles import greedy, row_output
 
+pytestmark = pytest.mark.not_emulated("torch.compile does not know the device")
 FULLGRAPH = [FAMILIES[name] for name in ("llama", "t5", "bert")]
 
 

@@ -103,7 +103,7 @@ def test_sampling_with_a_seed(family, tmp_path):
 @each_generator
 def test_table_is_the_formula_and_the_rest_is_the_base(family, tmp_path):
     _, base, weights, plain, virtual = exported(family, tmp_path)
-    file = load_file(tmp_path / "plain" / "model.safetensors")
+    file = load_file(tmp_path / "plain" / "model.safetensors", device=str(DEVICE))
     embedding = encoder_of(base).get_input_embeddings()
     name = next(n for n, m in base.named_modules(remove_duplicate=False) if m is embedding)
     scale = float(getattr(embedding, "embed_scale", 1.0))
@@ -363,6 +363,7 @@ def test_an_adapter_that_is_not_active_with_a_head_of_its_own(tmp_path):
     assert_close(out[0, 4:, :97], row_output(base, weights, ids(7)), **TOLERANCE)
 
 
+@pytest.mark.not_emulated("torch.compile does not know the device")
 def test_compiled_static_cache(tmp_path):
     """transformers compiles the decoding steps by itself on a GPU only; here it is told to."""
     _, base, weights, plain, virtual = exported(FAMILIES["llama"], tmp_path)

@@ -328,7 +328,7 @@ def test_t5_encoder_alone_is_aligned():
     import transformers
 
     torch.manual_seed(0)
-    base = transformers.T5EncoderModel(FAMILIES["t5"].config()).eval()
+    base = transformers.T5EncoderModel(FAMILIES["t5"].config()).eval().to(DEVICE)
     import copy
 
     from adapters import randomize

@@ -540,7 +540,7 @@ def test_mixed_batch_uses_each_adapters_classification_head():
     heads = {}
     for key, parameter in model.named_parameters():
         if "modules_to_save.b." in key:
-            parameter.data.normal_(generator=torch.Generator().manual_seed(7))
+            parameter.data.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(7)))
             heads[key.rpartition(".")[2]] = parameter.data
     batch = ids(3, 7)
     out = model(input_ids=batch, adapter_names=["default", "b", "__base__"]).logits
@@ -570,7 +570,7 @@ def test_arguments_by_position(static):
         settings.cache_implementation = "static"
     row = ids(7)
     likeliest = greedy(base, weights, row, 1)
-    banned = LogitsProcessorList([SuppressTokensLogitsProcessor(likeliest.tolist(), device="cpu")])
+    banned = LogitsProcessorList([SuppressTokensLogitsProcessor(likeliest.tolist(), device=DEVICE)])
     got = model.generate(row[None], settings, banned)[0, 7:]
     assert torch.equal(
         got, model.generate(input_ids=row[None], generation_config=settings, logits_processor=banned)[0, 7:]

@@ -28,7 +28,7 @@ EXPERTS = {**GROUPED, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.5}
 
 def built(kind: type, settings: t.PretrainedConfig):
     torch.manual_seed(0)
-    return kind(settings).requires_grad_(False).eval()
+    return kind(settings).requires_grad_(False).eval().to(DEVICE)
 
 
 def adapted_to(base: torch.nn.Module, **changes):

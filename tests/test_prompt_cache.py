@@ -274,7 +274,7 @@ def test_own_modules_inside_the_backbone(runs):
     generator = torch.Generator().manual_seed(3)
     for key, parameter in model.named_parameters():
         if "modules_to_save" in key:
-            parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
+            parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator).to(DEVICE)
     row, alone = ids(1, 7), {}
     for name in ("default", "b"):
         model.set_adapter(name)
@@ -377,7 +377,7 @@ def test_dynamic_rope_of_some_layers_takes_the_usual_way(runs):
     settings = family.config()
     settings.rope_parameters = {**settings.rope_parameters, "full_attention": DYNAMIC}
     torch.manual_seed(0)
-    model = get_peft_model(family.heads["lm"](settings), config(family)).eval()
+    model = get_peft_model(family.heads["lm"](settings).to(DEVICE), config(family)).eval()
     generate(model, input_ids=ids(1, 7))
     assert runs == []
 
@@ -386,6 +386,6 @@ def test_dynamic_rope_takes_the_usual_way(runs):
     settings = llama.config()
     settings.rope_parameters = DYNAMIC
     torch.manual_seed(0)
-    model = get_peft_model(transformers.LlamaForCausalLM(settings), config(llama)).eval()
+    model = get_peft_model(transformers.LlamaForCausalLM(settings).to(DEVICE), config(llama)).eval()
     generate(model, input_ids=ids(1, 7))
     assert runs == []

@@ -288,7 +288,7 @@ def test_base_in_several_shards(tmp_path, family):
     build(family).save_pretrained(tmp_path / "base", max_shard_size="20KB")
     assert len(list((tmp_path / "base").glob("*.safetensors"))) > 1
     want, _ = saved(tmp_path / "adapter", family)
-    base = family.heads["lm"].from_pretrained(tmp_path / "base")
+    base = family.heads["lm"].from_pretrained(tmp_path / "base").to(DEVICE)
     assert torch.equal(output(PeftModel.from_pretrained(base, tmp_path / "adapter"), family), want)
 
 
@@ -308,25 +308,26 @@ def test_auto_classes_find_base_and_adapter(tmp_path, auto, name, head, task, lo
     family = FAMILIES[name]
     labels = {"num_labels": 3} if head == "seq_cls" else {}
     build(family, head).save_pretrained(tmp_path / "base")
-    base = family.heads[head].from_pretrained(tmp_path / "base")
+    base = family.heads[head].from_pretrained(tmp_path / "base").to(DEVICE)
     model = get_peft_model(base, config(task_type=task))
     randomize(model)
     model.save_pretrained(tmp_path / "adapter")
     assert PeftConfig.from_pretrained(tmp_path / "adapter").base_model_name_or_path == str(tmp_path / "base")
     loaded = auto.from_pretrained(tmp_path / "adapter", low_cpu_mem_usage=low_cpu_mem_usage, **labels)
+    loaded.to(DEVICE)
     assert torch.equal(output(loaded, family, head), output(model, family, head))
 
 
 def test_a_resized_base_brings_its_embedding_along(tmp_path):
     """PEFT stores the embeddings of a base whose vocabulary is not that of its checkpoint: the file is then whole."""
     build(LLAMA).save_pretrained(tmp_path / "base")
-    base = LLAMA.heads["lm"].from_pretrained(tmp_path / "base")
+    base = LLAMA.heads["lm"].from_pretrained(tmp_path / "base").to(DEVICE)
     base.resize_token_embeddings(VOCAB + 3)
     model = get_peft_model(base, config(LLAMA))
     randomize(model)
     with pytest.warns(UserWarning, match="embedding layer has been resized"):
         model.save_pretrained(tmp_path / "adapter")
-    again = LLAMA.heads["lm"].from_pretrained(tmp_path / "base")
+    again = LLAMA.heads["lm"].from_pretrained(tmp_path / "base").to(DEVICE)
     again.resize_token_embeddings(VOCAB + 3)
     loaded = PeftModel.from_pretrained(again, tmp_path / "adapter")
     assert torch.equal(output(loaded, LLAMA), output(model, LLAMA))
@@ -500,13 +501,13 @@ def test_card_of_a_base_without_a_name_has_no_empty_fields(tmp_path):
 
 def test_code_in_the_card_runs_as_it_stands(tmp_path):
     build(LLAMA).save_pretrained(tmp_path / "base")
-    model = get_peft_model(LLAMA.heads["lm"].from_pretrained(tmp_path / "base"), config(LLAMA))
+    model = get_peft_model(LLAMA.heads["lm"].from_pretrained(tmp_path / "base").to(DEVICE), config(LLAMA))
     randomize(model)
     model.save_pretrained(tmp_path / "adapter")
     code = (tmp_path / "adapter" / "README.md").read_text().rpartition("```python")[2].partition("```")[0]
     scope: dict = {}
     exec(code.replace("path or id of this adapter", str(tmp_path / "adapter")), scope)
-    assert torch.equal(output(scope["model"], LLAMA), output(model, LLAMA))
+    assert torch.equal(output(scope["model"].to(DEVICE), LLAMA), output(model, LLAMA))
 
 
 def test_a_card_that_a_user_wrote_is_kept(tmp_path):
