@@ -46,7 +46,7 @@ def cache_in(output):
 
 
 def mask_of(row):
-    return torch.ones(1, len(row), dtype=torch.long)
+    return torch.ones(1, len(row), dtype=torch.long, device=DEVICE)
 
 
 def new_tokens(family, output, inputs):
@@ -303,7 +303,7 @@ def test_full_ids_on_a_returned_cache(family, new):
 @each_decoder
 def test_one_cache_for_a_conversation(family, copied):
     model, base, weights = adapted(family)
-    cache, history = DynamicCache(config=base.config), torch.empty(0, dtype=torch.long)
+    cache, history = DynamicCache(config=base.config), ids(0)
     for turn in range(3):
         history = torch.cat([history, ids(4 + turn, seed=turn)])
         # With a mask, or `generate` would take generated tokens for padding.
@@ -320,7 +320,7 @@ def test_a_cache_tells_tokens_again_after_an_error(family):
     model, _, _ = adapted(family)
     cache = cache_in(model(input_ids=ids(1, 7), use_cache=True))
     with pytest.raises(ValueError, match="`attention_mask` has 3 places, but the cache holds 7 tokens and 1 more"):
-        model(input_ids=ids(1, 1), attention_mask=torch.ones(1, 3), past_key_values=cache)
+        model(input_ids=ids(1, 1), attention_mask=torch.ones(1, 3, device=DEVICE), past_key_values=cache)
     assert cache.get_seq_length() == 7
 
 

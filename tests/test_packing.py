@@ -95,8 +95,8 @@ def test_bounds_and_positions_of_a_row():
         bounds = torch.tensor([0, *lengths], dtype=torch.int32, device=DEVICE).cumsum(0, dtype=torch.int32)
         positions = positions_of(bounds, sum(lengths))
         assert positions.tolist() == [[i for n in lengths for i in range(n)]]
-        longer = torch.tensor([0, *torch.tensor([n + 3 for n in lengths]).cumsum(0).tolist()], dtype=torch.int32)
-        assert torch.equal(moved_bounds(bounds, 3), longer)
+        longer = torch.tensor([0, *(n + 3 for n in lengths)], dtype=torch.int32, device=DEVICE)
+        assert torch.equal(moved_bounds(bounds, 3), longer.cumsum(0, dtype=torch.int32))
 
 
 # ---- models ---------------------------------------------------------------------------------------------------------
@@ -232,7 +232,7 @@ def test_a_mask_or_a_cache_says_that_a_row_is_one_sequence(family, given):
     if given == "cache":
         more[cache_name(forward_parameters(base))] = DynamicCache(config=base.config)
     x = embed(base, weights, row[0])
-    moved = torch.cat([torch.arange(4)[None], positions + 4], dim=1)
+    moved = torch.cat([torch.arange(4, device=DEVICE)[None], positions + 4], dim=1)
     with torch.no_grad():
         want = base(inputs_embeds=x, position_ids=moved, attention_mask=torch.ones_like(moved)).logits[:, 4:]
         got = model(input_ids=row, position_ids=positions, **more).logits
@@ -244,7 +244,7 @@ def test_bounds_in_a_compiled_model():
     model, base, weights = adapted(LLAMA)
     sequences = sequences_of([3, 5])
     row, _ = pack(sequences)
-    bounds = torch.tensor([0, 3, 8], dtype=torch.int32)
+    bounds = torch.tensor([0, 3, 8], dtype=torch.int32, device=DEVICE)
     compiled = torch.compile(model.get_base_model(), backend="eager", fullgraph=True)
     packed = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": 5, "max_length_k": 5}
     with torch.no_grad():

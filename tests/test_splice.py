@@ -86,12 +86,12 @@ def test_remove_gives_tokens_back_at_their_places(slack):
 @pytest.mark.parametrize("dtype", [torch.long, torch.bool, torch.float32])
 def test_padded_rows_with_prompts_of_one_length(dtype):
     for slots, length, _, pads in batches(60):
-        mask = torch.ones(len(pads), length, dtype=dtype)
+        mask = torch.ones(len(pads), length, dtype=dtype, device=DEVICE)
         for row, p in enumerate(pads):
             mask[row, :p] = 0
         layout = PromptLayout(slots, pads=count_left_pads(mask))
-        x = torch.arange(len(pads) * length).view(len(pads), length) + 1
-        prompt = -torch.arange(1, slots + 1).expand(len(pads), -1)
+        x = torch.arange(len(pads) * length, device=DEVICE).view(len(pads), length) + 1
+        prompt = -torch.arange(1, slots + 1, device=DEVICE).expand(len(pads), -1)
         joined, joined_mask = layout.join(prompt, x), layout.join_mask(mask, len(pads), length)
         assert joined_mask.dtype == dtype
         for row, p in enumerate(pads):

@@ -17,6 +17,7 @@ from transformers import DynamicCache, LlamaForCausalLM, LlamaModel
 from transformers.utils import ModelOutput
 
 from adapters import adapted, config
+from device import DEVICE
 from families import ALL, DECODERS, FAMILIES, build, ids
 from peft_input_tuning.backbone import forward_parameters
 from peft_input_tuning.cache_check import check_cached_equals_uncached
@@ -109,7 +110,7 @@ def values_of(model: nn.Module) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("training", [False, True])
 def test_a_cache_of_yet_another_name_is_refused(newer, training):
-    model = RenamedLM(llama.config()).train(training)
+    model = RenamedLM(llama.config()).to(DEVICE).train(training)
     state, values = state_of(model), values_of(model)
     with pytest.raises(ValueError, match=rf"RenamedModel gives other outputs with its cache.*transformers {NEWER}"):
         get_peft_model(model, config(prompt_tuning_init="RANDOM"))
@@ -126,11 +127,11 @@ def test_the_trial_of_an_adapter_that_is_read_from_a_file(tmp_path, newer):
     """Its weights are not there yet when it is tried out."""
     model, *_ = adapted(llama)
     model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(build(llama), tmp_path)
+    loaded = PeftModel.from_pretrained(build(llama), tmp_path, torch_device=str(DEVICE))
     row = ids(1, 5)
     assert_close(loaded(input_ids=row).logits, model(input_ids=row).logits)
     with pytest.raises(ValueError, match="RenamedModel gives other outputs"):
-        PeftModel.from_pretrained(RenamedLM(llama.config()), tmp_path)
+        PeftModel.from_pretrained(RenamedLM(llama.config()).to(DEVICE), tmp_path)
 
 
 @pytest.mark.parametrize("family", DECODERS, ids=str)

@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from adapters import adapted, add, config, randomize
+from device import DEVICE
 from families import ALL, DECODERS, FAMILIES, PAD, SEQ2SEQ, ids, padded
 from peft_input_tuning.backbone import has_window
 
@@ -24,6 +25,9 @@ LLAMA = FAMILIES["llama"]
 PACKING = [family for family in DECODERS if family.name != "bloom"]  # it has no positions to tell sequences apart by
 WAITS = {"_local_scalar_dense", "_assert_async", "nonzero", "_unique2", "unique_dim", "equal"}
 READS = {torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.cpu}  # of a CPU's tensors no operation is seen
+
+
+pytestmark = pytest.mark.skipif(DEVICE.type == "emulated", reason="it is made of operations of the CPU")
 
 
 class Operations(TorchDispatchMode):
@@ -90,7 +94,7 @@ def deep() -> transformers.LlamaForCausalLM:
     settings = transformers.LlamaConfig(
         **sizes, num_hidden_layers=16, vocab_size=97, pad_token_id=PAD, tie_word_embeddings=True
     )
-    model = transformers.LlamaForCausalLM(settings).eval()
+    model = transformers.LlamaForCausalLM(settings).eval().to(DEVICE)
     model.generation_config.eos_token_id = None
     return model
 
@@ -109,7 +113,7 @@ def deep_adapted(deep):
 
 LEFT_PADDED = padded([ids(n, seed=n) for n in (8, 5, 8, 7)], "left")
 CALLS = {
-    "plain": {"input_ids": ids(4, 8), "attention_mask": torch.ones(4, 8, dtype=torch.long)},
+    "plain": {"input_ids": ids(4, 8), "attention_mask": torch.ones(4, 8, dtype=torch.long, device=DEVICE)},
     "padded": {"input_ids": LEFT_PADDED[0], "attention_mask": LEFT_PADDED[1]},
     "no mask": {"input_ids": ids(4, 8)},
 }
@@ -160,7 +164,7 @@ def test_operations_of_a_mixed_batch(deep, deep_adapted, name, lengths):
 @pytest.mark.parametrize("scope", ["all", "input"])
 def test_operations_of_a_forward_pass_in_training(deep, deep_adapted, name, scope):
     model = deep_adapted(adapter_scope=scope).train()
-    labels = ids(4, 8).index_fill(1, torch.arange(4), -100)
+    labels = ids(4, 8).index_fill(1, torch.arange(4, device=DEVICE), -100)
     base = deep.train()
     try:
         operations, waits = added(
@@ -209,11 +213,11 @@ def test_no_prefill_and_no_step_waits(family, batch):
 def test_packed_rows_wait_no_oftener_than_the_base(family, told_by):
     """Without bounds the number of sequences is not known on the host; the base looks for it, too (OPT's does not)."""
     model, base, _ = adapted(family)
-    row, positions = ids(1, 9), torch.tensor([[0, 1, 2, 3, 0, 1, 0, 1, 2]])
+    row, positions = ids(1, 9), torch.tensor([[0, 1, 2, 3, 0, 1, 0, 1, 2]], device=DEVICE)
     packed = {"input_ids": row, "position_ids": positions, "use_cache": False}
     ours = dict(packed)
     if told_by == "bounds":
-        bounds = torch.tensor([0, 4, 6, 9], dtype=torch.int32)
+        bounds = torch.tensor([0, 4, 6, 9], dtype=torch.int32, device=DEVICE)
         ours |= {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": 4, "max_length_k": 4}
         del ours["position_ids"]
     operations, waits = added(lambda: model(**ours), lambda: base(**packed))
@@ -237,7 +241,7 @@ def test_going_on_by_hand_does_not_wait(family):
 
 def test_the_counts_see_what_would_wait():
     """The test's own test."""
-    x = torch.arange(4)
+    x = torch.arange(4, device=DEVICE)
     looks = (
         lambda: x.sum().item(),
         lambda: bool(x.any()),
