@@ -151,7 +151,7 @@ def peft_config(options: Options, seq2seq: bool) -> PeftConfig | None:
     if options.method == "input-tuning":
         sizes = {"num_virtual_tokens": options.num_virtual_tokens, "adapter_hidden_dim": options.adapter_hidden_dim}
         try:
-            return InputTuningConfig(**task, **sizes)
+            return InputTuningConfig(**task, **sizes, prompt_scale=1.0)  # the prompt has a rate of its own
         except ValueError as error:
             raise InputError(f"--method input-tuning: {error}") from None
     if options.method == "prompt-tuning":

@@ -169,7 +169,8 @@ def add_input_tuning(
     base: PreTrainedModel, num_virtual_tokens: int, rates: Rates
 ) -> tuple[PeftModel, torch.optim.Optimizer]:
     """The same with another configuration, and an optimizer with a learning rate for each of its two parts."""
-    model = get_peft_model(base, InputTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=num_virtual_tokens))
+    config = InputTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=num_virtual_tokens, prompt_scale=1.0)
+    model = get_peft_model(base, config)
     optimizer = create_input_tuning_optimizer(model, torch.optim.AdamW, lr=rates.adapter, prompt_lr=rates.prompt)
     return model, optimizer
 

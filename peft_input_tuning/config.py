@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any, ClassVar
@@ -13,6 +14,9 @@ from .model_card import update_model_card
 from .registration import add_peft_type
 
 MAX_VIRTUAL_TOKENS = 65_536
+# About what a soft prompt's learning rate should be over the input-adapter's. A power of two: dividing by it and
+# multiplying with it changes no bit.
+DEFAULT_PROMPT_SCALE = 8.0
 ADAPTER_SCOPES = ("all", "input")
 
 
@@ -36,6 +40,10 @@ class InputTuningConfig(PeftConfig):
         prompt_tuning_init_text: the text for "TEXT"; cut or repeated to `num_virtual_tokens`.
         tokenizer_name_or_path: the tokenizer for "TEXT".
         tokenizer_kwargs: further arguments of `AutoTokenizer.from_pretrained` for "TEXT".
+        prompt_scale: the trained parameter is the prompt divided by this, so that Adam with one learning rate moves
+            the prompt this many times as fast as the input-adapter. It belongs to the weights, as LoRA's alpha does.
+            None becomes 8. In a saved configuration that does not name it, from before there was such a field, it
+            becomes 1: there the parameter is the prompt itself.
         adapter_hidden_dim: inner size h of the input-adapter; None is the paper's h = 2e, 0 is no adapter (plain
             prompt-tuning), small values give ADePT's shape.
         adapter_activation: any activation that transformers knows (`transformers.activations.ACT2FN`).
@@ -67,6 +75,13 @@ class InputTuningConfig(PeftConfig):
     )
     tokenizer_kwargs: dict | None = field(
         default=None, metadata={"help": 'Arguments of AutoTokenizer.from_pretrained, with prompt_tuning_init="TEXT".'}
+    )
+    prompt_scale: float | None = field(
+        default=None,
+        metadata={
+            "help": "The parameter is the prompt divided by this: with one rate, Adam moves the prompt so many times "
+            "as fast as the adapter. None = 8, and 1 in saved configurations without it."
+        },
     )
     adapter_hidden_dim: int | None = field(
         default=None,
@@ -101,6 +116,7 @@ class InputTuningConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = add_peft_type("INPUT_TUNING")
         self._check_prompt()
+        self._resolve_prompt_scale()
         self._check_adapter()
         if not self.num_virtual_tokens and self.adapter_hidden_dim == 0:
             raise ValueError(
@@ -139,6 +155,17 @@ class InputTuningConfig(PeftConfig):
         for name in ("prompt_tuning_init_text", "tokenizer_name_or_path"):
             if not getattr(self, name):
                 raise ValueError(f'`{name}` is needed with prompt_tuning_init="TEXT", got {getattr(self, name)!r}.')
+
+    def _resolve_prompt_scale(self) -> None:
+        if self.prompt_scale is None:
+            self.prompt_scale = 1.0 if self.weights_in_checkpoint else DEFAULT_PROMPT_SCALE
+        scale = self.prompt_scale
+        if isinstance(scale, bool) or not isinstance(scale, Real) or not 0 < scale < math.inf:
+            raise ValueError(
+                f"`prompt_scale` must be a positive finite number, got {scale!r}. Leave it out for "
+                f"{DEFAULT_PROMPT_SCALE:g}, or use 1.0 for a parameter that is the prompt itself."
+            )
+        self.prompt_scale = float(scale)
 
     def _check_adapter(self) -> None:
         from transformers.activations import ACT2FN

@@ -25,6 +25,7 @@ _FACTS = (
     "num_virtual_tokens",
     "prompt_tuning_init",
     "prompt_tuning_init_text",
+    "prompt_scale",
     "adapter_hidden_dim",
     "adapter_activation",
     "adapter_bias",

@@ -12,7 +12,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
@@ -142,7 +142,8 @@ class InputTuningLayer(nn.Module, BaseTunerLayer):
             if adapter_name in getattr(self, container):
                 del getattr(self, container)[adapter_name]
         if config.num_virtual_tokens:
-            self.input_tuning_prompt[adapter_name] = SoftPrompt(config.num_virtual_tokens, width)
+            scale = cast(float, config.prompt_scale)  # the configuration has put a number for None
+            self.input_tuning_prompt[adapter_name] = SoftPrompt(config.num_virtual_tokens, width, scale)
         if hidden:
             self.input_tuning_fc1[adapter_name] = InputDtypeLinear(width, hidden, bias=config.adapter_bias)
             self.input_tuning_fc2[adapter_name] = InputDtypeLinear(hidden, width, bias=config.adapter_bias)
@@ -169,7 +170,7 @@ class InputTuningLayer(nn.Module, BaseTunerLayer):
                 parameter.fill_(float("nan"))
             return
         if prompt is not None:
-            self.input_tuning_prompt[name].weight.copy_(prompt)
+            self.input_tuning_prompt[name].start_from(prompt)
         if name in self.input_tuning_fc2 and zero_start:
             for parameter in self.input_tuning_fc2[name].parameters():
                 parameter.zero_()

@@ -25,7 +25,10 @@ def base_embedding(embedding: nn.Module) -> nn.Module:
 
 
 class SoftPrompt(nn.Module):
-    """The virtual tokens of one adapter.
+    """The virtual tokens of one adapter: `prompt = weight * scale`.
+
+    Adam moves every parameter by about the learning rate a step, whatever its gradient. A prompt wants a higher rate
+    than the input-adapter; with its parameter divided by `scale`, one rate moves it `scale` times as fast.
 
     A module around a single parameter, not an `nn.Parameter` in a `ParameterDict`: those lose `requires_grad=False`
     when PEFT casts the adapter's dtype.
@@ -33,21 +36,31 @@ class SoftPrompt(nn.Module):
     Args:
         num_virtual_tokens: number of rows, >= 1.
         embedding_dim: size of the word embeddings.
+        scale: what the parameter is multiplied by.
     """
 
-    def __init__(self, num_virtual_tokens: int, embedding_dim: int, device=None, dtype=None) -> None:
+    def __init__(self, num_virtual_tokens: int, embedding_dim: int, scale: float = 1.0) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_virtual_tokens, embedding_dim, device=device, dtype=dtype))
+        self.scale = scale
+        self.weight = nn.Parameter(torch.empty(num_virtual_tokens, embedding_dim))
+
+    @torch.no_grad()
+    def start_from(self, prompt: Tensor) -> None:
+        """Makes the prompt `(num_virtual_tokens, embedding_dim)` what is given; to the bit if `scale` is a power of
+        two."""
+        self.weight.copy_(prompt / self.scale)
 
     def forward(self) -> Tensor:
         """Returns the prompt, `(num_virtual_tokens, embedding_dim)`.
 
-        A copy: DeepSpeed ZeRO-3 takes a parameter's data away again when the forward of its module returns.
+        A new tensor also if `scale` is 1: DeepSpeed ZeRO-3 takes a parameter's data away again when the forward of its
+        module returns.
         """
-        return self.weight.clone()
+        return self.weight * self.scale
 
     def extra_repr(self) -> str:
-        return f"num_virtual_tokens={self.weight.shape[0]}, embedding_dim={self.weight.shape[1]}"
+        rows, width = self.weight.shape
+        return f"num_virtual_tokens={rows}, embedding_dim={width}, scale={self.scale}"
 
 
 class InputDtypeLinear(nn.Linear):

@@ -1,4 +1,7 @@
-"""Two learning rates: a soft prompt wants about ten times the input-adapter's."""
+"""Two learning rates of a user's choice: one for the soft prompt, one for the input-adapter.
+
+One rate for all is right without this file: `prompt_scale` makes Adam move the prompt that many times as fast.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,11 @@ def input_tuning_parameter_groups(
 ) -> list[dict[str, Any]]:
     """Parameter groups of the trainable parameters of a model with input-tuning adapters.
 
+    `prompt_lr` is the rate of the prompt as the model sees it. The optimizer has its parameter, the prompt divided by
+    `prompt_scale`, so that the group's rate is `prompt_lr / prompt_scale`. That is exact for Adam and others whose
+    steps do not depend on the size of the gradient. In plain SGD a step of the prompt is `prompt_scale * prompt_lr *
+    gradient`: the parameter's gradient is larger by the scale too. Train with `prompt_scale=1` there.
+
     Args:
         model: the model, for example a `PeftModel`.
         lr: learning rate of the input-adapter and of everything else that trains (`modules_to_save`).
@@ -25,7 +33,8 @@ def input_tuning_parameter_groups(
         weight_decay: of the adapter's group; prompts are never decayed towards zero.
 
     Returns:
-        Up to two groups, named "adapter" and "prompt"; a group without parameters is left out.
+        A group named "adapter", and one named "prompt" for each `prompt_scale` among the adapters, as a rule one; a
+        group without parameters is left out.
 
     Raises:
         ValueError: a rate that is not positive, a model without input-tuning, or nothing to train.
@@ -34,17 +43,13 @@ def input_tuning_parameter_groups(
     for name, value in (("lr", lr), ("prompt_lr", prompt_lr)):
         if not value > 0:
             raise ValueError(f"`{name}` must be > 0, got {value}.")
-    prompts = {id(parameter) for parameter in named_layer(model)[1].input_tuning_prompt.parameters()}
+    scales = {id(prompt.weight): prompt.scale for prompt in named_layer(model)[1].input_tuning_prompt.values()}
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {
-            "name": "adapter",
-            "params": [p for p in trainable if id(p) not in prompts],
-            "lr": lr,
-            "weight_decay": weight_decay,
-        },
-        {"name": "prompt", "params": [p for p in trainable if id(p) in prompts], "lr": prompt_lr, "weight_decay": 0.0},
-    ]
+    adapter = [parameter for parameter in trainable if id(parameter) not in scales]
+    groups = [{"name": "adapter", "params": adapter, "lr": lr, "weight_decay": weight_decay}]
+    for scale in dict.fromkeys(scales.values()):
+        prompts = [parameter for parameter in trainable if scales.get(id(parameter)) == scale]
+        groups.append({"name": "prompt", "params": prompts, "lr": prompt_lr / scale, "weight_decay": 0.0})
     groups = [group for group in groups if group["params"]]
     if not groups:
         raise ValueError(
@@ -70,7 +75,8 @@ def create_input_tuning_optimizer(
         model: the model, for example a `PeftModel`.
         optimizer_cls: for example `torch.optim.AdamW`.
         lr: learning rate of the input-adapter.
-        prompt_lr: learning rate of the soft prompt; None is 10 x `lr`.
+        prompt_lr: learning rate of the soft prompt as the model sees it; None is 10 x `lr`. The optimizer shows
+            `prompt_lr / prompt_scale`, see `input_tuning_parameter_groups`.
         weight_decay: of the input-adapter.
         **kwargs: further arguments of `optimizer_cls`.
     """

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from peft import PeftModel, get_peft_model
 from peft.tuners.prompt_tuning import PromptTuningConfig, PromptTuningInit
 
@@ -52,7 +51,5 @@ def from_prompt_tuning(prompt_tuned: PeftModel, adapter_name: str | None = None,
         prompt_tuned.get_base_model(), InputTuningConfig.from_prompt_tuning(config, **changes), adapter_name=name
     )
     _, layer = named_layer(model)
-    weight = layer.input_tuning_prompt[name].weight
-    with torch.no_grad():
-        weight.copy_(prompt.to(weight))
+    layer.input_tuning_prompt[name].start_from(prompt)
     return model

@@ -27,6 +27,8 @@ def randomize(model: nn.Module, name: str = "default", scale: float = 0.3, seed:
         parts = key.split(".")
         if len(parts) > 2 and parts[-2] == name and parts[-3].startswith("input_tuning_"):
             values = torch.randn(parameter.shape, generator=generator) * scale
+            if parts[-3].endswith("prompt"):
+                values /= model.peft_config[name].prompt_scale
             parameter.data.copy_(values)
 
 

@@ -9,12 +9,15 @@ from transformers.activations import ACT2FN
 
 
 def adapter_weights(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
-    """The tensors of one adapter by their last names ("prompt.weight", "fc1.weight", ...), from the state dict."""
+    """The tensors of one adapter by their last names ("prompt.weight", "fc1.weight", ...), from the state dict; the
+    prompt as the model is to see it, times the `prompt_scale` of the configuration."""
     found = {}
     for key, value in model.state_dict().items():
         parts = key.split(".")
         if len(parts) > 2 and parts[-2] == name and parts[-3].startswith("input_tuning_"):
             found[f"{parts[-3].removeprefix('input_tuning_')}.{parts[-1]}"] = value.detach().clone()
+    if "prompt.weight" in found:
+        found["prompt.weight"] *= model.peft_config[name].prompt_scale
     return found
 
 

@@ -23,6 +23,7 @@ DEFAULTS = {
     "prompt_tuning_init_text": None,
     "tokenizer_name_or_path": None,
     "tokenizer_kwargs": None,
+    "prompt_scale": 8.0,
     "adapter_hidden_dim": None,
     "adapter_activation": "relu",
     "adapter_bias": False,
@@ -40,6 +41,7 @@ EVERY_FIELD = {
     "num_virtual_tokens": 7,
     **TEXT,
     "tokenizer_kwargs": {"use_fast": True},
+    "prompt_scale": 2.5,
     "adapter_hidden_dim": 12,
     "adapter_activation": "gelu",
     "adapter_bias": True,
@@ -78,6 +80,12 @@ REFUSED = {
         {"num_virtual_tokens": 0, "adapter_hidden_dim": 0},
         ["`num_virtual_tokens`", "`adapter_hidden_dim`", "both 0", "Set at least one"],
     ),
+    "scale of zero": ({"prompt_scale": 0}, ["`prompt_scale`", "got 0", "Leave it out for 8", "use 1.0"]),
+    "negative scale": ({"prompt_scale": -8.0}, ["`prompt_scale`", "-8.0", "Leave it out for 8"]),
+    "NaN scale": ({"prompt_scale": float("nan")}, ["`prompt_scale`", "nan", "positive finite"]),
+    "infinite scale": ({"prompt_scale": float("inf")}, ["`prompt_scale`", "inf", "positive finite"]),
+    "string scale": ({"prompt_scale": "8"}, ["`prompt_scale`", "'8'", "positive finite"]),
+    "boolean scale": ({"prompt_scale": True}, ["`prompt_scale`", "True", "positive finite"]),
     "activation": ({"adapter_activation": "rellu"}, ["`adapter_activation`", "'rellu'", "Known:", "gelu"]),
     "activation is a list": ({"adapter_activation": ["relu"]}, ["`adapter_activation`", "['relu']", "Known:"]),
     "dropout of one": ({"adapter_dropout": 1.0}, ["`adapter_dropout`", "1.0", "[0, 1)", "Use 0.0"]),
@@ -126,6 +134,7 @@ TAKEN = {
     "prompt only": {"adapter_hidden_dim": 0},
     "ADePT's shape": {"adapter_hidden_dim": 2},
     "whole number dropout": {"adapter_dropout": 0},
+    "whole number scale": {"prompt_scale": 10},
     "init as the enum": {"prompt_tuning_init": PromptTuningInit.RANDOM},
     "task as the enum": {"task_type": TaskType.CAUSAL_LM},
     "every field": EVERY_FIELD,
@@ -235,6 +244,16 @@ def test_a_file_with_a_wrong_value_is_refused(tmp_path):
     file.write_text(json.dumps({**written, "num_virtual_tokens": -1}))
     with pytest.raises(ValueError, match="`num_virtual_tokens` must be >= 0, got -1"):
         PeftConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("cls", [PeftConfig, InputTuningConfig], ids=lambda cls: cls.__name__)
+def test_a_file_from_before_there_was_a_scale_holds_the_prompt_itself(tmp_path, cls):
+    InputTuningConfig().save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    written = json.loads(file.read_text())
+    assert written.pop("prompt_scale") == 8.0
+    file.write_text(json.dumps(written))
+    assert cls.from_pretrained(tmp_path).prompt_scale == 1.0
 
 
 def test_a_file_of_a_later_version_is_read_without_its_unknown_fields(tmp_path):

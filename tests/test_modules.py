@@ -1,17 +1,19 @@
-"""The adapter's modules: in which dtype T is computed."""
+"""The adapter's modules: in which dtype T is computed, and what the prompt's parameter is divided by."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.activations import ACT2FN
 
-from adapters import config, randomize
-from families import FAMILIES, build, ids
-from peft_input_tuning.modules import InputDtypeLinear, adapt
+from adapters import adapted, add, config, randomize
+from families import ALL, FAMILIES, build, ids
+from oracles import adapter_weights, row_output
+from peft_input_tuning.modules import InputDtypeLinear, SoftPrompt, adapt
 
 LLAMA = FAMILIES["llama"]
 WIDTH, HIDDEN = 32, 24
@@ -155,3 +157,66 @@ def test_folding_stays_in_float32(dtype):
     with ProductDtypes() as products:
         layer.fold_into(torch.empty_like(layer.weight), "default")
     assert products.seen == {torch.float32}
+
+
+# ---- the scale of the prompt ----------------------------------------------------------------------------------------
+
+
+def test_the_prompt_is_the_parameter_times_the_scale():
+    prompt = SoftPrompt(3, 5, scale=4.0)
+    start = torch.randn(3, 5)
+    prompt.start_from(start)
+    assert torch.equal(prompt.weight, start / 4)
+    assert torch.equal(prompt(), start)
+    assert "scale=4.0" in repr(prompt)
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0, 8.0, 0.5])
+@pytest.mark.parametrize("family", ALL, ids=str)
+def test_a_model_reads_the_scaled_prompt(family, scale):
+    more = {"decoder_input_ids": ids(1, 5, seed=9)} if family.kind == "seq2seq" else {}
+    model, base, weights = adapted(family, prompt_scale=scale)
+    row = ids(7)
+    assert model.base_model.layer.input_tuning_prompt["default"].scale == scale
+    with torch.no_grad():
+        got = model(input_ids=row[None], **more).logits[0]
+    assert_close(got, row_output(base, weights, row, **more), atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("family", ALL, ids=str)
+def test_the_scale_changes_no_bit_of_the_start(family):
+    starts = []
+    for scale in (1.0, 8.0):
+        torch.manual_seed(3)
+        model = get_peft_model(build(family), config(family, prompt_scale=scale, init_weights=True)).eval()
+        more = {"decoder_input_ids": ids(1, 5, seed=9)} if family.kind == "seq2seq" else {}
+        with torch.no_grad():
+            starts.append(model(input_ids=ids(1, 7), **more).logits)
+    assert torch.equal(*starts)
+
+
+def test_each_row_has_the_scale_of_its_adapter():
+    model, base, weights = adapted(LLAMA, prompt_scale=8.0)
+    others = {
+        "one": add(model, "one", seed=4, prompt_scale=1.0),
+        "three": add(model, "three", seed=5, prompt_scale=3.0),
+    }
+    model.eval()
+    rows = ids(3, 7)
+    with torch.no_grad():
+        out = model(input_ids=rows, adapter_names=["three", "default", "one"]).logits
+    for got, row, own in zip(out, rows, (others["three"], weights, others["one"]), strict=True):
+        assert_close(got, row_output(base, own, row), atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("scale", [1.0, 8.0, 3.0])
+def test_a_file_holds_the_parameter_and_its_configuration_the_scale(scale, tmp_path):
+    model, _, weights = adapted(LLAMA, prompt_scale=scale)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(build(LLAMA), tmp_path).eval()
+    assert loaded.active_peft_config.prompt_scale == scale
+    prompts = [one.base_model.layer.input_tuning_prompt["default"] for one in (model, loaded)]
+    assert torch.equal(prompts[0].weight, prompts[1].weight)
+    assert torch.equal(adapter_weights(loaded)["prompt.weight"], weights["prompt.weight"])
+    with torch.no_grad():
+        assert torch.equal(loaded(input_ids=ids(1, 7)).logits, model(input_ids=ids(1, 7)).logits)

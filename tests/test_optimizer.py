@@ -10,9 +10,10 @@ from adapters import adapted, add, config, randomize
 from device import DEVICE
 from families import FAMILIES, build, ids
 from oracles import adapter_weights
-from peft_input_tuning import create_input_tuning_optimizer, input_tuning_parameter_groups
+from peft_input_tuning import InputTuningConfig, create_input_tuning_optimizer, input_tuning_parameter_groups
 
 LLAMA = FAMILIES["llama"]
+SCALE = InputTuningConfig().prompt_scale
 
 
 def names_of(model, group) -> set[str]:
@@ -35,12 +36,24 @@ def test_prompt_and_adapter_are_apart():
     assert names_of(model, groups["adapter"]) == {
         f"{name}.default.{leaf}" for name in ("fc1", "fc2") for leaf in ("weight", "bias")
     }
-    assert (groups["adapter"]["lr"], groups["prompt"]["lr"]) == (1e-3, 3e-2)
+    assert (groups["adapter"]["lr"], groups["prompt"]["lr"] * SCALE) == (1e-3, 3e-2)
 
 
 def test_the_prompt_learns_ten_times_as_fast_unless_told_otherwise():
     groups = by_name(input_tuning_parameter_groups(adapted(LLAMA)[0], lr=2e-3))
-    assert groups["prompt"]["lr"] == pytest.approx(2e-2)
+    assert groups["prompt"]["lr"] * SCALE == pytest.approx(2e-2)
+
+
+def test_prompts_of_different_scales_are_in_groups_of_their_own():
+    model, _, _ = adapted(LLAMA, prompt_scale=1.0)
+    for name, scale in (("four", 4.0), ("one", 1.0)):
+        add(model, name, seed=5, prompt_scale=scale)
+    for parameter in model.base_model.layer.input_tuning_prompt.parameters():
+        parameter.requires_grad_(True)
+    _, one, four = input_tuning_parameter_groups(model, lr=1e-3, prompt_lr=2e-2)
+    assert [(group["name"], group["lr"]) for group in (one, four)] == [("prompt", 2e-2), ("prompt", 5e-3)]
+    assert names_of(model, one) == {"prompt.default.weight", "prompt.one.weight"}
+    assert names_of(model, four) == {"prompt.four.weight"}
 
 
 def test_prompts_are_not_decayed():
@@ -97,7 +110,7 @@ def test_lora_beside_input_tuning_learns_at_the_adapter_rate():
 
 def test_a_step_of_sgd_is_the_rate_times_the_gradient():
     """By hand: p ← p - lr · g, each group with its own rate."""
-    model, _, _ = adapted(LLAMA)
+    model, _, _ = adapted(LLAMA, prompt_scale=1.0)
     optimizer = create_input_tuning_optimizer(model, torch.optim.SGD, lr=1e-3, prompt_lr=5e-2)
     model(input_ids=ids(2, 6), labels=ids(2, 6)).loss.backward()
     before = {name: tensor.clone() for name, tensor in adapter_weights(model).items()}
@@ -107,6 +120,65 @@ def test_a_step_of_sgd_is_the_rate_times_the_gradient():
         kind, leaf = name.split(".")
         rate = 5e-2 if kind == "prompt" else 1e-3
         assert torch.allclose(tensor, before[name] - rate * gradients[f"{kind}.default.{leaf}"])
+
+
+def trained(scale: float, make_optimizer, steps: int = 6) -> tuple[dict, list[float]]:
+    """The weights after some steps, the prompt as the model sees it, and the losses."""
+    torch.manual_seed(0)
+    model = get_peft_model(build(LLAMA), config(LLAMA, prompt_scale=scale))
+    randomize(model)
+    optimizer, losses = make_optimizer(model), []
+    for step in range(steps):
+        loss = model(input_ids=ids(2, 6, seed=step), labels=ids(2, 6, seed=step)).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return adapter_weights(model), losses
+
+
+def two_rates(model):
+    return create_input_tuning_optimizer(model, torch.optim.AdamW, lr=3e-3, prompt_lr=3e-2)
+
+
+@pytest.mark.parametrize("scale", [8.0, 3.0])
+def test_two_rates_train_the_same_at_every_scale(scale):
+    """`prompt_lr` is the rate of the prompt that the model sees; what differs is rounding, and Adam's epsilon."""
+    (want, losses), (got, others) = trained(1.0, two_rates), trained(scale, two_rates)
+    assert others == pytest.approx(losses, rel=1e-5)
+    for name, tensor in want.items():
+        assert torch.allclose(got[name], tensor, atol=1e-4), name
+
+
+def test_one_rate_moves_the_prompt_as_many_times_as_fast_as_the_scale_says():
+    """What a Trainer does that knows nothing of two rates."""
+
+    def one_rate(model):
+        return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3, weight_decay=0.0)
+
+    def scale_as_ratio(model):
+        groups = input_tuning_parameter_groups(model, lr=3e-3, prompt_lr=8 * 3e-3)
+        return torch.optim.AdamW(groups, lr=3e-3)
+
+    (want, losses), (got, others) = trained(1.0, scale_as_ratio), trained(8.0, one_rate)
+    assert others == pytest.approx(losses, rel=1e-5)
+    for name, tensor in want.items():
+        assert torch.allclose(got[name], tensor, atol=1e-4), name
+    assert (trained(1.0, one_rate)[0]["prompt.weight"] - want["prompt.weight"]).abs().max() > 1e-2
+
+
+def test_a_step_of_sgd_moves_the_prompt_by_the_scale_too():
+    """As the documentation says: the parameter's gradient is larger by the scale, so that p ← p - scale · lr · g."""
+    steps = []
+    for scale in (1.0, 4.0):
+        before, _ = trained(scale, two_rates, steps=0)
+        after, _ = trained(
+            scale,
+            lambda model: create_input_tuning_optimizer(model, torch.optim.SGD, lr=1e-3, prompt_lr=1e-2),
+            steps=1,
+        )
+        steps.append(after["prompt.weight"] - before["prompt.weight"])
+    assert torch.allclose(steps[1], 4 * steps[0], atol=1e-6)
 
 
 @pytest.mark.parametrize("cls", [torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD, torch.optim.Adagrad])
@@ -143,7 +215,7 @@ def test_a_scheduler_keeps_the_ratio_of_the_rates():
         optimizer.step()
         schedule.step()
     assert [rate[0] / 1e-3 for rate in rates] == pytest.approx([0, 0.5, 1, 0.75, 0.5, 0.25])
-    assert [rate[1] / 3e-2 for rate in rates] == pytest.approx([0, 0.5, 1, 0.75, 0.5, 0.25])
+    assert [rate[1] * SCALE / 3e-2 for rate in rates] == pytest.approx([0, 0.5, 1, 0.75, 0.5, 0.25])
 
 
 def test_its_state_is_saved_and_loaded():
@@ -153,7 +225,7 @@ def test_its_state_is_saved_and_loaded():
     optimizer.step()
     other = create_input_tuning_optimizer(adapted(LLAMA)[0], torch.optim.AdamW, lr=5e-1)
     other.load_state_dict(optimizer.state_dict())
-    assert [group["lr"] for group in other.param_groups] == [1e-3, 1e-2]
+    assert [group["lr"] for group in other.param_groups] == [1e-3, 1e-2 / SCALE]
 
 
 # ---- Trainer ------------------------------------------------------------------------------------------------------
@@ -205,7 +277,7 @@ def test_trainer_makes_a_schedule_for_both_groups(tmp_path):
     settings = arguments(tmp_path, lr_scheduler_type="linear")
     trainer = Trainer(model, settings, train_dataset=ROWS, optimizers=(optimizer, None))
     trainer.train()
-    assert trainer.lr_scheduler.base_lrs == [1e-3, 1e-1]
+    assert trainer.lr_scheduler.base_lrs == [1e-3, 1e-1 / SCALE]
     assert [group["lr"] for group in optimizer.param_groups] == [0.0, 0.0]
 
 

@@ -67,7 +67,7 @@ def put_prompt(model: PeftModel, prompt: torch.Tensor) -> None:
     """The same prompt into an input-tuning adapter."""
     for name, parameter in model.named_parameters():
         if "input_tuning_prompt" in name:
-            parameter.data.copy_(prompt)
+            parameter.data.copy_(prompt / model.peft_config["default"].prompt_scale)
 
 
 # ---- a zero W2 is prompt-tuning -----------------------------------------------------------------------------------
@@ -195,6 +195,14 @@ def test_the_configuration_goes_over():
     assert isinstance(made, InputTuningConfig)
     assert (made.num_virtual_tokens, made.adapter_hidden_dim, made.task_type) == (LENGTH, 8, "CAUSAL_LM")
     assert adapter_weights(ours)["fc1.weight"].shape == (8, 32)
+
+
+@pytest.mark.parametrize("scale", [1.0, 8.0])
+def test_the_prompt_goes_over_to_the_bit(scale):
+    theirs = prompt_tuned(LLAMA)
+    prompt = trained_prompt(theirs)
+    ours = from_prompt_tuning(theirs, prompt_scale=scale)
+    assert torch.equal(adapter_weights(ours)["prompt.weight"], prompt)
 
 
 def test_the_prompt_is_a_copy_and_it_trains():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import warnings
 from pathlib import Path
@@ -98,12 +99,23 @@ def test_loaded_is_saved(tmp_path, family, way):
 @each_family
 def test_the_file_holds_the_adapter_alone(tmp_path, family):
     """Three tensors of the sizes that were asked for, under names without the adapter's name."""
-    _, weights = saved(tmp_path, family)
+    _, weights = saved(tmp_path, family, prompt_scale=1.0)
     at = f"base_model.model.{EMBEDDING.get(family.name, 'model.embed_tokens')}.input_tuning_"
     stored = load_file(tmp_path / "adapter_model.safetensors")
     assert set(stored) == {at + name for name in ("prompt.weight", "fc1.weight", "fc2.weight")}
     for name, tensor in stored.items():
         assert torch.equal(tensor, weights[name.removeprefix(at)])
+
+
+@each_family
+def test_a_file_from_before_there_was_a_scale_says_what_it_said(tmp_path, family):
+    """Its configuration has no `prompt_scale`, its parameter is the prompt."""
+    want, _ = saved(tmp_path, family, prompt_scale=1.0)
+    file = tmp_path / "adapter_config.json"
+    written = json.loads(file.read_text())
+    del written["prompt_scale"]
+    file.write_text(json.dumps(written))
+    assert torch.equal(output(PeftModel.from_pretrained(build(family), tmp_path), family), want)
 
 
 @pytest.mark.parametrize(
@@ -273,7 +285,7 @@ def test_state_dict_out_and_in(family):
 
 def test_state_dict_of_one_of_several_adapters():
     model, _, _ = adapted(LLAMA)
-    second = add(model, "second", seed=5)
+    second = add(model, "second", seed=5, prompt_scale=1.0)
     tensors = get_peft_model_state_dict(model, adapter_name="second")
     assert {name.rpartition("input_tuning_")[2] for name in tensors} == set(second)
     for name, tensor in tensors.items():

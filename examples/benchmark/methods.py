@@ -34,7 +34,8 @@ class Method:
 
 
 def _input_tuning(*, ratio: float = 10.0, rates_of: str | None = "input-tuning", **changes: Any) -> Method:
-    fields = {"num_virtual_tokens": VIRTUAL_TOKENS, **changes}
+    # The prompt has a rate of its own here, so its parameter is the prompt itself.
+    fields = {"num_virtual_tokens": VIRTUAL_TOKENS, "prompt_scale": 1.0, **changes}
     return Method(lambda task_type: InputTuningConfig(task_type=task_type, **fields), 1e-3, ratio, rates_of)
 
 
