@@ -42,8 +42,8 @@ def check_cached_equals_uncached(backbone: nn.Module, layer: InputTuningLayer) -
         return
     words = plain_ids(backbone, layer, _PROMPT + _ALL)
     ids = words[:, _PROMPT:]
-    prompt = SoftPrompt(_PROMPT, layer.embedding_dim, device=words.device)
-    prompt.weight.copy_(layer.unadapted(words[:, :_PROMPT])[0])
+    prompt = SoftPrompt(_PROMPT, layer.embedding_dim).to(words.device)
+    prompt.start_from(layer.unadapted(words[:, :_PROMPT])[0])
     layer.input_tuning_prompt[_TRIAL] = prompt
     try:
         with unchanged(backbone), use_row_adapters(layer, RowAdapters((_TRIAL,), (_PROMPT,))):
