@@ -32,7 +32,7 @@ from .hooks import install_hooks, remove_hooks
 from .layer import InputTuningLayer
 from .modules import base_embedding
 from .quantized import check_can_be_saved, keep_unpacked
-from .refusals import refuse_pads_behind_prompt
+from .refusals import refuse_mask_of_other_length, refuse_pads_behind_prompt
 from .row_adapters import BASE, RowAdapters, current_row_adapters, generating, prompt_in_place, use_row_adapters
 from .scope import input_of_generate, tells_input_from_output
 from .splice import count_left_pads
@@ -249,6 +249,8 @@ class InputTuningModel(BaseTuner):
         mask = kwargs.get("attention_mask")
         if mark is not None:
             mark_cache(cache, replace(mark, mask=None))  # of an earlier call, whose mask may have been another
+            if mark.layout.slots and ids is not None and mask is not None and mask.shape[1] > ids.shape[1]:
+                refuse_mask_of_other_length(mask, cache.get_seq_length(), ids.shape[1])
         layer = self.layer
         rows = current_row_adapters(layer)
         chunk = generation_setting(self.model, kwargs, "prefill_chunk_size")
