@@ -31,6 +31,7 @@ from transformers import logging as transformers_logging
 
 from peft_input_tuning import InputTuningConfig, create_input_tuning_optimizer
 from peft_input_tuning.gguf_file import dense_weights
+from prompt_methods import generate_greedily
 from task_data import Example, InputError
 
 IGNORED = -100  # label of places without a loss
@@ -278,14 +279,8 @@ def generate(
             for start in range(0, len(rows), batch_size):
                 batch = rows[start : start + batch_size]
                 ids = torch.tensor([encoded[row] for row in batch], device=model.device)
-                output = model.generate(
-                    input_ids=ids,
-                    attention_mask=torch.ones_like(ids),
-                    max_new_tokens=max_new_tokens,
-                    do_sample=False,
-                    pad_token_id=tokenizer.eos_token_id,
-                    eos_token_id=tokenizer.eos_token_id,
-                )
+                eos = tokenizer.eos_token_id
+                output = generate_greedily(model, ids, torch.ones_like(ids), max_new_tokens, pad=eos, eos=eos)
                 for row, new in zip(batch, output[:, length:], strict=True):
                     texts[row] = tokenizer.decode(new, skip_special_tokens=True).strip()
                 bar.update(len(batch))

@@ -25,6 +25,7 @@ from extras import needs
 from measures import MEASURES
 from models import SIZES, Bench
 from packaged_model import PACKAGED, find_model
+from prompt_methods import PEFT_LOSES_CACHES
 from rounds import Row, compare, markdown, run_rounds
 from task_data import InputError
 
@@ -84,6 +85,8 @@ def machine(bench: Bench) -> str:
     else:
         where = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}, PEFT {peft.__version__}"
+    if PEFT_LOSES_CACHES:
+        versions += ". With these versions PEFT's prompt-tuning loses its cache: its times of generation say nothing"
     return f"{bench.size} model, {str(bench.dtype).removeprefix('torch.')}; {where}; {versions}"
 
 
