@@ -19,7 +19,7 @@ if _NAME == "emulated":
     import emulated_device
 
     emulated_device.register()
-    os.environ["ACCELERATE_TORCH_DEVICE"] = _NAME
+    os.environ["ACCELERATE_TORCH_DEVICE"] = _NAME  # it would take a GPU by itself
 
 DEVICE = torch.device(_NAME)
 # Sums of the size that the tolerances of the tests are made for.

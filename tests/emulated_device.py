@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -157,6 +157,20 @@ def _storage(cls, *args, device=None, **kwargs):
     return _on_device(_new_storage(cls, *args, **kwargs))
 
 
+_apply_to_data = torch.nn.Module._apply
+
+
+def _apply(module: torch.nn.Module, function: Callable, recurse: bool = True) -> torch.nn.Module:
+    """`module.to(...)`: parameters stay the same objects, and shared ones shared, as between the CPU and CUDA."""
+    some, before = next(module.parameters(), None), torch.__future__.get_swap_module_params_on_conversion()
+    moves = some is not None and function(some.detach()).device != some.device
+    torch.__future__.set_swap_module_params_on_conversion(moves)
+    try:
+        return _apply_to_data(module, function, recurse)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(before)
+
+
 def _pin_memory(tensor: Tensor, *_) -> Tensor:
     if tensor.device.type == NAME:
         raise RuntimeError(f"cannot pin a tensor on {NAME}; only dense CPU tensors can be pinned")
@@ -179,15 +193,17 @@ def _autocast(op):
 
 def register() -> None:
     """Make the device known to torch, once in a process."""
-    global _library, _autocast_rules  # they hold only as long as somebody holds them
+    global _library, _rules  # they hold only as long as somebody holds them
     _setup_privateuseone_for_python_backend(NAME, backend_module=_Module())
-    torch.__future__.set_swap_module_params_on_conversion(True)  # else `.to` unties weights that modules share
+    torch.nn.Module._apply = _apply
     torch.UntypedStorage.__new__ = _storage  # torch has no allocator for the device
     _library = torch.library.Library("_", "IMPL")
     _library.fallback(_run, "PrivateUse1")
     _library.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
-    _autocast_rules = torch.library.Library("aten", "IMPL")
+    _rules = torch.library.Library("aten", "IMPL")
+    _rules.impl("convolution_overrideable", partial(_run, _aten.convolution.default), "PrivateUse1")
+    _rules.impl("histc", lambda x, *args: _to_device(torch.histc(x.cpu().float(), *args).to(x.dtype)), "PrivateUse1")
     sums = (_aten.linear, _aten.matmul, _aten.addmm, _aten.bmm, _aten.baddbmm, _aten.scaled_dot_product_attention)
     for op in (*sums, _aten.layer_norm):
-        _autocast_rules.impl(op.default.name(), _autocast(op), "AutocastPrivateUse1")
+        _rules.impl(op.default.name(), _autocast(op), "AutocastPrivateUse1")
     Tensor.pin_memory, Tensor.is_pinned = _pin_memory, lambda *_: False

@@ -34,6 +34,7 @@ from faults import StopAtNonFinite, TrainingError, is_out_of_room  # noqa: E402
 
 faults = pytest.mark.trains_with
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+pytestmark = pytest.mark.not_emulated("its scripts run on the CPU, in processes of their own")
 
 
 @pytest.fixture(scope="module")

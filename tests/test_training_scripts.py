@@ -39,6 +39,7 @@ import train  # noqa: E402
 
 SMALL = ["--max_steps", "6", "--logging_steps", "1", "--max_new_tokens", "5", "--learning_rate", "1e-2"]
 SMALL += ["--save_steps", "3", "--report_to", "none", "--use_cpu", "--disable_tqdm", "true"]
+pytestmark = pytest.mark.not_emulated("its scripts run on the CPU, in processes of their own")
 
 
 EVALUATION = ["--eval_strategy", "steps", "--eval_steps", "3"]
