@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
+from .base_weights import base_embedding
 from .cache_mark import cache_name
 from .layer import InputTuningLayer
-from .modules import base_embedding
 from .trial_run import plain_ids, unchanged, weights_are_here
 
 # Arguments for what other models have a cache for; transformers' ALL_CACHE_NAMES are these and `CACHE_NAMES`.

@@ -15,9 +15,9 @@ from torch import nn
 
 from .backbone import forward_parameters, is_causal
 from .cache_mark import cache_name
+from .call_state import RowAdapters, use_row_adapters
 from .layer import InputTuningLayer
 from .modules import SoftPrompt
-from .row_adapters import RowAdapters, use_row_adapters
 from .tested_versions import newer_than_tested
 from .trial_run import plain_ids, unchanged, weights_are_here
 

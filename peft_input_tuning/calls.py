@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .backbone import Backbone
 from .cache_mark import CacheMark, cache_of, enter_backbone, mark_cache, places_in
+from .call_state import current_row_adapters, is_generating
 from .layer import InputTuningLayer
 from .packing import PackedLayout, moved_bounds, positions_of, sequence_starts
 from .prompt_cache import put_prompt_into_cache
@@ -28,7 +29,6 @@ from .refusals import (
     refuse_positions_in_compiled_call,
     refuse_too_long,
 )
-from .row_adapters import current_row_adapters, is_generating
 from .splice import PromptLayout, count_left_pads, repeat_rows
 
 OF_PACKED_ROWS = ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")

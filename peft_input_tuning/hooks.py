@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from .backbone import Backbone, describe_backbone, find_decoder, find_layer, forward_parameters
 from .cache_mark import CacheMark, cache_of, enter_backbone, leave_backbone, mark_cache, mark_of
+from .call_state import current_row_adapters, is_prompt_in_place
 from .calls import (
     SplicedCall,
     add_token_types,
@@ -39,7 +40,6 @@ from .calls import (
 from .layer import InputTuningLayer
 from .packing import PackedLayout
 from .refusals import refuse_shortened, refuse_what_cannot_be_packed, refuse_what_cannot_be_spliced
-from .row_adapters import current_row_adapters, is_prompt_in_place
 from .scope import adapt_input_only
 from .splice import PromptLayout, count_left_pads
 

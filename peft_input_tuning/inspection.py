@@ -17,8 +17,8 @@ from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from .folding import BLOCK_ROWS, Progress
 from .layer import InputTuningLayer, named_layer
+from .merging import BLOCK_ROWS, Progress
 
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
 _FACTS = (

@@ -24,16 +24,15 @@ from torch import Tensor, nn
 from transformers import GenerationMixin
 
 from .backbone import find_backbone, has_window, refuse_changed_embedding, refuse_models_without_place
+from .base_weights import base_embedding, check_can_be_saved, keep_unpacked
 from .cache_check import check_cached_equals_uncached
 from .cache_mark import cache_of, mark_cache, mark_of
+from .call_state import BASE, RowAdapters, current_row_adapters, generating, prompt_in_place, use_row_adapters
 from .checkpoint import check_adapter_state_dict
 from .config import InputTuningConfig
 from .hooks import install_hooks, remove_hooks
 from .layer import InputTuningLayer
-from .modules import base_embedding
-from .quantized import check_can_be_saved, keep_unpacked
 from .refusals import refuse_pads_behind_prompt
-from .row_adapters import BASE, RowAdapters, current_row_adapters, generating, prompt_in_place, use_row_adapters
 from .scope import input_of_generate, tells_input_from_output
 from .splice import count_left_pads
 from .static_cache import generation_setting, input_with_prompt, mask_of_ids, uses_static_cache

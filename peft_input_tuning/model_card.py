@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCard, ModelCardData
+from peft.config import PeftConfig
 
 if TYPE_CHECKING:
-    from .config import InputTuningConfig
     from .export import ExportReport
 
 HEADING = "## How to load this adapter"
@@ -26,17 +26,17 @@ TASK_SUFFIXES = {
 }
 
 
-def task_suffix(config: InputTuningConfig) -> str:
+def task_suffix(config: PeftConfig) -> str:
     """The end of an Auto class's name for the task of a configuration; empty without a task."""
     task = config.task_type
     return TASK_SUFFIXES.get(getattr(task, "value", task) or "", "")
 
 
-def _auto_class(config: InputTuningConfig) -> str:
+def _auto_class(config: PeftConfig) -> str:
     return f"AutoPeftModel{task_suffix(config)}"
 
 
-def _facts(config: InputTuningConfig) -> str:
+def _facts(config: PeftConfig) -> str:
     hidden = config.adapter_hidden_dim
     adapter = "2 x the embedding size" if hidden is None else hidden
     base = f"`{config.base_model_name_or_path}`" if config.base_model_name_or_path else "the base model"
@@ -45,7 +45,7 @@ An input-tuning adapter (arXiv 2203.03131) of {base}: {config.num_virtual_tokens
 of inner size {adapter}."""
 
 
-def loading_section(config: InputTuningConfig) -> str:
+def loading_section(config: PeftConfig) -> str:
     """The section as Markdown."""
     auto_class = _auto_class(config)
     return f"""{HEADING}
@@ -62,7 +62,7 @@ model = {auto_class}.from_pretrained("path or id of this adapter")
 """
 
 
-def update_model_card(directory: str, config: InputTuningConfig) -> None:
+def update_model_card(directory: str, config: PeftConfig) -> None:
     """Adds the section to `README.md` in `directory`, or makes the card; what else the card says is kept."""
     path = Path(directory) / "README.md"
     card = ModelCard.load(path) if path.exists() else ModelCard(f"---\n{_new_card_data(config)}\n---\n\n# Adapter\n")
@@ -81,7 +81,7 @@ def update_model_card(directory: str, config: InputTuningConfig) -> None:
     card.save(path)
 
 
-def _new_card_data(config: InputTuningConfig) -> str:
+def _new_card_data(config: PeftConfig) -> str:
     return ModelCardData(base_model=config.base_model_name_or_path or None).to_yaml()
 
 

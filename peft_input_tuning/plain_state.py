@@ -15,8 +15,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from .folding import Progress
 from .layer import InputTuningLayer
+from .merging import Progress
 
 IMPOSSIBLE = -1e9  # a bias of the head for tokens that must not be generated
 

@@ -29,11 +29,10 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from .backbone import forward_parameters
+from .base_weights import execution_device, inner_tensors
 from .cache_mark import cache_name, cache_of
-from .initialization import execution_device
+from .call_state import RowAdapters, current_row_adapters, on_device, prompt_in_place, use_row_adapters
 from .layer import InputTuningLayer, named_layer
-from .quantized import inner_tensors
-from .row_adapters import RowAdapters, current_row_adapters, on_device, prompt_in_place, use_row_adapters
 from .splice import PromptLayout, count_left_pads
 
 KeysAndValues = list[tuple[Tensor, Tensor]]  # a layer's `(1, heads, prompt length, head dim)` each

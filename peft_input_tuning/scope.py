@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from .cache_mark import cache_of
+from .call_state import current_row_adapters, is_prompt_in_place
 from .layer import CANNOT_TELL, InputTuningLayer, IsOutput
-from .row_adapters import current_row_adapters, is_prompt_in_place
 
 IGNORED = -100  # the label of a token that has none, in all of transformers
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
+from .base_weights import execution_device
 from .cache_mark import cache_of
-from .initialization import execution_device
+from .call_state import current_row_adapters
 from .layer import InputTuningLayer
-from .row_adapters import current_row_adapters
 from .splice import PromptLayout, count_left_pads
 
 # Settings of generate whose processors call the model again or read the encoder's input, and what turns them off.

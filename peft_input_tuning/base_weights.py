@@ -1,4 +1,6 @@
-"""Base models whose weights are quantized: the few things that the rest has to know of them.
+"""The base model's weights: the few things that the rest has to know of their place and their kind.
+
+The word embedding may stand under other methods' layers, and its weight may be offloaded.
 
 An adapter needs nothing of a quantized base but embeddings and gradients. Every library keeps its numbers in its own
 way, though: as a parameter of integers (bitsandbytes, HQQ, GGUF), or as a tensor subclass around several tensors that
@@ -7,7 +9,21 @@ says that it is floating point (torchao, quanto).
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
+
+
+def base_embedding(embedding: nn.Module) -> nn.Module:
+    """The table itself, under the layers that other methods put around it (a LoRA on the embedding)."""
+    while hasattr(embedding, "base_layer"):
+        embedding = embedding.base_layer
+    return embedding
+
+
+def execution_device(embedding: nn.Module) -> torch.device:
+    """Where an embedding runs. The weight of an offloaded one is on "meta" between calls (accelerate's `_hf_hook`)."""
+    device = getattr(getattr(embedding, "_hf_hook", None), "execution_device", None)
+    return embedding.weight.device if device is None else torch.device(device)
 
 
 def inner_tensors(tensor: Tensor) -> list[Tensor]:
