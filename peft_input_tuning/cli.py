@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from . import familiarity_command
 from .extras import needs
 from .gguf_file import dense_weights, gguf_arguments
-from .unfinished_file import check_file_to_write, unfinished
+from .output.files import check_file_to_write, unfinished
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -139,7 +139,7 @@ def _tables(found: AdapterInspection) -> Iterator[Table]:
     from rich.markup import escape
     from rich.table import Table
 
-    from .inspection_page import shown
+    from .output.words import shown
 
     about = Table(title=escape(f"Adapter {found.adapter_name}"), show_header=False)
     sizes, norms = found.sizes, found.embedding_norms

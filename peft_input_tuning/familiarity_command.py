@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from .extras import needs
 from .gguf_file import dense_weights, gguf_arguments
-from .unfinished_file import check_file_to_write, unfinished
+from .output.files import check_file_to_write, unfinished
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .bigrams import score
-from .inspection import Word
+from .output.words import Word
 from .token_stream import Tokens
 
 SHOWN_CHARACTERS = 300

@@ -24,7 +24,7 @@ from .bigrams import BigramCounts
 from .familiarity_figures import Tally, TextFigures, UnfamiliarInput, UnfamiliarToken
 from .familiarity_reading import reading
 from .familiarity_regression import FamiliarityRegression
-from .inspection import Word
+from .output.words import Word
 from .plain_prose import PLAIN_PROSE
 from .surprisal import DEFAULT_WINDOW, base_alone, check_causal, longest_window, token_bits
 from .token_stream import Tokens, start_tokens, token_stream

@@ -6,8 +6,8 @@ from html import escape
 
 from .familiarity_figures import Distribution
 from .familiarity_measure import Familiarity
-from .html_page import html_page, table
-from .inspection_page import shown
+from .output.html import html_page, table
+from .output.words import shown
 
 BARS = 40
 WIDTH, HEIGHT = 640, 180

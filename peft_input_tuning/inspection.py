@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .layer import InputTuningLayer, named_layer
 from .merging import BLOCK_ROWS, Progress
+from .output.words import Word, word_of
 
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
 _FACTS = (
@@ -33,21 +34,6 @@ _FACTS = (
     "adapter_scope",
     "modules_to_save",
 )
-
-
-@dataclass(frozen=True)
-class Word:
-    """A word of the vocabulary with a figure.
-
-    Args:
-        token_id: its row in the embedding table.
-        text: as the tokenizer writes it; None without a tokenizer.
-        value: what the list is sorted by: a cosine, or a shift.
-    """
-
-    token_id: int
-    text: str | None
-    value: float
 
 
 @dataclass(frozen=True)
@@ -158,7 +144,7 @@ def inspect_adapter(
     shift = torch.cat(shifts).nan_to_num(nan=0.0, posinf=float("nan")) if shifts else torch.empty(0)
 
     def listed(order: Tensor, values: Tensor) -> tuple[Word, ...]:
-        return tuple(_word(int(words[i]), float(values[i]), tokenizer) for i in order.tolist())
+        return tuple(word_of(int(words[i]), float(values[i]), tokenizer) for i in order.tolist())
 
     near = torch.cat(cosines, dim=1)
     counted = torch.nonzero((lengths > 0) & ~shift.isnan()).squeeze(1) if has_adapter else torch.empty(0).long()
@@ -215,10 +201,6 @@ def _sizes(model: nn.Module, layer: InputTuningLayer, name: str) -> Sizes:
     own = prompt + adapter + sum(p.numel() for p in saved)
     size = sum(p.numel() * p.element_size() for p in [*ours.values(), *saved])
     return Sizes(prompt, adapter, own - prompt - adapter, base, own / (base + own), size)
-
-
-def _word(token_id: int, value: float, tokenizer: PreTrainedTokenizerBase | None) -> Word:
-    return Word(token_id, None if tokenizer is None else tokenizer.decode([token_id]), value)
 
 
 def _quantiles(values: Tensor) -> tuple[float, ...]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-from .html_page import html_page, table
-from .inspection import AdapterInspection, Word
+from .inspection import AdapterInspection
+from .output.html import html_page, table
+from .output.words import shown
 
 BINS = 40
 WIDTH, HEIGHT = 640, 180
@@ -20,11 +21,6 @@ def inspection_page(inspection: AdapterInspection) -> str:
     if inspection.shift_quantiles:
         sections.append(_shifts(inspection))
     return html_page(f"Input-tuning adapter {inspection.adapter_name}", sections)
-
-
-def shown(word: Word) -> str:
-    """A word so that spaces and line ends are seen; its id where there is no tokenizer."""
-    return f"#{word.token_id}" if word.text is None else repr(word.text)[1:-1].replace(" ", "␣") or "(empty)"
 
 
 def _facts(inspection: AdapterInspection) -> str:
