@@ -13,11 +13,11 @@ from .inspection import AdapterInspection, inspect_adapter
 from .layer import InputTuningLayer
 from .model import InputTuningModel
 from .optimizer import create_input_tuning_optimizer, input_tuning_parameter_groups
-from .prompt_cache import set_prompt_cache
 from .prompt_tuning import from_prompt_tuning
 from .registration import register
 from .tested_versions import warn_of_untested_versions
 from .version import __version__
+from .virtual_tokens.prompt_cache import set_prompt_cache
 
 register("input_tuning", InputTuningConfig, InputTuningModel)
 warn_of_untested_versions()

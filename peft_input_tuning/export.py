@@ -23,13 +23,13 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils.quantization_config import QuantizationMethod
 
-from .backbone import find_decoder
 from .base_weights import is_quantized
 from .exported_tokenizer import tokenizer_with_prompt
 from .layer import InputTuningLayer, named_layer
 from .merging import Progress
 from .model_card import write_export_card
 from .plain_state import folded_table, grow_vocabulary, plain_state_dict
+from .virtual_tokens.backbone import find_decoder
 
 CHECKED_ROWS, CHECKED_LENGTH = 3, 12
 # Of the largest output; what rounding makes of random weights, which are worse than trained ones.

@@ -2,7 +2,7 @@
 
     input_ids ──► base_layer ──► T_a(e) = e + W2 · act(W1 · e) ──► embeddings          a: the adapter of the row
 
-It also keeps each adapter's soft prompt; putting the prompt into the batch is the backbone's part (`calls.py`),
+It also keeps each adapter's soft prompt; putting the prompt into the batch is the backbone's part (`virtual_tokens/`),
 since only there the virtual tokens can be taken out again. Containers are flat and prefixed, `input_tuning_fc1[a]`,
 because PEFT takes an adapter's name out of a file's keys only where it is the second to last part of the key.
 """
@@ -43,7 +43,7 @@ class InputTuningLayer(MergeableTable, PendingWeights):
     """
 
     adapter_layer_names = ("input_tuning_prompt", "input_tuning_fc1", "input_tuning_activation", "input_tuning_fc2")
-    caches_prompt = False  # see prompt_cache.py
+    caches_prompt = False  # see virtual_tokens/prompt_cache.py
     other_param_names = ("input_tuning_dropout",)
 
     def __init__(self, base_layer: nn.Module) -> None:
@@ -54,7 +54,7 @@ class InputTuningLayer(MergeableTable, PendingWeights):
         self.input_tuning_fc2 = nn.ModuleDict()
         self.input_tuning_activation = nn.ModuleDict()
         self.input_tuning_dropout = nn.ModuleDict()
-        self.input_only: set[str] = set()  # adapters that leave the output's tokens alone, see scope.py
+        self.input_only: set[str] = set()  # adapters that leave the output's tokens alone, see virtual_tokens/scope.py
         self.seen_labels: set[tuple[str, bool]] = set()  # of those, whose labels were looked at, in training or not
         self.prompt_states: dict[str, Any] = {}
 
@@ -212,8 +212,8 @@ class InputTuningLayer(MergeableTable, PendingWeights):
     ) -> Tensor:
         """`(batch, length)` ids → `(batch, length, embedding_dim)` adapted embeddings.
 
-        `is_output` is asked for by adapters with `adapter_scope="input"` (`scope.py`); `prompts` is how `prompt_rows`
-        gets what it returns where the layer is sharded.
+        `is_output` is asked for by adapters with `adapter_scope="input"` (`virtual_tokens/scope.py`); `prompts` is
+        how `prompt_rows` gets what it returns where the layer is sharded.
         """
         if prompts is not None:
             return self._prompt_rows(*prompts)

@@ -3,21 +3,32 @@
 a sequence starts      embeddings, mask, token types, positions  ──►  the same with virtual tokens
 ... at inference       the prompt's keys and values are known: they go into the cache (`prompt_cache.py`)
 a sequence goes on     mask and positions  ──►  the same, knowing of the prompt in the cache
-packed sequences       as where one starts, with a prompt before each (`packing.py`)
+packed sequences       as where one starts, with a prompt before each (`PackedLayout`)
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig
+from transformers.masking_utils import create_masks_for_generate
 
+from ..call_state import current_row_adapters, is_generating
+from ..layer import InputTuningLayer
 from .backbone import Backbone
 from .cache_mark import CacheMark, cache_of, enter_backbone, mark_cache, places_in
-from .call_state import current_row_adapters, is_generating
-from .layer import InputTuningLayer
-from .packing import PackedLayout, moved_bounds, positions_of, sequence_starts
+from .layout import (
+    PackedLayout,
+    PromptLayout,
+    count_left_pads,
+    moved_bounds,
+    positions_of,
+    repeat_rows,
+    sequence_starts,
+)
 from .prompt_cache import put_prompt_into_cache
 from .refusals import (
     refuse_expanded_mask,
@@ -29,7 +40,6 @@ from .refusals import (
     refuse_positions_in_compiled_call,
     refuse_too_long,
 )
-from .splice import PromptLayout, count_left_pads, repeat_rows
 
 OF_PACKED_ROWS = ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
@@ -178,8 +188,26 @@ def start_packed(
             call[name] += layout.slots
     # The mask is made here, since models make one for packed rows only where they use no cache, and some never.
     call["use_cache"] = False
-    call["attention_mask"] = layout.mask(backbone.config, call["inputs_embeds"])
+    call["attention_mask"] = mask_of_packed_rows(layout, backbone.config, call["inputs_embeds"])
     call.layout = layout
+
+
+def mask_of_packed_rows(layout: PackedLayout, config: PretrainedConfig, x: Tensor) -> Any:
+    """The model's own attention mask, in which sequences do not see each other, for embeddings `(batch, N, dim)`.
+
+    Transformers would look for packed sequences in positions, and a GPU would have to wait. Only where attention goes
+    by chunks must it have them: a chunk is counted from the start of its sequence.
+    """
+    number = sequence_starts(layout.positions).cumsum(-1)
+    if getattr(config, "attention_chunk_size", None):
+        return create_masks_for_generate(config, x, None, None, position_ids=layout.positions)
+    alike = partial(_in_one_sequence, number)
+    return create_masks_for_generate(config, x, None, None, and_mask_function=alike)
+
+
+def _in_one_sequence(number: Tensor, row: Any, head: Any, query: Any, key: Any) -> Tensor:
+    """A mask function of transformers: whether two places of a row belong to one sequence."""
+    return number[row, query] == number[row, key]
 
 
 def default_positions(backbone: nn.Module, given: Tensor, layout: PromptLayout, site: Backbone) -> Tensor | None:

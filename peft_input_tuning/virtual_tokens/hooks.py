@@ -24,10 +24,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..call_state import current_row_adapters, is_prompt_in_place
+from ..layer import InputTuningLayer
 from .backbone import Backbone, describe_backbone, find_decoder, find_layer, forward_parameters
 from .cache_mark import CacheMark, cache_of, enter_backbone, leave_backbone, mark_cache, mark_of
-from .call_state import current_row_adapters, is_prompt_in_place
-from .calls import (
+from .call import (
     SplicedCall,
     add_token_types,
     continue_after_prompt,
@@ -37,11 +38,9 @@ from .calls import (
     start_packed,
     start_with_prompt,
 )
-from .layer import InputTuningLayer
-from .packing import PackedLayout
+from .layout import PackedLayout, PromptLayout, count_left_pads
 from .refusals import refuse_shortened, refuse_what_cannot_be_packed, refuse_what_cannot_be_spliced
 from .scope import adapt_input_only
-from .splice import PromptLayout, count_left_pads
 
 
 def put_prompt_in(backbone: nn.Module, args: tuple, kwargs: dict[str, Any], *, site: Backbone):

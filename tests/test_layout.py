@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from device import DEVICE
-from peft_input_tuning.splice import PromptLayout, count_left_pads, repeat_rows
+from peft_input_tuning.virtual_tokens.layout import PromptLayout, count_left_pads, repeat_rows
 
 
 def naive_row(prompt: list, pads: list, rest: list, slots: int, slack: str, empty) -> list:

@@ -20,13 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..call_state import current_row_adapters, is_prompt_in_place
+from ..layer import CANNOT_TELL, InputTuningLayer, IsOutput
 from .cache_mark import cache_of
-from .call_state import current_row_adapters, is_prompt_in_place
-from .layer import CANNOT_TELL, InputTuningLayer, IsOutput
 
 IGNORED = -100  # the label of a token that has none, in all of transformers
 
-# With the layer that it is about, as in row_adapters.py: an assistant model has an input of its own.
+# With the layer that it is about, as in call_state.py: an assistant model has an input of its own.
 _input_end: ContextVar[tuple[object, int] | None] = ContextVar("input_end", default=None)
 
 

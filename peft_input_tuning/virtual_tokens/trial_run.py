@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from .base_weights import base_embedding, execution_device
+from ..base_weights import base_embedding, execution_device
 
 
 def weights_are_here(module: nn.Module) -> bool:

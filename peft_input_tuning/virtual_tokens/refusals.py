@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .backbone import Backbone
-from .splice import PromptLayout
+from .layout import PromptLayout
 
 _OF_PLACES = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids")
 

@@ -28,12 +28,12 @@ from torch.distributed.tensor import DTensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from ..base_weights import execution_device, inner_tensors
+from ..call_state import RowAdapters, current_row_adapters, on_device, prompt_in_place, use_row_adapters
+from ..layer import InputTuningLayer, named_layer
 from .backbone import forward_parameters
-from .base_weights import execution_device, inner_tensors
 from .cache_mark import cache_name, cache_of
-from .call_state import RowAdapters, current_row_adapters, on_device, prompt_in_place, use_row_adapters
-from .layer import InputTuningLayer, named_layer
-from .splice import PromptLayout, count_left_pads
+from .layout import PromptLayout, count_left_pads
 
 KeysAndValues = list[tuple[Tensor, Tensor]]  # a layer's `(1, heads, prompt length, head dim)` each
 _SAMPLES = 4  # values of each weight that are looked at

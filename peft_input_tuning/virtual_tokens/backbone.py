@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from .base_weights import base_embedding
+from ..base_weights import base_embedding
+from ..layer import InputTuningLayer
 from .cache_mark import cache_name
-from .layer import InputTuningLayer
 from .trial_run import plain_ids, unchanged, weights_are_here
 
 # Arguments for what other models have a cache for; transformers' ALL_CACHE_NAMES are these and `CACHE_NAMES`.
@@ -36,7 +36,7 @@ class Backbone:
         parameters: names of the arguments of its `forward`.
         cache: which of them is the cache; it has the same name in the output. None if it has none.
         feeds_decoder: whether a decoder reads its output, so that virtual places stay in the last hidden state.
-        slack: where unused slots of a mixed batch go, see `splice.py`.
+        slack: where unused slots of a mixed batch go, see `layout.py`.
         positions_from_mask: whether positions that are not passed are counted along the mask (OPT).
         padding_id: of a model that counts positions along the ids which are not padding (RoBERTa), or None.
         first_position: the position of a row's first token (RoBERTa starts after the padding's).

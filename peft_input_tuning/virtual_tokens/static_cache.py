@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from .base_weights import execution_device
+from ..base_weights import execution_device
+from ..call_state import current_row_adapters
+from ..layer import InputTuningLayer
 from .cache_mark import cache_of
-from .call_state import current_row_adapters
-from .layer import InputTuningLayer
-from .splice import PromptLayout, count_left_pads
+from .layout import PromptLayout, count_left_pads
 
 # Settings of generate whose processors call the model again or read the encoder's input, and what turns them off.
 _LOOKING_ELSEWHERE = {"guidance_scale": 1, "encoder_repetition_penalty": 1.0, "encoder_no_repeat_ngram_size": 0}

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .splice import PromptLayout
+from .layout import PromptLayout
 
 # What transformers calls the cache, as an argument and in outputs: since 5.24, and before. Until 5.40 the older name
 # is understood as well.

@@ -13,12 +13,12 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
+from ..call_state import RowAdapters, use_row_adapters
+from ..layer import InputTuningLayer
+from ..modules import SoftPrompt
+from ..tested_versions import newer_than_tested
 from .backbone import forward_parameters, is_causal
 from .cache_mark import cache_name
-from .call_state import RowAdapters, use_row_adapters
-from .layer import InputTuningLayer
-from .modules import SoftPrompt
-from .tested_versions import newer_than_tested
 from .trial_run import plain_ids, unchanged, weights_are_here
 
 _TRIAL = "trial"  # an adapter of its own, since the new one's weights may still be in a file
