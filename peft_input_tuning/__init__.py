@@ -4,11 +4,8 @@ Importing this package registers the method INPUT_TUNING with PEFT. From then on
 a `PeftConfig` goes.
 """
 
-from .bigrams import BigramCounts
 from .config import InputTuningConfig
 from .export import ExportReport, export_model
-from .familiarity_measure import Familiarity, familiarity
-from .familiarity_regression import FamiliarityRegression
 from .inspection import AdapterInspection, inspect_adapter
 from .layer import InputTuningLayer
 from .model import InputTuningModel
@@ -24,17 +21,13 @@ warn_of_untested_versions()
 
 __all__ = [
     "AdapterInspection",
-    "BigramCounts",
     "ExportReport",
-    "Familiarity",
-    "FamiliarityRegression",
     "InputTuningConfig",
     "InputTuningLayer",
     "InputTuningModel",
     "__version__",
     "create_input_tuning_optimizer",
     "export_model",
-    "familiarity",
     "from_prompt_tuning",
     "input_tuning_parameter_groups",
     "inspect_adapter",

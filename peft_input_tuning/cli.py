@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from rich.table import Table
     from transformers import PreTrainedTokenizerBase
 
-    from .inspection import AdapterInspection
+    from .inspection.inspect import AdapterInspection
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -86,7 +86,7 @@ def _export(arguments: argparse.Namespace) -> int:
     import torch
     from tqdm.auto import tqdm
 
-    from .export import export_model
+    from .export.export import export_model
 
     model, tokenizer = _load(arguments)
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
@@ -111,8 +111,8 @@ def _inspect(arguments: argparse.Namespace) -> int:
     from rich.console import Console
     from tqdm.auto import tqdm
 
-    from .inspection import inspect_adapter
-    from .inspection_page import inspection_page
+    from .inspection.inspect import inspect_adapter
+    from .inspection.page import inspection_page
 
     page: Path | None = arguments.html
     check_file_to_write("--html", page)

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from tqdm import tqdm
     from transformers import PreTrainedTokenizerBase
 
-    from .bigrams import BigramCounts
-    from .familiarity_measure import Familiarity
+    from .familiarity.bigrams import BigramCounts
+    from .familiarity.measure import Familiarity
 
 # A longer line of a corpus or of prose is read in parts; one bigram is lost at each seam.
 LINE_CHARACTERS = 1 << 16
@@ -60,9 +60,9 @@ def run(arguments: argparse.Namespace) -> int:
     needs("inspect", "rich")
     from rich.console import Console
 
-    from .familiarity_measure import familiarity
-    from .familiarity_page import familiarity_page
-    from .familiarity_regression import FamiliarityRegression
+    from .familiarity.measure import familiarity
+    from .familiarity.page import familiarity_page
+    from .familiarity.regression import FamiliarityRegression
 
     total = _checked(arguments)
     regression = FamiliarityRegression.load(arguments.regression) if arguments.regression else None
@@ -192,7 +192,7 @@ def _load(arguments: argparse.Namespace) -> tuple[Any, PreTrainedTokenizerBase, 
 
 
 def _counts(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> BigramCounts | None:
-    from .bigrams import BigramCounts
+    from .familiarity.bigrams import BigramCounts
 
     if arguments.counts is not None:
         return BigramCounts.load(arguments.counts, tokenizer)
@@ -218,7 +218,7 @@ def _tables(found: Familiarity, title: str) -> Iterator[Table]:
     from rich.markup import escape
     from rich.table import Table
 
-    from .familiarity_page import figure_rows, input_rows, prose_name, token_rows, token_value
+    from .familiarity.page import figure_rows, input_rows, prose_name, token_rows, token_value
 
     figures = Table("", "inputs", prose_name(found), title=escape(title))
     for row in figure_rows(found):

@@ -15,7 +15,7 @@ from families import ALL, FAMILIES, VOCAB, build
 from oracles import encoder_of, transform
 from parsed_page import Page
 from peft_input_tuning import inspect_adapter
-from peft_input_tuning.inspection_page import inspection_page
+from peft_input_tuning.inspection.page import inspection_page
 from tokenizers_of_families import tokenizer_of
 
 LLAMA = FAMILIES["llama"]

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from packaged_model import PACKAGED, find_model
-from peft_input_tuning import BigramCounts, familiarity
+from peft_input_tuning.familiarity import BigramCounts, familiarity
 from peft_input_tuning.gguf_file import dense_weights
 from task_data import InputError, limit, read_json_lines
 

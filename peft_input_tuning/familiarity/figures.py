@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..output.words import Word
 from .bigrams import score
-from .output.words import Word
-from .token_stream import Tokens
+from .tokens import Tokens
 
 SHOWN_CHARACTERS = 300
 BITS_BIN, BITS_BINS = 0.05, 400

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from html import escape
 
-from .familiarity_figures import Distribution
-from .familiarity_measure import Familiarity
-from .output.html import html_page, table
-from .output.words import shown
+from ..output.html import html_page, table
+from ..output.words import shown
+from .figures import Distribution
+from .measure import Familiarity
 
 BARS = 40
 WIDTH, HEIGHT = 640, 180

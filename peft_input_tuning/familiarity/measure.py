@@ -20,14 +20,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from ..output.words import Word
 from .bigrams import BigramCounts
-from .familiarity_figures import Tally, TextFigures, UnfamiliarInput, UnfamiliarToken
-from .familiarity_reading import reading
-from .familiarity_regression import FamiliarityRegression
-from .output.words import Word
-from .plain_prose import PLAIN_PROSE
+from .figures import Tally, TextFigures, UnfamiliarInput, UnfamiliarToken
+from .prose import PLAIN_PROSE
+from .reading import reading
+from .regression import FamiliarityRegression
 from .surprisal import DEFAULT_WINDOW, base_alone, check_causal, longest_window, token_bits
-from .token_stream import Tokens, start_tokens, token_stream
+from .tokens import Tokens, start_tokens, token_stream
 
 # Texts of so many batches are sorted by length together, and then reported as done.
 BATCHES_AT_ONCE = 8
@@ -42,7 +42,7 @@ class Familiarity:
     Args:
         inputs: figures of the inputs.
         prose: the same figures of the prose they are compared with.
-        own_prose: whether that is the prose of this package, see `plain_prose.py`.
+        own_prose: whether that is the prose of this package, see `prose.py`.
         least_familiar_inputs: the least familiar first: by bits per byte, without a model by bigram score.
         least_familiar_tokens: the same, by mean surprisal or by mean score of the bigrams that they end.
         corpus_bigrams: bigrams that were counted in the corpus; None without counts.

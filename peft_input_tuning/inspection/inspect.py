@@ -17,9 +17,9 @@ from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from .layer import InputTuningLayer, named_layer
-from .merging import BLOCK_ROWS, Progress
-from .output.words import Word, word_of
+from ..layer import InputTuningLayer, named_layer
+from ..merging import BLOCK_ROWS, Progress
+from ..output.words import Word, word_of
 
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
 _FACTS = (

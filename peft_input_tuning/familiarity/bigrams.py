@@ -22,8 +22,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from .output.files import unfinished
-from .token_stream import token_stream, vocabulary_hash
+from ..output.files import unfinished
+from .tokens import token_stream, vocabulary_hash
 
 MAX_BIGRAMS = 5_000_000
 PAIRS_AT_ONCE = 1 << 20

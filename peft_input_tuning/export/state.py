@@ -1,6 +1,6 @@
 """The tensors of a plain checkpoint: the adapted table, and the state dict around it without PEFT's names.
 
-    table[i]               = T(embedding(i)) / scale        every word, adapted (`folding.py`)
+    table[i]               = T(embedding(i)) / scale        every word, adapted (`merging.py`)
     table[virtual_ids[j]]  = prompt[j] / scale              every virtual token, a word of its own
 
 The rest of the model is taken as it is: nothing of it is copied but what grows with the vocabulary.
@@ -15,8 +15,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from .layer import InputTuningLayer
-from .merging import Progress
+from ..layer import InputTuningLayer
+from ..merging import Progress
 
 IMPOSSIBLE = -1e9  # a bias of the head for tokens that must not be generated
 

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean, linear_regression
 
-from .output.files import unfinished
+from ..output.files import unfinished
 
 FIGURES = ("bits_per_byte", "excess_bits_per_byte", "tokens_per_byte", "bigram_score")
 LEAST_TASKS = 5

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from .familiarity_figures import TextFigures
-from .familiarity_regression import FamiliarityRegression
+from .figures import TextFigures
+from .regression import FamiliarityRegression
 
 
 def reading(inputs: TextFigures, prose: TextFigures, regression: FamiliarityRegression | None) -> str:

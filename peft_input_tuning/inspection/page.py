@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-from .inspection import AdapterInspection
-from .output.html import html_page, table
-from .output.words import shown
+from ..output.html import html_page, table
+from ..output.words import shown
+from .inspect import AdapterInspection
 
 BINS = 40
 WIDTH, HEIGHT = 640, 180

@@ -1,6 +1,6 @@
 """From an adapter to a plain checkpoint that costs nothing where it is served and needs neither PEFT nor this package.
 
-    adapter + base ──► fold the table (`plain_state.py`) ──► tokenizer with the prompt (`exported_tokenizer.py`)
+    adapter + base ──► fold the table (`state.py`) ──► tokenizer with the prompt (`tokenizer.py`)
                    ──► a folder beside the target ──► reload and compare ──► move into place
 
 The folder loads with `AutoModel*.from_pretrained` and `AutoTokenizer.from_pretrained`. The virtual tokens are words of
@@ -14,7 +14,6 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,36 +22,18 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils.quantization_config import QuantizationMethod
 
-from .base_weights import is_quantized
-from .exported_tokenizer import tokenizer_with_prompt
-from .layer import InputTuningLayer, named_layer
-from .merging import Progress
-from .model_card import write_export_card
-from .plain_state import folded_table, grow_vocabulary, plain_state_dict
-from .virtual_tokens.backbone import find_decoder
+from ..base_weights import is_quantized
+from ..layer import InputTuningLayer, named_layer
+from ..merging import Progress
+from ..virtual_tokens.backbone import find_decoder
+from .card import write_export_card
+from .report import ExportReport
+from .state import folded_table, grow_vocabulary, plain_state_dict
+from .tokenizer import tokenizer_with_prompt
 
 CHECKED_ROWS, CHECKED_LENGTH = 3, 12
 # Of the largest output; what rounding makes of random weights, which are worse than trained ones.
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-
-
-@dataclass(frozen=True)
-class ExportReport:
-    """What `export_model` wrote.
-
-    Args:
-        output_dir: the folder.
-        adapter_name: the adapter.
-        virtual_token_ids: ids that stand before every input, in order; without a tokenizer the caller puts them there.
-        largest_difference: largest absolute difference of outputs between the adapted and the reloaded model.
-        largest_output: largest absolute output, to compare with.
-    """
-
-    output_dir: Path
-    adapter_name: str
-    virtual_token_ids: tuple[int, ...]
-    largest_difference: float
-    largest_output: float
 
 
 def export_model(
