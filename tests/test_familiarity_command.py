@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from families import build
 from parsed_page import Page
-from peft_input_tuning import familiarity_command as command
-from peft_input_tuning.cli import main
+from peft_input_tuning.command_line import familiarity as command
+from peft_input_tuning.command_line.main import main
 from peft_input_tuning.familiarity import BigramCounts, FamiliarityRegression, familiarity
 from peft_input_tuning.familiarity.page import familiarity_page
 
@@ -100,7 +100,7 @@ def test_a_page_without_a_model_and_one_of_a_single_text(tiny_model):
 
 def test_the_command(files, tiny_model):
     arguments = [
-        *(sys.executable, "-m", "peft_input_tuning.cli", "familiarity", files / "data.jsonl", "--model", tiny_model),
+        *(sys.executable, "-m", "peft_input_tuning", "familiarity", files / "data.jsonl", "--model", tiny_model),
         *("--corpus", files / "corpus.txt", "--save-counts", files / "counts.safetensors"),
         *("--html", files / "page.html", "--least", "20"),
     ]

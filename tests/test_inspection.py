@@ -149,7 +149,7 @@ def test_the_command(tmp_path):
     tokenizer_of(LLAMA).save_pretrained(tmp_path / "base")
     model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
     model.save_pretrained(tmp_path / "adapter")
-    command = [sys.executable, "-m", "peft_input_tuning.cli", "inspect", str(tmp_path / "adapter")]
+    command = [sys.executable, "-m", "peft_input_tuning", "inspect", str(tmp_path / "adapter")]
     options = ["--html", str(tmp_path / "page.html"), "--nearest", "2", "--most", "3"]
     done = subprocess.run(command + options, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr

@@ -20,13 +20,14 @@ from adapters import adapted, config, randomize
 from device import DEVICE
 from families import FAMILIES, VOCAB, build
 from oracles import row_output
-from peft_input_tuning import cli
-from peft_input_tuning.gguf_file import gguf_arguments
+from peft_input_tuning.command_line.gguf import gguf_arguments
+from peft_input_tuning.command_line.load import load_adapter
+from peft_input_tuning.command_line.main import _parser
 from tokenizers_of_families import tokenizer_of
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "peft_input_tuning.cli", *map(str, arguments)]
+    command = [sys.executable, "-m", "peft_input_tuning", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
@@ -123,7 +124,7 @@ def test_a_classifier_of_five_labels(tmp_path):
 
 
 def arguments_of(adapter: Path, *more: str) -> argparse.Namespace:
-    return cli._parser().parse_args(["inspect", str(adapter), *more])
+    return _parser().parse_args(["inspect", str(adapter), *more])
 
 
 def test_the_base_is_that_of_the_adapters_revision(saved, tmp_path, monkeypatch):
@@ -144,11 +145,11 @@ def test_the_base_is_that_of_the_adapters_revision(saved, tmp_path, monkeypatch)
 
     watched(AutoModelForCausalLM)
     watched(AutoTokenizer)
-    cli._load(arguments_of(tmp_path / "adapter"))
+    load_adapter(arguments_of(tmp_path / "adapter"))
     base = str(folder / "base")
     assert asked == [("AutoModelForCausalLM", base, "v1"), ("AutoTokenizer", base, "v1")]
     asked.clear()
-    cli._load(arguments_of(tmp_path / "adapter", "--base", base))
+    load_adapter(arguments_of(tmp_path / "adapter", "--base", base))
     assert {revision for _, _, revision in asked} == {None}
 
 
@@ -163,7 +164,7 @@ def test_the_tokenizer_beside_the_adapter_may_have_more_words_than_the_base(tmp_
     model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
     model.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
     tokenizer.save_pretrained(tmp_path / "adapter")
-    loaded, found = cli._load(arguments_of(tmp_path / "adapter"))
+    loaded, found = load_adapter(arguments_of(tmp_path / "adapter"))
     assert len(found) == len(tokenizer) == loaded.get_input_embeddings().num_embeddings
     row = torch.tensor([[5, VOCAB + 3]])
     assert_close(loaded.eval()(row).logits, model.eval()(row).logits)

@@ -13,23 +13,24 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..output.files import check_file_to_write, unfinished
 from .extras import needs
-from .gguf_file import dense_weights, gguf_arguments
-from .output.files import check_file_to_write, unfinished
+from .gguf import dense_weights, gguf_arguments
+from .load import DTYPES
 
 if TYPE_CHECKING:
     from rich.table import Table
     from tqdm import tqdm
     from transformers import PreTrainedTokenizerBase
 
-    from .familiarity.bigrams import BigramCounts
-    from .familiarity.measure import Familiarity
+    from ..familiarity.bigrams import BigramCounts
+    from ..familiarity.measure import Familiarity
 
 # A longer line of a corpus or of prose is read in parts; one bigram is lost at each seam.
 LINE_CHARACTERS = 1 << 16
 
 
-def add_arguments(command: argparse.ArgumentParser, dtypes: tuple[str, ...]) -> None:
+def add_arguments(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("data", type=Path, metavar="DATA.jsonl", help="the inputs: one JSON object a line")
     add("--model", required=True, help="folder or hub id of the frozen model")
@@ -53,16 +54,16 @@ def add_arguments(command: argparse.ArgumentParser, dtypes: tuple[str, ...]) -> 
     add("--batch-size", type=int, default=8, help="texts in a batch (default: 8)")
     add("--window", type=int, metavar="TOKENS", help="tokens that the model reads at once (default: 512)")
     add("--device", help="where the model runs (default: cuda if there is one, else cpu)")
-    add("--dtype", choices=dtypes, help="of the model (default: the one it was saved in)")
+    add("--dtype", choices=DTYPES, help="of the model (default: the one it was saved in)")
 
 
 def run(arguments: argparse.Namespace) -> int:
     needs("inspect", "rich")
     from rich.console import Console
 
-    from .familiarity.measure import familiarity
-    from .familiarity.page import familiarity_page
-    from .familiarity.regression import FamiliarityRegression
+    from ..familiarity.measure import familiarity
+    from ..familiarity.page import familiarity_page
+    from ..familiarity.regression import FamiliarityRegression
 
     total = _checked(arguments)
     regression = FamiliarityRegression.load(arguments.regression) if arguments.regression else None
@@ -192,7 +193,7 @@ def _load(arguments: argparse.Namespace) -> tuple[Any, PreTrainedTokenizerBase, 
 
 
 def _counts(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> BigramCounts | None:
-    from .familiarity.bigrams import BigramCounts
+    from ..familiarity.bigrams import BigramCounts
 
     if arguments.counts is not None:
         return BigramCounts.load(arguments.counts, tokenizer)
@@ -218,7 +219,7 @@ def _tables(found: Familiarity, title: str) -> Iterator[Table]:
     from rich.markup import escape
     from rich.table import Table
 
-    from .familiarity.page import figure_rows, input_rows, prose_name, token_rows, token_value
+    from ..familiarity.page import figure_rows, input_rows, prose_name, token_rows, token_value
 
     figures = Table("", "inputs", prose_name(found), title=escape(title))
     for row in figure_rows(found):
