@@ -8,7 +8,7 @@ run through the model:
 
 The states are kept with the adapter, together with what they come from, and computed again when that has changed
 (`_origin`). A call in training mode or with gradients forgets them: trainers write weights in ways that leave no
-trace. Where the picture would not be exact, the call takes the usual way (`calls.start_with_prompt`).
+trace. Where the picture would not be exact, the call takes the usual way (`call.start_with_prompt`).
 All of it is off until `set_prompt_cache(model, True)`: noticing changes of the weights costs hundreds of small
 operations a prefill, which is more than it saves where the prompt is short or the device is fast.
 """
