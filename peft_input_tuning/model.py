@@ -34,7 +34,7 @@ from .virtual_tokens.cache_check import check_cached_equals_uncached
 from .virtual_tokens.cache_mark import cache_of, mark_cache, mark_of
 from .virtual_tokens.hooks import install_hooks, remove_hooks
 from .virtual_tokens.layout import count_left_pads
-from .virtual_tokens.refusals import refuse_pads_behind_prompt
+from .virtual_tokens.refusals import refuse_mask_of_other_length, refuse_pads_behind_prompt
 from .virtual_tokens.scope import input_of_generate, tells_input_from_output
 from .virtual_tokens.static_cache import generation_setting, input_with_prompt, mask_of_ids, uses_static_cache
 
@@ -248,6 +248,8 @@ class InputTuningModel(BaseTuner):
         mask = kwargs.get("attention_mask")
         if mark is not None:
             mark_cache(cache, replace(mark, mask=None))  # of an earlier call, whose mask may have been another
+            if mark.layout.slots and ids is not None and mask is not None and mask.shape[1] > ids.shape[1]:
+                refuse_mask_of_other_length(mask, cache.get_seq_length(), ids.shape[1])
         layer = self.layer
         rows = current_row_adapters(layer)
         chunk = generation_setting(self.model, kwargs, "prefill_chunk_size")

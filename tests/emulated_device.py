@@ -164,15 +164,15 @@ def _pin_memory(tensor: Tensor, *_) -> Tensor:
 
 
 def _autocast(op):
-    """An operation that autocast runs in its lower precision."""
+    """An operation as autocast runs it: sums over many products in the lower precision, norms in float32."""
 
-    def lower(value):
-        is_float = isinstance(value, Tensor) and value.is_floating_point()
-        return value.to(torch.get_autocast_dtype(NAME)) if is_float else value
+    def cast(value):
+        dtype = torch.float32 if op is _aten.layer_norm else torch.get_autocast_dtype(NAME)
+        return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
     def run(*args, **kwargs):
         with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
-            return op(*map(lower, args), **{name: lower(value) for name, value in kwargs.items()})
+            return op(*map(cast, args), **{name: cast(value) for name, value in kwargs.items()})
 
     return run
 
@@ -187,6 +187,7 @@ def register() -> None:
     _library.fallback(_run, "PrivateUse1")
     _library.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
     _autocast_rules = torch.library.Library("aten", "IMPL")
-    for op in (_aten.linear, _aten.matmul, _aten.bmm, _aten.baddbmm, _aten.scaled_dot_product_attention):
+    sums = (_aten.linear, _aten.matmul, _aten.addmm, _aten.bmm, _aten.baddbmm, _aten.scaled_dot_product_attention)
+    for op in (*sums, _aten.layer_norm):
         _autocast_rules.impl(op.default.name(), _autocast(op), "AutocastPrivateUse1")
     Tensor.pin_memory, Tensor.is_pinned = _pin_memory, lambda *_: False

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from adapters import adapted, add, config, randomize
-from device import DEVICE
+from device import DEVICE, on_device
 from families import ALL, DECODERS, FAMILIES, GENERATORS, PAD, build, ids, padded
 from oracles import encoder_of, greedy, row_output, transform
 from peft_input_tuning import export_model
@@ -104,7 +104,7 @@ def test_sampling_with_a_seed(family, tmp_path):
 @each_generator
 def test_table_is_the_formula_and_the_rest_is_the_base(family, tmp_path):
     _, base, weights, plain, virtual = exported(family, tmp_path)
-    file = load_file(tmp_path / "plain" / "model.safetensors", device=str(DEVICE))
+    file = on_device(load_file(tmp_path / "plain" / "model.safetensors"))
     embedding = encoder_of(base).get_input_embeddings()
     name = next(n for n, m in base.named_modules(remove_duplicate=False) if m is embedding)
     scale = float(getattr(embedding, "embed_scale", 1.0))

@@ -316,6 +316,16 @@ def test_one_cache_for_a_conversation(family, copied):
 
 
 @each_decoder
+def test_new_ids_that_do_not_fit_the_mask(family):
+    """Where the mask is longer than the ids, these follow what the cache holds."""
+    model, _, _ = adapted(family)
+    cache = cache_in(model(input_ids=ids(1, 7), use_cache=True))
+    mask = torch.ones(1, 10, dtype=torch.long, device=DEVICE)
+    with pytest.raises(ValueError, match="has 10 places, but the cache holds 7 tokens and 5 more are passed"):
+        generate(model, input_ids=ids(1, 5), attention_mask=mask, past_key_values=cache)
+
+
+@each_decoder
 def test_a_cache_tells_tokens_again_after_an_error(family):
     model, _, _ = adapted(family)
     cache = cache_in(model(input_ids=ids(1, 7), use_cache=True))

@@ -14,6 +14,8 @@ import pytest
 import sacrebleu
 import torch
 
+from device import DEVICE
+
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples"
 SCRIPT = EXAMPLES / "quickstart.py"
@@ -39,7 +41,8 @@ def run_script(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
 
 
 def load_tiny(folder: Path):
-    return train_and_generate.load_base(str(folder), None, torch.float32)
+    base, tokenizer = train_and_generate.load_base(str(folder), None, torch.float32)
+    return base.to(DEVICE), tokenizer
 
 
 def small_rows(tokenizer, split: str = "train", count: int = 12) -> list[dict[str, list[int]]]:
@@ -357,7 +360,7 @@ def test_validation_loss_and_generations_against_a_loop(method, tiny_model, tmp_
 
     @torch.no_grad()
     def log_probabilities(ids: list[int]) -> torch.Tensor:
-        embeddings = torch.cat([prompt, adapt(embed(torch.tensor(ids)))])
+        embeddings = torch.cat([prompt, adapt(embed(torch.tensor(ids, device=plain.device)))])
         return plain(inputs_embeds=embeddings[None]).logits[0, len(prompt) :].log_softmax(-1)
 
     losses = []

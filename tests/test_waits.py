@@ -188,7 +188,7 @@ def test_no_forward_pass_waits(family, side):
 
 
 @pytest.mark.parametrize("family", DECODERS + SEQ2SEQ, ids=str)
-@pytest.mark.parametrize("batch", ["plain", "padded", "chunks", "mixed", "scoped"])
+@pytest.mark.parametrize("batch", ["plain", "padded", "chunks", "mixed", "scoped", "no cache"])
 def test_no_prefill_and_no_step_waits(family, batch):
     model, base, _ = adapted(family, **({"adapter_scope": "input"} if batch == "scoped" else {}))
     more: dict = {}
@@ -196,6 +196,8 @@ def test_no_prefill_and_no_step_waits(family, batch):
         add(model, "b", seed=2, num_virtual_tokens=6)
         model.eval()
         more = {"adapter_names": MIXED}
+    if batch == "no cache":
+        more = {"use_cache": False}
     if batch == "chunks":
         if family.kind == "seq2seq":
             pytest.skip("an encoder-decoder's input is not fed in chunks")

@@ -135,7 +135,7 @@ def packed_layout(
     look that transformers has at them by itself, to make the mask that it is spared here.
     """
     given, positions, bounds = given_input(call), call.get("position_ids"), call.get("cu_seq_lens_q")
-    if given is None or call.get("attention_mask") is not None or cache_of(call) is not None:
+    if given is None or call.get("attention_mask") is not None or cache_of(call) is not None or is_generating(layer):
         return None
     batch, length = given.shape[:2]
     rows = current_row_adapters(layer)
