@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokeni
 from extras import needs
 from packaged_model import PACKAGED, find_model
 from peft_input_tuning import set_prompt_cache  # and registers INPUT_TUNING with PEFT
-from peft_input_tuning.gguf_file import dense_weights
+from peft_input_tuning.command_line.gguf import dense_weights
 from task_data import InputError
 
 if TYPE_CHECKING:

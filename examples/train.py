@@ -47,7 +47,7 @@ from extras import needs
 from faults import StopAtNonFinite, TrainingError, is_out_of_room, out_of_room
 from packaged_model import PACKAGED, find_model
 from peft_input_tuning import InputTuningConfig, input_tuning_parameter_groups
-from peft_input_tuning.gguf_file import dense_weights
+from peft_input_tuning.command_line.gguf import dense_weights
 from task_data import InputError
 from train_and_generate import IGNORED
 from training_rows import Columns, Row, encode, read_rows

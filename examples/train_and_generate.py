@@ -30,7 +30,7 @@ from transformers import (
 from transformers import logging as transformers_logging
 
 from peft_input_tuning import InputTuningConfig, create_input_tuning_optimizer
-from peft_input_tuning.gguf_file import dense_weights
+from peft_input_tuning.command_line.gguf import dense_weights
 from prompt_methods import generate_greedily
 from task_data import Example, InputError
 

@@ -1,8 +1,8 @@
 """`InputTuningModel`: input-tuning as a tuner of PEFT.
 
-It wraps the word embedding of the model's backbone (`layer.py`) and puts hooks on the backbone (`hooks.py`). All
-the rest, saving, switching, disabling, is PEFT's. What is added here: checks before anything is changed, mixed batches
-(`adapter_names=[...]`), static caches in `generate`, and a strict reading of adapter files.
+It wraps the word embedding of the model's backbone (`layer.py`) and puts hooks on the backbone (`virtual_tokens/`).
+All the rest, saving, switching, disabling, is PEFT's. What is added here: checks before anything is changed, mixed
+batches (`adapter_names=[...]`), static caches in `generate`, and a strict reading of adapter files.
 """
 
 from __future__ import annotations
@@ -23,21 +23,20 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import GenerationMixin
 
-from .backbone import find_backbone, has_window, refuse_changed_embedding, refuse_models_without_place
-from .cache_check import check_cached_equals_uncached
-from .cache_mark import cache_of, mark_cache, mark_of
+from .base_weights import base_embedding, check_can_be_saved, keep_unpacked
+from .call_state import BASE, RowAdapters, current_row_adapters, generating, prompt_in_place, use_row_adapters
 from .checkpoint import check_adapter_state_dict
 from .config import InputTuningConfig
-from .hooks import install_hooks, remove_hooks
 from .layer import InputTuningLayer
-from .modules import base_embedding
-from .quantized import check_can_be_saved, keep_unpacked
-from .refusals import refuse_mask_of_other_length, refuse_pads_behind_prompt
-from .row_adapters import BASE, RowAdapters, current_row_adapters, generating, prompt_in_place, use_row_adapters
-from .scope import input_of_generate, tells_input_from_output
-from .splice import count_left_pads
-from .static_cache import generation_setting, input_with_prompt, mask_of_ids, uses_static_cache
 from .tested_versions import newer_than_tested
+from .virtual_tokens.backbone import find_backbone, has_window, refuse_changed_embedding, refuse_models_without_place
+from .virtual_tokens.cache_check import check_cached_equals_uncached
+from .virtual_tokens.cache_mark import cache_of, mark_cache, mark_of
+from .virtual_tokens.hooks import install_hooks, remove_hooks
+from .virtual_tokens.layout import count_left_pads
+from .virtual_tokens.refusals import refuse_mask_of_other_length, refuse_pads_behind_prompt
+from .virtual_tokens.scope import input_of_generate, tells_input_from_output
+from .virtual_tokens.static_cache import generation_setting, input_with_prompt, mask_of_ids, uses_static_cache
 
 MAX_HIDDEN_RATIO = 64  # an input-adapter wider than this many embeddings is a mistake, not a choice
 

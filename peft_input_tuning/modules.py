@@ -17,13 +17,6 @@ import torch
 from torch import Tensor, nn
 
 
-def base_embedding(embedding: nn.Module) -> nn.Module:
-    """The table itself, under the layers that other methods put around it (a LoRA on the embedding)."""
-    while hasattr(embedding, "base_layer"):
-        embedding = embedding.base_layer
-    return embedding
-
-
 class SoftPrompt(nn.Module):
     """The virtual tokens of one adapter: `prompt = weight * scale`.
 

@@ -1,7 +1,7 @@
 """The newest versions that the package was tested with, and what it says beside newer ones.
 
 The package leans on names of transformers and PEFT, which change. Beside a version that was never tested it warns
-once, on import; adapters with virtual tokens are tried out then when they are added (`cache_check.py`).
+once, on import; adapters with virtual tokens are tried out then when they are added (`virtual_tokens/cache_check.py`).
 """
 
 from __future__ import annotations

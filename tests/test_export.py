@@ -17,7 +17,8 @@ from adapters import adapted, add, config, randomize
 from device import DEVICE, on_device
 from families import ALL, DECODERS, FAMILIES, GENERATORS, PAD, build, ids, padded
 from oracles import encoder_of, greedy, row_output, transform
-from peft_input_tuning import export_model, plain_state
+from peft_input_tuning import export_model
+from peft_input_tuning.export.state import folded_table
 from tokenizers_of_families import tokenizer_of
 
 TOLERANCE = {"atol": 2e-4, "rtol": 1e-3}
@@ -303,7 +304,7 @@ def test_interrupted_export_leaves_nothing(tmp_path, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("peft_input_tuning.export._compare", interrupt)
+    monkeypatch.setattr("peft_input_tuning.export.export._compare", interrupt)
     with pytest.raises(KeyboardInterrupt):
         export_model(model, tmp_path / "plain")
     assert not list(tmp_path.iterdir())
@@ -311,8 +312,7 @@ def test_interrupted_export_leaves_nothing(tmp_path, monkeypatch):
 
 def test_a_wrong_table_is_noticed(tmp_path, monkeypatch):
     model, _, _ = adapted(FAMILIES["llama"])
-    fold = plain_state.folded_table
-    monkeypatch.setattr("peft_input_tuning.export.folded_table", lambda *args: fold(*args) * 1.01)
+    monkeypatch.setattr("peft_input_tuning.export.export.folded_table", lambda *args: folded_table(*args) * 1.01)
     with pytest.raises(RuntimeError, match="gives other outputs than the adapter"):
         export_model(model, tmp_path / "plain")
     assert not list(tmp_path.iterdir())

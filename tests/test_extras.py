@@ -40,7 +40,7 @@ for script, *arguments in calls:
                 sys.path.insert(0, str(Path(script).parent))
                 runpy.run_path(script, run_name="__main__")
             else:
-                from peft_input_tuning.cli import main
+                from peft_input_tuning.command_line.main import main
                 sys.exit(main())
             code = 0
         except SystemExit as end:
@@ -152,7 +152,7 @@ def test_the_extra_that_is_named_brings_the_module():
         return names | ({"datasets"} if "evaluate" in names else set())
 
     found = 0
-    for path in [*EXAMPLES.rglob("*.py"), *(ROOT / "peft_input_tuning").glob("*.py")]:
+    for path in [*EXAMPLES.rglob("*.py"), *(ROOT / "peft_input_tuning").rglob("*.py")]:
         for extra, modules in re.findall(r'\bneeds\("(\w+)", ((?:"\w+"(?:, )?)+)', path.read_text(encoding="utf-8")):
             for module in re.findall(r'"(\w+)"', modules):
                 names = {*distributions.get(module, ()), module.replace("_", "-")}

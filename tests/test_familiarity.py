@@ -20,12 +20,12 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 from adapters import adapted
 from device import DEVICE
 from families import DECODERS, ENCODERS, FAMILIES, SEQ2SEQ, build, ids
-from peft_input_tuning import BigramCounts, FamiliarityRegression, familiarity
-from peft_input_tuning.familiarity_figures import SHOWN_CHARACTERS, Distribution
-from peft_input_tuning.familiarity_regression import FIGURES
-from peft_input_tuning.plain_prose import PLAIN_PROSE
-from peft_input_tuning.surprisal import base_alone, token_bits
-from peft_input_tuning.token_stream import start_tokens, token_stream
+from peft_input_tuning.familiarity import BigramCounts, FamiliarityRegression, familiarity, surprisal
+from peft_input_tuning.familiarity.figures import SHOWN_CHARACTERS, Distribution
+from peft_input_tuning.familiarity.prose import PLAIN_PROSE
+from peft_input_tuning.familiarity.regression import FIGURES
+from peft_input_tuning.familiarity.surprisal import base_alone, token_bits
+from peft_input_tuning.familiarity.tokens import start_tokens, token_stream
 from tokenizers_of_families import tokenizer_of
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -104,8 +104,6 @@ def test_long_texts_are_read_in_windows_that_overlap_by_a_half(length):
 
 
 def test_few_logits_are_held_at_once(model, monkeypatch):
-    from peft_input_tuning import surprisal
-
     sizes = []
     hook = model.register_forward_hook(lambda module, args, output: sizes.append(output.logits.numel()))
     rows = [[5] * n for n in (30, 4, 4, 4, 4, 20)]

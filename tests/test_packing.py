@@ -14,9 +14,9 @@ from adapters import adapted, add
 from device import DEVICE, on_device
 from families import DECODERS, FAMILIES, build, ids
 from oracles import embed, row_output
-from peft_input_tuning.backbone import forward_parameters
-from peft_input_tuning.cache_mark import cache_name
-from peft_input_tuning.packing import PackedLayout, moved_bounds, positions_of
+from peft_input_tuning.virtual_tokens.backbone import forward_parameters
+from peft_input_tuning.virtual_tokens.cache_mark import cache_name
+from peft_input_tuning.virtual_tokens.layout import PackedLayout, moved_bounds, positions_of
 
 NOT_PACKED = ("bloom",)  # has no positions to tell sequences apart by
 PACKING = [f for f in DECODERS if f.name not in NOT_PACKED]

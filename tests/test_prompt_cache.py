@@ -14,7 +14,8 @@ from adapters import adapted, add, config, randomize
 from device import DEVICE
 from families import DECODERS, FAMILIES, PAD, build, ids, padded
 from oracles import adapter_weights, greedy, row_output
-from peft_input_tuning import InputTuningLayer, prompt_cache, set_prompt_cache
+from peft_input_tuning import InputTuningLayer, set_prompt_cache
+from peft_input_tuning.virtual_tokens import prompt_cache
 
 llama = FAMILIES["llama"]
 WINDOWED = {"mistral", "gemma2", "gemma3"}

@@ -19,10 +19,10 @@ from transformers.utils import ModelOutput
 from adapters import adapted, config
 from device import DEVICE
 from families import ALL, DECODERS, FAMILIES, build, ids
-from peft_input_tuning.backbone import forward_parameters
-from peft_input_tuning.cache_check import check_cached_equals_uncached
-from peft_input_tuning.cache_mark import cache_name
 from peft_input_tuning.tested_versions import newer_than_tested, warn_of_untested_versions
+from peft_input_tuning.virtual_tokens.backbone import forward_parameters
+from peft_input_tuning.virtual_tokens.cache_check import check_cached_equals_uncached
+from peft_input_tuning.virtual_tokens.cache_mark import cache_name
 
 llama = FAMILIES["llama"]
 NEWER = "99.1.0"

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from adapters import adapted, add, config, randomize
 from device import DEVICE
 from families import ALL, DECODERS, FAMILIES, PAD, SEQ2SEQ, ids, padded
-from peft_input_tuning.backbone import has_window
+from peft_input_tuning.virtual_tokens.backbone import has_window
 
 LLAMA = FAMILIES["llama"]
 PACKING = [family for family in DECODERS if family.name != "bloom"]  # it has no positions to tell sequences apart by

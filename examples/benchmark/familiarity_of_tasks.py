@@ -20,8 +20,8 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from packaged_model import PACKAGED, find_model
-from peft_input_tuning import BigramCounts, familiarity
-from peft_input_tuning.gguf_file import dense_weights
+from peft_input_tuning.command_line.gguf import dense_weights
+from peft_input_tuning.familiarity import BigramCounts, familiarity
 from task_data import InputError, limit, read_json_lines
 
 RESULTS = Path(__file__).resolve().parent / "results"

@@ -26,7 +26,7 @@ from comparisons import LOWEST, OURS, finished, gap_closed
 from extras import needs
 from familiarity_sections import familiarity, gap, line, significance
 from findings import MISSING, Findings, number
-from peft_input_tuning.unfinished_file import unfinished
+from peft_input_tuning.output.files import unfinished
 from plan import BUDGETS, SHARED
 from records import read_records
 from result_sections import ablations, samples, scores

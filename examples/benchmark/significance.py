@@ -23,7 +23,7 @@ from tqdm import tqdm
 from bootstrap import SAMPLES, SEED, paired_bootstrap
 from comparisons import finished, in_order
 from extras import needs
-from peft_input_tuning.unfinished_file import unfinished
+from peft_input_tuning.output.files import unfinished
 from plan import TASKS
 from records import Record, read_outputs
 from task_data import InputError

@@ -13,7 +13,7 @@ from torch import nn
 
 from packaged_model import PACKAGED, find_model
 from peft_input_tuning import InputTuningConfig
-from peft_input_tuning.gguf_file import dense_weights
+from peft_input_tuning.command_line.gguf import dense_weights
 
 # SmolLM2's architecture at other sizes, with random weights: enough for timing.
 SCALED = {
