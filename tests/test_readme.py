@@ -66,7 +66,7 @@ def test_the_examples_run_in_order_in_one_session(tmp_path, monkeypatch, capsys)
 
     trained, loaded, from_prompt, mixed, exported = after.values()
     assert not torch.equal(
-        *(m.get_input_embeddings().input_tuning_fc2["default"].weight for m in (trained, from_prompt))
+        *(m.get_input_embeddings().input_tuning_fc2["default"].weight.cpu() for m in (trained, from_prompt))
     )
     row = ids(2, 6).to(trained.device)
     trained.eval()
