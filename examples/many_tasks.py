@@ -19,12 +19,11 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from batching import BASE, Answer, Batcher
+from extras import needs
+from generation_service import check_installed
 from logic_to_text import make_splits
 from packaged_model import PACKAGED, find_model
 from task_data import Example, InputError, limit, read_json_lines
@@ -147,6 +146,10 @@ def together(batcher: Batcher, rows: list[tuple[str, Example]], new_tokens: int)
 
 
 def show(rows: list[tuple[str, Example]], answers: list[Answer]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
     table = Table("adapter", "input", "answer", "reference", title="One batch")
     for (name, example), answer in zip(rows, answers, strict=True):
         reference = "" if name == BASE else example.references[0]
@@ -199,6 +202,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def run(options: argparse.Namespace) -> int:
+    needs("demo", "rich")
+    if options.serve:
+        check_installed()
     place = find_model(options.model)
     tasks = tasks_from(options.data, options.tasks) if options.data else generated_tasks(options.seed)
     options.output_dir.mkdir(parents=True, exist_ok=True)
@@ -233,7 +239,8 @@ def run(options: argparse.Namespace) -> int:
         return 1
     print("Every row is what its adapter gives alone.")
     if options.serve:
-        from generation_service import make_app, serve
+        from generation_app import make_app
+        from generation_service import serve
 
         print(f"Serving {', '.join(model.peft_config)} on http://{options.host}:{options.port}")
         serve(make_app(model, tokenizer, options.output_dir, suffix=SEPARATOR), options.host, options.port)

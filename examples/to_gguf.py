@@ -21,8 +21,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from gguf import GGUFReader, Keys
 from transformers import AutoTokenizer, GenerationConfig
+
+from extras import needs
 
 VIRTUAL_TOKEN = "<|virtual_0|>"
 OUTTYPES = ("f32", "f16", "bf16", "q8_0", "auto")
@@ -31,6 +32,7 @@ OUTTYPES = ("f32", "f16", "bf16", "q8_0", "auto")
 def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
+        needs("demo", "gguf")
         convert(arguments.checkpoint, arguments.output, arguments.converter, arguments.outtype)
     except (OSError, ValueError) as error:
         print(f"to_gguf.py: {error}", file=sys.stderr)
@@ -103,6 +105,8 @@ def without_prompt(tokenizer: dict) -> dict:
 
 
 def _add_no_start_token(file: Path) -> None:
+    from gguf import GGUFReader, Keys
+
     field = GGUFReader(file, "r+").get_field(Keys.Tokenizer.ADD_BOS)
     if field is not None:
         field.parts[field.data[0]][0] = False

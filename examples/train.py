@@ -23,7 +23,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import evaluate
 import torch
 from accelerate.utils import gather_object
 from huggingface_hub import ModelCard
@@ -44,9 +43,11 @@ from transformers import (
 )
 
 from checkpoints import CheckpointFolders, find_checkpoint, write_whole
+from extras import needs
 from faults import StopAtNonFinite, TrainingError, is_out_of_room, out_of_room
 from packaged_model import PACKAGED, find_model
 from peft_input_tuning import InputTuningConfig, input_tuning_parameter_groups
+from peft_input_tuning.command_line.gguf import dense_weights
 from task_data import InputError
 from train_and_generate import IGNORED
 from training_rows import Columns, Row, encode, read_rows
@@ -118,7 +119,7 @@ class Base:
     """A pretrained model whose weights are still to be loaded."""
 
     name: str
-    more: dict[str, str]
+    gguf_file: str | None
     seq2seq: bool
     tokenizer: PreTrainedTokenizerBase
 
@@ -137,11 +138,11 @@ class Base:
             ) from None
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
-        return cls(name, more, config.is_encoder_decoder, tokenizer)
+        return cls(name, gguf_file, config.is_encoder_decoder, tokenizer)
 
     def load(self, dtype: str) -> torch.nn.Module:
         auto = AutoModelForSeq2SeqLM if self.seq2seq else AutoModelForCausalLM
-        return auto.from_pretrained(self.name, dtype=getattr(torch, dtype), **self.more)
+        return auto.from_pretrained(self.name, dtype=getattr(torch, dtype), **dense_weights(self.gguf_file))
 
 
 def peft_config(options: Options, seq2seq: bool) -> PeftConfig | None:
@@ -244,7 +245,8 @@ def plot_curves(history: list[dict[str, float]], path: Path) -> None:
         if points:
             axes.plot(*zip(*points, strict=True), marker=".", label=label)
     axes.set(xlabel="step", ylabel="loss per target token")
-    axes.legend()
+    if axes.lines:  # a short run has logged nothing
+        axes.legend()
     figure.tight_layout()
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=150)
@@ -268,6 +270,7 @@ def write_card(folder: Path, options: Options, results: dict[str, Any], generati
 
 def run(options: Options, arguments: TrainingArguments) -> dict[str, Any]:
     """Trains, evaluates, writes; returns the figures."""
+    needs("demo", "datasets", "matplotlib", *(("evaluate", "rouge_score", "sacrebleu") if options.test_data else ()))
     checkpoint = find_checkpoint(arguments)
     base = Base.find(options.model)
     tokenizer, columns = base.tokenizer, options.columns
@@ -281,7 +284,11 @@ def run(options: Options, arguments: TrainingArguments) -> dict[str, Any]:
         name: encode(some, columns, options.max_length, tokenizer, base.seq2seq) for name, some in rows.items()
     }
     config = peft_config(options, base.seq2seq)
-    metric = evaluate.load(METRIC) if test and arguments.process_index == 0 else None  # what it needs is there
+    metric = None
+    if test and arguments.process_index == 0:
+        import evaluate
+
+        metric = evaluate.load(METRIC)
 
     set_seed(arguments.seed)
     model = base.load(options.dtype)

@@ -20,7 +20,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    GgufConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProgressCallback,
@@ -31,6 +30,8 @@ from transformers import (
 from transformers import logging as transformers_logging
 
 from peft_input_tuning import InputTuningConfig, create_input_tuning_optimizer
+from peft_input_tuning.command_line.gguf import dense_weights
+from prompt_methods import generate_greedily
 from task_data import Example, InputError
 
 IGNORED = -100  # label of places without a loss
@@ -68,9 +69,7 @@ def load_base(name: str, gguf_file: str | None, dtype: torch.dtype) -> tuple[Pre
         tokenizer = AutoTokenizer.from_pretrained(name, **extra)
         if tokenizer.eos_token_id is None:
             raise InputError(f"--model: the tokenizer of {name!r} has no end-of-text token. Pass another model.")
-        # Packed GGUF weights would be read with kernels that some machines have: a dense model is the same everywhere.
-        dense = {"quantization_config": GgufConfig(dequantize=True)} if gguf_file else {}
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **extra, **dense)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **dense_weights(gguf_file))
     except InputError:
         raise
     except (OSError, ValueError) as error:
@@ -280,14 +279,8 @@ def generate(
             for start in range(0, len(rows), batch_size):
                 batch = rows[start : start + batch_size]
                 ids = torch.tensor([encoded[row] for row in batch], device=model.device)
-                output = model.generate(
-                    input_ids=ids,
-                    attention_mask=torch.ones_like(ids),
-                    max_new_tokens=max_new_tokens,
-                    do_sample=False,
-                    pad_token_id=tokenizer.eos_token_id,
-                    eos_token_id=tokenizer.eos_token_id,
-                )
+                eos = tokenizer.eos_token_id
+                output = generate_greedily(model, ids, torch.ones_like(ids), max_new_tokens, pad=eos, eos=eos)
                 for row, new in zip(batch, output[:, length:], strict=True):
                     texts[row] = tokenizer.decode(new, skip_special_tokens=True).strip()
                 bar.update(len(batch))

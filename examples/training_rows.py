@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import datasets
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
@@ -45,6 +44,8 @@ def read_rows(
     Raises:
         InputError: no such file or columns, or a row without the texts.
     """
+    import datasets
+
     split = argument.removeprefix("--").removesuffix("_data")
     try:
         if Path(name).suffix in (".json", ".jsonl"):

@@ -4,35 +4,30 @@ Importing this package registers the method INPUT_TUNING with PEFT. From then on
 a `PeftConfig` goes.
 """
 
-from .bigrams import BigramCounts
 from .config import InputTuningConfig
 from .export import ExportReport, export_model
-from .familiarity_measure import Familiarity, familiarity
-from .familiarity_regression import FamiliarityRegression
 from .inspection import AdapterInspection, inspect_adapter
 from .layer import InputTuningLayer
 from .model import InputTuningModel
 from .optimizer import create_input_tuning_optimizer, input_tuning_parameter_groups
-from .prompt_cache import set_prompt_cache
 from .prompt_tuning import from_prompt_tuning
 from .registration import register
+from .tested_versions import warn_of_untested_versions
 from .version import __version__
+from .virtual_tokens.prompt_cache import set_prompt_cache
 
 register("input_tuning", InputTuningConfig, InputTuningModel)
+warn_of_untested_versions()
 
 __all__ = [
     "AdapterInspection",
-    "BigramCounts",
     "ExportReport",
-    "Familiarity",
-    "FamiliarityRegression",
     "InputTuningConfig",
     "InputTuningLayer",
     "InputTuningModel",
     "__version__",
     "create_input_tuning_optimizer",
     "export_model",
-    "familiarity",
     "from_prompt_tuning",
     "input_tuning_parameter_groups",
     "inspect_adapter",

@@ -1,8 +1,8 @@
 """`InputTuningModel`: input-tuning as a tuner of PEFT.
 
-It wraps the word embedding of the model's backbone (`layer.py`) and puts hooks on the backbone (`hooks.py`). All
-the rest, saving, switching, disabling, is PEFT's. What is added here: checks before anything is changed, mixed batches
-(`adapter_names=[...]`), static caches in `generate`, and a strict reading of adapter files.
+It wraps the word embedding of the model's backbone (`layer.py`) and puts hooks on the backbone (`virtual_tokens/`).
+All the rest, saving, switching, disabling, is PEFT's. What is added here: checks before anything is changed, mixed
+batches (`adapter_names=[...]`), static caches in `generate`, and a strict reading of adapter files.
 """
 
 from __future__ import annotations
@@ -23,18 +23,20 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import GenerationMixin
 
-from .backbone import find_backbone, refuse_changed_embedding, refuse_models_without_place
-from .cache_mark import mark_of
+from .base_weights import base_embedding, check_can_be_saved, keep_unpacked
+from .call_state import BASE, RowAdapters, current_row_adapters, generating, prompt_in_place, use_row_adapters
 from .checkpoint import check_adapter_state_dict
 from .config import InputTuningConfig
-from .hooks import install_hooks, remove_hooks
 from .layer import InputTuningLayer
-from .modules import base_embedding
-from .quantized import check_can_be_saved, keep_unpacked
-from .refusals import refuse_full_ids
-from .row_adapters import BASE, RowAdapters, current_row_adapters, prompt_in_place, use_row_adapters
-from .scope import input_of_generate, tells_input_from_output
-from .static_cache import input_with_prompt, uses_static_cache
+from .tested_versions import newer_than_tested
+from .virtual_tokens.backbone import find_backbone, has_window, refuse_changed_embedding, refuse_models_without_place
+from .virtual_tokens.cache_check import check_cached_equals_uncached
+from .virtual_tokens.cache_mark import cache_of, mark_cache, mark_of
+from .virtual_tokens.hooks import install_hooks, remove_hooks
+from .virtual_tokens.layout import count_left_pads
+from .virtual_tokens.refusals import refuse_mask_of_other_length, refuse_pads_behind_prompt
+from .virtual_tokens.scope import input_of_generate, tells_input_from_output
+from .virtual_tokens.static_cache import generation_setting, input_with_prompt, mask_of_ids, uses_static_cache
 
 MAX_HIDDEN_RATIO = 64  # an input-adapter wider than this many embeddings is a mistake, not a choice
 
@@ -74,11 +76,31 @@ class InputTuningModel(BaseTuner):
         input_only = config.adapter_scope == "input" and tells_input_from_output(self.model)
         refuse_models_without_place(backbone, embedding, config.num_virtual_tokens, input_only)
 
-    def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         try:
-            super().inject_adapter(model, *args, **kwargs)
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            install_hooks(model, *self._backbone_paths)
+            self._try_cache_out(model, adapter_name)
         except BaseException:
             self._share_embedding_again(model)
+            for parameter, requires_grad in trained:
+                parameter.requires_grad_(requires_grad)
+            raise
+
+    def _try_cache_out(self, model: nn.Module, adapter_name: str) -> None:
+        """Beside versions that were never tested, an adapter is refused, and taken away again, where the model's cache
+        loses its prompt."""
+        if not newer_than_tested() or not self.layer.prompt_length(adapter_name):
+            return
+        try:
+            check_cached_equals_uncached(model.get_submodule(self._backbone_paths[0]), self.layer)
+        except ValueError:
+            self.layer.delete_adapter(adapter_name)
+            if not self.layer.adapter_names:
+                parent, _, name = self.embedding_path.rpartition(".")
+                setattr(model.get_submodule(parent), name, self.layer.base_layer)
+                remove_hooks(model)
             raise
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
@@ -121,10 +143,6 @@ class InputTuningModel(BaseTuner):
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         setattr(parent, child_name, new_module)
-
-    def _post_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
-        """Runs once for each tuner; transformers' `add_adapter` makes a tuner for each adapter."""
-        install_hooks(model, *self._backbone_paths)
 
     @property
     def layer(self) -> InputTuningLayer:
@@ -224,19 +242,27 @@ class InputTuningModel(BaseTuner):
             raise ValueError(
                 '`cache_implementation` "paged" batches requests by itself and leaves no room for virtual tokens.'
             )
-        cache = kwargs.get("past_key_values")
+        cache = cache_of(kwargs)
         mark = mark_of(cache)
         ids = kwargs.get("inputs") if kwargs.get("inputs") is not None else kwargs.get("input_ids")
-        if mark is not None and mark.layout.slots and ids is not None:
-            mask = kwargs.get("attention_mask")
-            refuse_full_ids(cache, None if mask is None else mask.shape[1], ids.shape[1])
+        mask = kwargs.get("attention_mask")
+        if mark is not None:
+            mark_cache(cache, replace(mark, mask=None))  # of an earlier call, whose mask may have been another
+            if mark.layout.slots and ids is not None and mask is not None and mask.shape[1] > ids.shape[1]:
+                refuse_mask_of_other_length(mask, cache.get_seq_length(), ids.shape[1])
         layer = self.layer
         rows = current_row_adapters(layer)
+        chunk = generation_setting(self.model, kwargs, "prefill_chunk_size")
+        if chunk and layer.slots and has_window(self.model.get_submodule(self._backbone_paths[0])):
+            mask = mask_of_ids(self.model, ids, kwargs) if mask is None else mask
+            if mask is not None:
+                refuse_pads_behind_prompt(count_left_pads(mask), chunk)
         with ExitStack() as stack:
+            stack.enter_context(generating(layer))
             if rows is not None:
                 stack.enter_context(use_row_adapters(layer, replace(rows, in_generate=True)))
             if layer.adapts_input_only:
-                stack.enter_context(input_of_generate(layer, ids, cache))
+                stack.enter_context(input_of_generate(layer, ids, mask, cache))
             if uses_static_cache(self.model, kwargs):
                 prepared = input_with_prompt(self.model, layer, kwargs)
                 if prepared is not None:

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCard, ModelCardData
-
-if TYPE_CHECKING:
-    from .config import InputTuningConfig
-    from .export import ExportReport
+from peft.config import PeftConfig
 
 HEADING = "## How to load this adapter"
 _FACTS = r"An input-tuning adapter \(arXiv 2203\.03131\) of .*\nof inner size [^.\n]*\."
@@ -26,17 +22,17 @@ TASK_SUFFIXES = {
 }
 
 
-def task_suffix(config: InputTuningConfig) -> str:
+def task_suffix(config: PeftConfig) -> str:
     """The end of an Auto class's name for the task of a configuration; empty without a task."""
     task = config.task_type
     return TASK_SUFFIXES.get(getattr(task, "value", task) or "", "")
 
 
-def _auto_class(config: InputTuningConfig) -> str:
+def _auto_class(config: PeftConfig) -> str:
     return f"AutoPeftModel{task_suffix(config)}"
 
 
-def _facts(config: InputTuningConfig) -> str:
+def _facts(config: PeftConfig) -> str:
     hidden = config.adapter_hidden_dim
     adapter = "2 x the embedding size" if hidden is None else hidden
     base = f"`{config.base_model_name_or_path}`" if config.base_model_name_or_path else "the base model"
@@ -45,7 +41,7 @@ An input-tuning adapter (arXiv 2203.03131) of {base}: {config.num_virtual_tokens
 of inner size {adapter}."""
 
 
-def loading_section(config: InputTuningConfig) -> str:
+def loading_section(config: PeftConfig) -> str:
     """The section as Markdown."""
     auto_class = _auto_class(config)
     return f"""{HEADING}
@@ -62,7 +58,7 @@ model = {auto_class}.from_pretrained("path or id of this adapter")
 """
 
 
-def update_model_card(directory: str, config: InputTuningConfig) -> None:
+def update_model_card(directory: str, config: PeftConfig) -> None:
     """Adds the section to `README.md` in `directory`, or makes the card; what else the card says is kept."""
     path = Path(directory) / "README.md"
     card = ModelCard.load(path) if path.exists() else ModelCard(f"---\n{_new_card_data(config)}\n---\n\n# Adapter\n")
@@ -81,54 +77,5 @@ def update_model_card(directory: str, config: InputTuningConfig) -> None:
     card.save(path)
 
 
-def _new_card_data(config: InputTuningConfig) -> str:
+def _new_card_data(config: PeftConfig) -> str:
     return ModelCardData(base_model=config.base_model_name_or_path or None).to_yaml()
-
-
-EXPORT_CARD = """\
----
-{data}
----
-
-# {title}
-
-A plain checkpoint that was exported from an input-tuning adapter (arXiv 2203.03131) and its base model. It loads with
-`Auto*.from_pretrained` of transformers and needs neither PEFT nor the package that made it.
-
-- base model: {base}
-- adapter: `{adapter}`, {count} virtual tokens{ids}
-- largest difference from the adapter when it was exported: {difference:.2g} (largest output: {largest:.3g})
-
-## What is different from the base model
-
-- The input-adapter is part of the embedding table, so the table and the output head are two tensors.
-- {front}
-- The virtual tokens stand in `generation_config.json` under `suppress_tokens`: engines that do not read it should be
-  told not to generate them.
-- Do not call `tie_weights()` or `resize_token_embeddings()` on this model, and do not set `tie_word_embeddings`: that
-  would replace the adapted table.
-"""
-
-
-def write_export_card(directory: Path, base: Any, report: ExportReport, has_tokenizer: bool) -> None:
-    """Writes `README.md` of an exported checkpoint."""
-    source = base.config._name_or_path or None
-    ids = report.virtual_token_ids
-    front = (
-        "The tokenizer puts the virtual tokens in front of every text, and its chat template does; do not turn "
-        "`add_special_tokens` off for plain text, and do not tokenize the text of a chat template with it on."
-        if has_tokenizer
-        else "The virtual tokens must be put in front of every input; this folder has no tokenizer."
-    )
-    card = EXPORT_CARD.format(
-        data=ModelCardData(base_model=source, tags=["input-tuning"]).to_yaml(),
-        title=report.output_dir.name,
-        base=f"`{source}`" if source else type(base).__name__,
-        adapter=report.adapter_name,
-        count=len(ids),
-        ids=f" (ids {ids[0]} to {ids[-1]})" if ids else "",
-        difference=report.largest_difference,
-        largest=report.largest_output,
-        front=front if ids else "There are no virtual tokens: inputs are those of the base model.",
-    )
-    (directory / "README.md").write_text(card, encoding="utf-8")

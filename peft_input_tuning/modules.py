@@ -17,13 +17,6 @@ import torch
 from torch import Tensor, nn
 
 
-def base_embedding(embedding: nn.Module) -> nn.Module:
-    """The table itself, under the layers that other methods put around it (a LoRA on the embedding)."""
-    while hasattr(embedding, "base_layer"):
-        embedding = embedding.base_layer
-    return embedding
-
-
 class SoftPrompt(nn.Module):
     """The virtual tokens of one adapter: `prompt = weight * scale`.
 
@@ -104,8 +97,9 @@ def adapt(embeddings: Tensor, fc1: nn.Module, activation: Callable, dropout: nn.
     Returns:
         `(..., embedding_dim)`, the dtype of `embeddings`.
     """
-    hidden = _activated(activation, fc1(embeddings))
-    return embeddings + fc2(dropout(hidden)).to(embeddings.dtype)
+    rows = embeddings.flatten(0, -2)  # a linear layer takes more operations over three dimensions
+    hidden = _activated(activation, fc1(rows))
+    return (rows + fc2(dropout(hidden)).to(rows.dtype)).view(embeddings.shape)
 
 
 def _activated(activation: Callable, hidden: Tensor) -> Tensor:

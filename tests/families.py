@@ -14,6 +14,8 @@ import torch
 import transformers as t
 from packaging.version import Version
 
+from device import DEVICE
+
 VOCAB, PAD, EOS = 97, 0, 1
 _SMALL = {"vocab_size": VOCAB, "pad_token_id": PAD, "eos_token_id": EOS, "bos_token_id": 2}
 _WIDE = {
@@ -209,19 +211,19 @@ def _built(name: str, head: str) -> torch.nn.Module:
 
 def build(family: Family | str, head: str = "lm") -> torch.nn.Module:
     """A fresh tiny model in eval mode; the same weights each time."""
-    return copy.deepcopy(_built(str(family), head))
+    return copy.deepcopy(_built(str(family), head)).to(DEVICE)
 
 
 def ids(*shape: int, seed: int = 0) -> torch.Tensor:
-    """Random token ids without special ones."""
-    return torch.randint(3, VOCAB, shape, generator=torch.Generator().manual_seed(seed))
+    """Random token ids without special ones; the same on every device."""
+    return torch.randint(3, VOCAB, shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
 
 
 def padded(rows: list[torch.Tensor], side: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Pads 1-D rows to one batch: ids and mask, `(batch, length)`."""
     length = max(len(row) for row in rows)
-    batch = torch.full((len(rows), length), PAD)
-    mask = torch.zeros(len(rows), length, dtype=torch.long)
+    batch = torch.full((len(rows), length), PAD, device=DEVICE)
+    mask = torch.zeros(len(rows), length, dtype=torch.long, device=DEVICE)
     for i, row in enumerate(rows):
         place = slice(length - len(row), length) if side == "left" else slice(0, len(row))
         batch[i, place], mask[i, place] = row, 1

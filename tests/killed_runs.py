@@ -3,8 +3,9 @@
     python tests/killed_runs.py KILLS SEED OPTION...
 
 Each life of the run is a fork of this process, which has imported everything already, and is ended with SIGKILL at a
-random moment after its first new checkpoint was begun; every fourth at one after its start, mostly while it loads; the
-last one is let alone. Prints one line of JSON: how each life ended, and which checkpoints were incomplete after it.
+random moment between two new checkpoints, a few after its start: moments go by the pace of the machine. Every fourth
+is ended soon after its start, mostly while it loads; the last one is let alone. Prints one line of JSON: how each life
+ended, and which checkpoints were incomplete after it.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ import train
 from checkpoints import checkpoints_in, last_complete_checkpoint
 
 torch.set_num_threads(1)
-LONGEST = 0.6  # seconds until a kill
-PATIENCE = 60.0  # seconds; a life that has begun no checkpoint by then is killed all the same
+SOON = 0.6  # seconds after a start
+PATIENCE = 60.0  # seconds; a life that has not begun its checkpoints by then is killed all the same
 
 
 def live(options: list[str]) -> int:
@@ -41,10 +42,15 @@ def live(options: list[str]) -> int:
     os._exit(status)
 
 
-def wait_for_a_checkpoint(output_dir: Path, before: list[Path]) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while set(checkpoints_in(output_dir)) <= set(before) and time.monotonic() < deadline:
-        time.sleep(0.005)
+def wait_for_checkpoints(count: int, output_dir: Path, before: list[Path]) -> float:
+    """Until so many new ones were begun; returns the seconds from one to the next."""
+    seen, begun, deadline = set(before), [], time.monotonic() + PATIENCE
+    while len(begun) < count and time.monotonic() < deadline:
+        if new := set(checkpoints_in(output_dir)) - seen:
+            seen |= new
+            begun.append(time.monotonic())
+        time.sleep(0.002)
+    return (begun[-1] - begun[0]) / (len(begun) - 1) if len(begun) > 1 else 0.0
 
 
 def main() -> None:
@@ -55,9 +61,8 @@ def main() -> None:
         before = checkpoints_in(output_dir)
         pid = live(options)
         if number < int(kills):
-            if number % 4 < 3:
-                wait_for_a_checkpoint(output_dir, before)
-            time.sleep(moments.uniform(0, LONGEST))
+            longest = wait_for_checkpoints(moments.randint(2, 12), output_dir, before) if number % 4 < 3 else SOON
+            time.sleep(moments.uniform(0, longest))
             os.kill(pid, signal.SIGKILL)
         _, status = os.waitpid(pid, 0)
         complete, incomplete = last_complete_checkpoint(output_dir)

@@ -12,6 +12,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from adapters import adapted, add, config, randomize
+from device import DEVICE
 from families import ALL, FAMILIES, SEQ2SEQ, VOCAB, build, ids
 from oracles import adapter_weights, encoder_of, row_output
 from peft_input_tuning import InputTuningLayer
@@ -149,7 +150,7 @@ def test_tie_weights_after_wrapping_changes_nothing(family):
 def test_tie_weights_after_wrapping_a_tied_llama():
     llama_config = LLAMA.config()
     llama_config.tie_word_embeddings = True
-    base = LLAMA.heads["lm"](llama_config).eval()
+    base = LLAMA.heads["lm"](llama_config).eval().to(DEVICE)
     fresh = copy.deepcopy(base)
     model = get_peft_model(base, config(LLAMA)).eval()
     randomize(model)
@@ -331,7 +332,7 @@ def test_resized_before_wrapping(family):
         base.resize_token_embeddings(VOCAB + 5, mean_resizing=False)
     model = get_peft_model(bases[0], config(family)).eval()
     randomize(model)
-    row = torch.tensor([[VOCAB + 1, 7, VOCAB + 4, 9]])
+    row = torch.tensor([[VOCAB + 1, 7, VOCAB + 4, 9]], device=DEVICE)
     own = {name: value[:1] for name, value in more(family).items()}
     with torch.no_grad():
         got = model(input_ids=row, **own).logits[0]

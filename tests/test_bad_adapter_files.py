@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from adapters import adapted
+from device import DEVICE
 from families import FAMILIES, build, ids
 
 LLAMA = FAMILIES["llama"]
@@ -270,7 +271,7 @@ def test_a_spoiled_file_is_not_loaded_over_an_adapter_that_was_loaded_and_never_
     want = answer(PeftModel.from_pretrained(build(LLAMA), file).eval())
     model = PeftModel.from_pretrained(build(LLAMA), file).eval()
     if offloaded:
-        cpu_offload(model, execution_device=torch.device("cpu"))
+        cpu_offload(model, execution_device=DEVICE)
     change_tensors(lambda tensors: tensors.pop(next(iter(tensors))))(file)
     with pytest.raises(ValueError, match="The file of adapter 'default' has no"):
         model.load_adapter(file, "default")

@@ -20,7 +20,7 @@ import pytest
 import sacrebleu
 
 from parsed_page import Page
-from peft_input_tuning import FamiliarityRegression
+from peft_input_tuning.familiarity import FamiliarityRegression
 
 BENCHMARK = Path(__file__).parent.parent / "examples" / "benchmark"
 HOSTILE = "<script>alert(1)</script> | `x` [a](https://example.com)"

@@ -23,6 +23,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, Trainer
 
 from families import EOS, FAMILIES, PAD, build
+from oracles import likeliest
 from tokenizers_of_families import tokenizer_of
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -50,7 +51,6 @@ KEYS = {
 METRICS = {
     "bleu", "chrf", "ter", "nist", "meteor", "rouge_l", "cider", "exact_match", "length_ratio", "validation_loss",
 }  # fmt: skip
-BEST_IS_EARLY = {"prompt-tuning": 3e2, "input-tuning": 1e-1, "lora": 3e-1, "fine-tuning": 3e-1}  # rates, for 3 rows
 
 
 @pytest.fixture(scope="module")
@@ -327,30 +327,49 @@ def test_a_run_of_every_method(method, data, tiny_model, tmp_path, monkeypatch):
     frozen = {name: p for name, p in parameters.items() if not p.requires_grad}
     for name, weight in pristine.items():
         matches = [p for key, p in frozen.items() if key.replace(".base_layer", "").endswith(name)]
-        assert any(torch.equal(p, weight) for p in matches), name
+        assert any(torch.equal(p.cpu(), weight) for p in matches), name
 
 
 @pytest.mark.parametrize("method", ["prompt-tuning", "input-tuning", "lora", "fine-tuning"])
-def test_a_run_on_fewer_rows_keeps_the_step_of_the_lowest_loss(method, data, tiny_model, tmp_path, monkeypatch):
-    """At a rate that is far too high, later steps are worse: the weights at the end are those of the best step."""
+def test_a_run_on_fewer_rows_keeps_the_step_of_the_lowest_loss(
+    method, data, tiny_model, tmp_path, monkeypatch, lowest_loss_at
+):
+    """Later steps have higher losses: the weights at the end are those of the best step, bit for bit."""
     measured, seen = [], []
-    train = one_run.train
+    weights: dict[int, dict[str, torch.Tensor]] = {}
+    train, say_step = one_run.train, one_run.SayStep.on_step_end
+
+    def trained(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+        return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        weights[state.global_step] = trained(model)
+        return say_step(self, args, state, control, **kwargs)
 
     def watched(trainer: Trainer, folder: Path):
         seen.append(len({tuple(row["input_ids"]) for row in trainer.train_dataset}))
         curve = train(trainer, folder)
         measured.append(trainer.evaluate()["eval_loss"])
+        weights[0] = trained(trainer.model)  # those that generate
         return curve
 
+    lowest_loss_at(one_run.TokenMeanTrainer, 6)
+    monkeypatch.setattr(one_run.SayStep, "on_step_end", on_step_end)
     monkeypatch.setattr(one_run, "train", watched)
-    run = Run("amounts", "e2e", method, 0, BEST_IS_EARLY[method], 13, rows=3)
+    run = Run("amounts", "e2e", method, 0, METHODS[method].start, 13, rows=3)
     record = execute(run, data, tiny_model, tmp_path)
     assert record["status"] == "finished", record["errors"]
     assert seen == [3] == [record["config"]["rows"]["train"]] == [record["rows"]]
     steps, losses = zip(*record["curve"]["validation"], strict=True)
     assert steps == (2, 4, 6, 8, 10, 12, 13)
-    assert record["step_kept"] == steps[losses.index(min(losses))] < 13
+    assert record["step_kept"] == steps[losses.index(min(losses))] == 6
     assert record["metrics"]["validation_loss"] == min(losses) == pytest.approx(measured[0], abs=1e-5)
+    same = {
+        step: [name for name in weights[0] if torch.equal(weights[0][name], values[name])]
+        for step, values in weights.items()
+    }
+    assert same.pop(0) == same.pop(6) == [*weights[0]]
+    assert not any(same.values())
     assert len(records.read_outputs(tmp_path / "results", run.name)) == TRIAL.test_rows
 
 
@@ -445,7 +464,8 @@ def one_by_one(model, prompts: list[list[int]]) -> list[list[int]]:
     for prompt in prompts:
         ids = list(prompt)
         while len(ids) < len(prompt) + generation.MAX_NEW_TOKENS and (len(ids) == len(prompt) or ids[-1] != EOS):
-            ids.append(int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+            logits = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits
+            ids.append(likeliest(logits[0, -1]))
         found.append([token for token in ids[len(prompt) :] if token not in (PAD, EOS)])
     return found
 
@@ -456,7 +476,7 @@ def one_by_one(model, prompts: list[list[int]]) -> list[list[int]]:
 def test_batches_give_what_each_prompt_gives_alone(method, monkeypatch):
     monkeypatch.setattr(generation, "MAX_NEW_TOKENS", 6)
     monkeypatch.setattr(generation, "GENERATED_AT_ONCE", 3)
-    torch.manual_seed(0)
+    torch.manual_seed(5)  # with 0, two tokens were level
     model = one_run.trainable_model(build(FAMILIES["llama"], "lm"), METHODS[method]).eval()
     for parameter in model.parameters():  # nothing is left as it starts
         if parameter.requires_grad and method != "fine-tuning":
@@ -484,7 +504,7 @@ def test_batches_of_encoder_decoder_models_give_what_each_gives_alone(family, me
 
     prompts = prompts_of_many_lengths()
     options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": PAD, "eos_token_id": EOS}
-    alone = [model.generate(input_ids=torch.tensor([prompt]), **options) for prompt in prompts]
+    alone = [model.generate(input_ids=torch.tensor([prompt], device=model.device), **options) for prompt in prompts]
     expected = [Tokenizer.batch_decode(out, skip_special_tokens=True)[0] for out in alone]
     assert len(set(expected)) > 3
     assert generation.generate(model, Tokenizer, prompts) == expected
@@ -558,10 +578,13 @@ def test_a_run_that_is_terminated_says_that_it_was_interrupted(data, tiny_model,
     [("main", "input-tuning"), ("main", "fine-tuning"), ("amounts", "lora"), ("amounts", "fine-tuning")],
 )
 @pytest.mark.parametrize("where", ["training", "generation"])
-def test_an_interrupted_run_goes_on_to_the_same_end(where, stage, method, data, tiny_model, tmp_path, monkeypatch):
+def test_an_interrupted_run_goes_on_to_the_same_end(
+    where, stage, method, data, tiny_model, tmp_path, monkeypatch, lowest_loss_at
+):
     run, undisturbed = a_run(method), tmp_path / "undisturbed"
     if stage == "amounts":
-        run = Run(stage, "e2e", method, 0, 10.0, 4, rows=3)  # a rate that soon ruins the weights
+        run = Run(stage, "e2e", method, 0, METHODS[method].start, 4, rows=3)
+        lowest_loss_at(one_run.TokenMeanTrainer, 1)
     expected = execute(run, data, tiny_model, undisturbed)
     if stage == "amounts":
         assert expected["step_kept"] == 1  # long before the checkpoint that the run goes on from
@@ -743,9 +766,10 @@ def test_results_of_another_budget_or_of_other_data_are_not_taken(record, messag
 
 
 def test_a_missing_package_is_named_before_any_run(data, monkeypatch, capsys):
-    monkeypatch.setattr(run_all, "find_spec", lambda name: None if name == "pycocoevalcap" else name)
+    monkeypatch.setitem(sys.modules, "pycocoevalcap", None)
     assert run_all.main([str(data)]) == 2
-    assert "pycocoevalcap is not installed. Run `pip install '.[benchmark]'`." in capsys.readouterr().err
+    said = "pycocoevalcap is missing. Install it with: pip install 'peft-input-tuning[benchmark]'"
+    assert said in capsys.readouterr().err
 
 
 def test_some_tasks_only(data, tmp_path):

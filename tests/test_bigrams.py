@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
 from families import FAMILIES
-from peft_input_tuning import BigramCounts, bigrams, token_stream
+from peft_input_tuning.familiarity import BigramCounts, bigrams, tokens
 from tokenizers_of_families import tokenizer_of
 
 TEXTS = ["sort the records", "", "sort the names, sort the dates", "a", "größer als 3 🙂🙂", "sort\nthe\trecords"]
@@ -48,8 +48,8 @@ def of(counts: BigramCounts, pair: tuple[int, int]) -> int:
 @pytest.fixture(params=[(256, 1 << 18, 1 << 20), (2, 9, 5)], ids=["large groups", "small groups"])
 def groups(request, monkeypatch):
     texts, characters, pairs = request.param
-    monkeypatch.setattr(token_stream, "TEXTS_AT_ONCE", texts)
-    monkeypatch.setattr(token_stream, "CHARACTERS_AT_ONCE", characters)
+    monkeypatch.setattr(tokens, "TEXTS_AT_ONCE", texts)
+    monkeypatch.setattr(tokens, "CHARACTERS_AT_ONCE", characters)
     monkeypatch.setattr(bigrams, "PAIRS_AT_ONCE", pairs)
 
 
@@ -87,7 +87,7 @@ def test_nothing_counted_and_nothing_to_look_up(tokenizer):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_dropping_the_rarest_keeps_the_bound(tokenizer, monkeypatch, seed):
-    monkeypatch.setattr(token_stream, "TEXTS_AT_ONCE", 3)
+    monkeypatch.setattr(tokens, "TEXTS_AT_ONCE", 3)
     monkeypatch.setattr(bigrams, "PAIRS_AT_ONCE", 100)
     texts = random_texts(seed, 300)
     expected = counted(texts, tokenizer)
@@ -107,7 +107,7 @@ def test_dropping_the_rarest_keeps_the_bound(tokenizer, monkeypatch, seed):
 
 def test_saved_is_loaded(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(bigrams, "PAIRS_AT_ONCE", 50)
-    monkeypatch.setattr(token_stream, "TEXTS_AT_ONCE", 2)
+    monkeypatch.setattr(tokens, "TEXTS_AT_ONCE", 2)
     texts = random_texts(0, 60)
     counts = BigramCounts(tokenizer, 60).add(texts[:40])
     assert counts.undercount

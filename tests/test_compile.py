@@ -9,8 +9,9 @@ from torch.testing import assert_close
 
 from adapters import adapted, add, config, randomize
 from families import FAMILIES, PAD, build, ids, padded
-from oracles import greedy
+from oracles import greedy, row_output
 
+pytestmark = pytest.mark.not_emulated("torch.compile does not know the device")
 FULLGRAPH = [FAMILIES[name] for name in ("llama", "t5", "bert")]
 
 
@@ -90,6 +91,21 @@ def test_generate_with_a_compiled_static_cache():
     assert calls
     for i, n in enumerate((7, 4)):
         assert torch.equal(out[i, 7:], greedy(base, weights, ids(n, seed=n), 5))
+
+
+def test_a_cache_that_compiled_code_filled_goes_on():
+    """Compiled code cannot give the cache its class; the first call outside does."""
+    model, base, weights = adapted(FAMILIES["llama"])
+    row = ids(9)
+    compiled = torch.compile(model.get_base_model(), backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        out = compiled(input_ids=row[None, :7], use_cache=True)
+        cache = out["cache"] if "cache" in out else out["past_key_values"]
+        step = compiled(input_ids=row[None, 7:8], past_key_values=cache)
+        assert_close(step.logits[0], row_output(base, weights, row[:8])[7:], atol=2e-4, rtol=1e-3)
+    settings = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": PAD}
+    out = model.generate(input_ids=row[None], past_key_values=cache, **settings)
+    assert torch.equal(out[0, 9:], greedy(base, weights, row, 5))
 
 
 @pytest.mark.feature("mixed batch")

@@ -11,6 +11,7 @@ import torch
 from peft import PeftConfig, PromptTuningConfig, TaskType, get_peft_model
 from peft.tuners.prompt_tuning import PromptTuningInit
 
+from device import DEVICE
 from families import FAMILIES, build
 from peft_input_tuning import InputTuningConfig
 
@@ -221,7 +222,7 @@ def test_an_adapter_without_its_weights_is_refused_at_the_first_use(change):
         build(LLAMA), InputTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, **change)
     ).eval()
     with pytest.raises(ValueError, match="has no usable weights") as error:
-        made(input_ids=torch.tensor([[5, 6, 7]]))
+        made(input_ids=torch.tensor([[5, 6, 7]], device=DEVICE))
     assert "`weights_in_checkpoint` and `inference_mode` to False" in str(error.value)
 
 

@@ -18,6 +18,7 @@ from families import FAMILIES, build
 
 TESTS = Path(__file__).parent
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
+pytestmark = pytest.mark.not_emulated("its scripts run on the CPU, in processes of their own")
 
 
 def launch(processes: int, *arguments: str) -> None:

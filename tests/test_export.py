@@ -14,9 +14,11 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from adapters import adapted, add, config, randomize
+from device import DEVICE, on_device
 from families import ALL, DECODERS, FAMILIES, GENERATORS, PAD, build, ids, padded
 from oracles import encoder_of, greedy, row_output, transform
-from peft_input_tuning import export_model, plain_state
+from peft_input_tuning import export_model
+from peft_input_tuning.export.state import folded_table
 from tokenizers_of_families import tokenizer_of
 
 TOLERANCE = {"atol": 2e-4, "rtol": 1e-3}
@@ -26,9 +28,9 @@ each_generator = pytest.mark.parametrize("family", GENERATORS, ids=str)
 def exported(family, tmp_path, head="lm", **changes):
     model, base, weights = adapted(family, head, **changes)
     report = export_model(model, tmp_path / "plain")
-    plain = type(base).from_pretrained(tmp_path / "plain").eval()
+    plain = type(base).from_pretrained(tmp_path / "plain").eval().to(DEVICE)
     plain.generation_config.eos_token_id = None
-    return model, base, weights, plain, torch.tensor(report.virtual_token_ids, dtype=torch.long)
+    return model, base, weights, plain, torch.tensor(report.virtual_token_ids, dtype=torch.long, device=DEVICE)
 
 
 @pytest.mark.feature("export")
@@ -86,27 +88,27 @@ def test_sampling_with_a_seed(family, tmp_path):
         last = []
         for row, new in zip(rows, tokens, strict=True):
             if family.kind == "seq2seq":
-                start = torch.tensor([[base.config.decoder_start_token_id, *new]])
+                start = torch.tensor([[base.config.decoder_start_token_id, *new]], device=DEVICE)
                 logits = row_output(base, weights, row, decoder_input_ids=start)[-1]
             else:
-                logits = row_output(base, weights, torch.cat([row, torch.tensor(new, dtype=row.dtype)]))[-1]
+                logits = row_output(base, weights, torch.cat([row, row.new_tensor(new)]))[-1]
             last.append(torch.nn.functional.pad(logits, (0, len(virtual)), value=-torch.inf))
         for new, token in zip(
             tokens, torch.multinomial(torch.stack(last).softmax(-1), 1).flatten().tolist(), strict=True
         ):
             new.append(token)
-    assert torch.equal(out, torch.tensor(tokens))
+    assert torch.equal(out, torch.tensor(tokens, device=DEVICE))
 
 
 @pytest.mark.feature("export")
 @each_generator
 def test_table_is_the_formula_and_the_rest_is_the_base(family, tmp_path):
     _, base, weights, plain, virtual = exported(family, tmp_path)
-    file = load_file(tmp_path / "plain" / "model.safetensors")
+    file = on_device(load_file(tmp_path / "plain" / "model.safetensors"))
     embedding = encoder_of(base).get_input_embeddings()
     name = next(n for n, m in base.named_modules(remove_duplicate=False) if m is embedding)
     scale = float(getattr(embedding, "embed_scale", 1.0))
-    want = transform(weights, embedding(torch.arange(base.config.vocab_size))) / scale
+    want = transform(weights, embedding(torch.arange(base.config.vocab_size, device=DEVICE))) / scale
     table = file.pop(f"{name}.weight")
     assert_close(table[: len(want)], want, **TOLERANCE)
     assert_close(table[virtual], weights["prompt.weight"] / scale, **TOLERANCE)
@@ -136,10 +138,10 @@ def test_task_heads_and_bare_models(family, tmp_path):
             if "modules_to_save" in key:
                 parameter.data.normal_()
         report = export_model(model, tmp_path / head)
-        plain = family.heads[head].from_pretrained(tmp_path / head).eval()
+        plain = family.heads[head].from_pretrained(tmp_path / head).eval().to(DEVICE)
         row = ids(1, 7)
         row[0, -1] = 1  # the end token that T5 and BART pool
-        virtual = torch.tensor([report.virtual_token_ids], dtype=torch.long)
+        virtual = torch.tensor([report.virtual_token_ids], dtype=torch.long, device=DEVICE)
         more = {"decoder_input_ids": row} if family.kind == "seq2seq" and head == "base" else {}
         want, out = model(input_ids=row, **more), plain(input_ids=torch.cat([virtual, row], 1), **more)
         got, main = out.to_tuple()[0], want.to_tuple()[0]
@@ -162,9 +164,9 @@ def test_classifiers_that_show_the_input_to_the_decoder(family, head, tmp_path):
 def test_encoders_with_virtual_tokens(family, tmp_path):
     model, base, weights = adapted(family)
     report = export_model(model, tmp_path / "plain")
-    plain = type(base).from_pretrained(tmp_path / "plain").eval()
+    plain = type(base).from_pretrained(tmp_path / "plain").eval().to(DEVICE)
     row = ids(7)
-    out = plain(input_ids=torch.cat([torch.tensor(report.virtual_token_ids), row])[None]).logits
+    out = plain(input_ids=torch.cat([torch.tensor(report.virtual_token_ids, device=DEVICE), row])[None]).logits
     assert_close(out[0, 4:, : base.config.vocab_size], row_output(base, weights, row), **TOLERANCE)
     pooled = adapted(family, "seq_cls", task_type="SEQ_CLS")[0]
     with pytest.raises(ValueError, match="reads the first place of a row"):
@@ -198,15 +200,15 @@ def test_the_tokenizer_puts_the_prompt_in_front(family, tmp_path):
         assert getattr(loaded, name) == getattr(tokenizer, name), name
     assert loaded("a b c d e", truncation=True, max_length=7)["input_ids"][:4] == virtual
     auto = transformers.AutoModelForSeq2SeqLM if family.kind == "seq2seq" else transformers.AutoModelForCausalLM
-    plain = auto.from_pretrained(tmp_path / "plain").eval()
+    plain = auto.from_pretrained(tmp_path / "plain").eval().to(DEVICE)
     plain.generation_config.eos_token_id = None
     loaded.padding_side = "right" if family.kind == "seq2seq" else "left"
     texts = ["a b c d", "e f"]
-    inputs = loaded(texts, return_tensors="pt", padding=True)
+    inputs = loaded(texts, return_tensors="pt", padding=True).to(DEVICE)
     inputs.pop("token_type_ids", None)
     out = plain.generate(**inputs, max_new_tokens=5, min_new_tokens=5, do_sample=False)
     for i, text in enumerate(texts):
-        row = torch.tensor(tokenizer(text)["input_ids"])
+        row = torch.tensor(tokenizer(text)["input_ids"], device=DEVICE)
         assert torch.equal(out[i, -5:], greedy(base, weights, row, 5))
 
 
@@ -242,7 +244,7 @@ def test_loads_in_a_process_without_the_package(tmp_path):
         "print(out[0, -5:].tolist())"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    row = torch.tensor(tokenizer_of(FAMILIES["llama"])("a b c")["input_ids"])
+    row = torch.tensor(tokenizer_of(FAMILIES["llama"])("a b c")["input_ids"], device=DEVICE)
     assert result.stdout.strip().endswith(str(greedy(base, weights, row, 5).tolist()))
 
 
@@ -276,8 +278,9 @@ def test_chosen_adapter_and_untouched_model(tmp_path):
     want = model(input_ids=row[None]).logits
     report = export_model(model, tmp_path / "plain", adapter_name="b")
     assert len(report.virtual_token_ids) == 6
-    plain = type(base).from_pretrained(tmp_path / "plain").eval()
-    out = plain(input_ids=torch.cat([torch.tensor(report.virtual_token_ids), row])[None]).logits[0, 6:, :97]
+    plain = type(base).from_pretrained(tmp_path / "plain").eval().to(DEVICE)
+    virtual = torch.tensor(report.virtual_token_ids, device=DEVICE)
+    out = plain(input_ids=torch.cat([virtual, row])[None]).logits[0, 6:, :97]
     assert_close(out, row_output(base, second, row), **TOLERANCE)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert torch.equal(model(input_ids=row[None]).logits, want)
@@ -301,7 +304,7 @@ def test_interrupted_export_leaves_nothing(tmp_path, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("peft_input_tuning.export._compare", interrupt)
+    monkeypatch.setattr("peft_input_tuning.export.export._compare", interrupt)
     with pytest.raises(KeyboardInterrupt):
         export_model(model, tmp_path / "plain")
     assert not list(tmp_path.iterdir())
@@ -309,8 +312,7 @@ def test_interrupted_export_leaves_nothing(tmp_path, monkeypatch):
 
 def test_a_wrong_table_is_noticed(tmp_path, monkeypatch):
     model, _, _ = adapted(FAMILIES["llama"])
-    fold = plain_state.folded_table
-    monkeypatch.setattr("peft_input_tuning.export.folded_table", lambda *args: fold(*args) * 1.01)
+    monkeypatch.setattr("peft_input_tuning.export.export.folded_table", lambda *args: folded_table(*args) * 1.01)
     with pytest.raises(RuntimeError, match="gives other outputs than the adapter"):
         export_model(model, tmp_path / "plain")
     assert not list(tmp_path.iterdir())
@@ -355,12 +357,13 @@ def test_an_adapter_that_is_not_active_with_a_head_of_its_own(tmp_path):
     report = export_model(model, tmp_path / "plain", adapter_name="default")
     assert [(module.training, [p.requires_grad for p in module.parameters()]) for module in model.modules()] == before
     assert model.active_adapter == "b"
-    plain = type(base).from_pretrained(tmp_path / "plain").eval()
+    plain = type(base).from_pretrained(tmp_path / "plain").eval().to(DEVICE)
     base.lm_head.weight = head["default"].weight
-    out = plain(input_ids=torch.cat([torch.tensor(report.virtual_token_ids), ids(7)])[None]).logits
+    out = plain(input_ids=torch.cat([torch.tensor(report.virtual_token_ids, device=DEVICE), ids(7)])[None]).logits
     assert_close(out[0, 4:, :97], row_output(base, weights, ids(7)), **TOLERANCE)
 
 
+@pytest.mark.not_emulated("torch.compile does not know the device")
 def test_compiled_static_cache(tmp_path):
     """transformers compiles the decoding steps by itself on a GPU only; here it is told to."""
     _, base, weights, plain, virtual = exported(FAMILIES["llama"], tmp_path)
@@ -382,7 +385,7 @@ def test_compiled_static_cache(tmp_path):
 
 
 def test_an_offloaded_base_is_refused(tmp_path):
-    base = cpu_offload(build(FAMILIES["llama"]), execution_device=torch.device("cpu"))
+    base = cpu_offload(build(FAMILIES["llama"]), execution_device=DEVICE)
     model = get_peft_model(base, config(FAMILIES["llama"]))
     with pytest.raises(ValueError, match=r"`model` is offloaded: `model\.\S+` is not in memory\. Load the base model"):
         export_model(model, tmp_path / "plain")

@@ -18,13 +18,14 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from adapters import adapted
+from device import DEVICE
 from families import DECODERS, ENCODERS, FAMILIES, SEQ2SEQ, build, ids
-from peft_input_tuning import BigramCounts, FamiliarityRegression, familiarity
-from peft_input_tuning.familiarity_figures import SHOWN_CHARACTERS, Distribution
-from peft_input_tuning.familiarity_regression import FIGURES
-from peft_input_tuning.plain_prose import PLAIN_PROSE
-from peft_input_tuning.surprisal import base_alone, token_bits
-from peft_input_tuning.token_stream import start_tokens, token_stream
+from peft_input_tuning.familiarity import BigramCounts, FamiliarityRegression, familiarity, surprisal
+from peft_input_tuning.familiarity.figures import SHOWN_CHARACTERS, Distribution
+from peft_input_tuning.familiarity.prose import PLAIN_PROSE
+from peft_input_tuning.familiarity.regression import FIGURES
+from peft_input_tuning.familiarity.surprisal import base_alone, token_bits
+from peft_input_tuning.familiarity.tokens import start_tokens, token_stream
 from tokenizers_of_families import tokenizer_of
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -48,7 +49,7 @@ def tokenizer(tiny_model):
 
 @pytest.fixture(scope="module")
 def model(tiny_model):
-    return AutoModelForCausalLM.from_pretrained(tiny_model).eval()
+    return AutoModelForCausalLM.from_pretrained(tiny_model).eval().to(DEVICE)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +62,7 @@ def surprisals(model, row: list[int], start: list[int]) -> list[float]:
     """Bits of each token but the first, from a forward pass of the text alone."""
     if len(row) < 2:
         return []
-    logits = model(input_ids=torch.tensor([start + row])).logits[0].double()
+    logits = model(input_ids=torch.tensor([start + row], device=model.device)).logits[0].double()
     logs = logits.log_softmax(1) / math.log(2)
     return [-float(logs[len(start) + i - 1, row[i]]) for i in range(1, len(row))]
 
@@ -103,8 +104,6 @@ def test_long_texts_are_read_in_windows_that_overlap_by_a_half(length):
 
 
 def test_few_logits_are_held_at_once(model, monkeypatch):
-    from peft_input_tuning import surprisal
-
     sizes = []
     hook = model.register_forward_hook(lambda module, args, output: sizes.append(output.logits.numel()))
     rows = [[5] * n for n in (30, 4, 4, 4, 4, 20)]
@@ -279,7 +278,7 @@ def test_adapters_are_left_out_and_left_on(method):
         model = get_peft_model(build("llama"), LoraConfig(init_lora_weights=False, task_type="CAUSAL_LM"))
     else:
         model, base, _ = adapted(FAMILIES["llama"])
-    texts, row = ["a b c d", "x y z", "q r s t u"], torch.tensor([[5, 6, 7]])
+    texts, row = ["a b c d", "x y z", "q r s t u"], torch.tensor([[5, 6, 7]], device=DEVICE)
     alone = familiarity(texts, base, tokenizer, prose=texts[:1])
     model.eval()
     before = model(input_ids=row).logits
@@ -455,7 +454,7 @@ def test_inputs_of_tasks_are_less_familiar_than_prose():
     from packaged_model import find_packaged_model
 
     folder, file = find_packaged_model()
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32).to(DEVICE)
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
     bits = {}
     for task in ("overnight", "e2e"):

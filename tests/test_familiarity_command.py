@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from families import build
 from parsed_page import Page
-from peft_input_tuning import BigramCounts, FamiliarityRegression, familiarity
-from peft_input_tuning import familiarity_command as command
-from peft_input_tuning.cli import main
-from peft_input_tuning.familiarity_page import familiarity_page
+from peft_input_tuning.command_line import familiarity as command
+from peft_input_tuning.command_line.main import main
+from peft_input_tuning.familiarity import BigramCounts, FamiliarityRegression, familiarity
+from peft_input_tuning.familiarity.page import familiarity_page
 
 ROOT = Path(__file__).parent.parent
 HOSTILE = '<script>alert("x")</script>\n\x1b[31m[bold]&amp; </table> https://example.com'
@@ -100,7 +100,7 @@ def test_a_page_without_a_model_and_one_of_a_single_text(tiny_model):
 
 def test_the_command(files, tiny_model):
     arguments = [
-        *(sys.executable, "-m", "peft_input_tuning.cli", "familiarity", files / "data.jsonl", "--model", tiny_model),
+        *(sys.executable, "-m", "peft_input_tuning", "familiarity", files / "data.jsonl", "--model", tiny_model),
         *("--corpus", files / "corpus.txt", "--save-counts", files / "counts.safetensors"),
         *("--html", files / "page.html", "--least", "20"),
     ]
@@ -145,7 +145,7 @@ def test_options(files, tiny_model, capsys, monkeypatch):
         asked.update(options, texts=list(texts), model=model, counts=counts.total, prose=list(prose))
         return familiarity(asked["texts"], model, tokenizer, counts, asked["prose"])
 
-    monkeypatch.setattr("peft_input_tuning.familiarity_measure.familiarity", asks)
+    monkeypatch.setattr("peft_input_tuning.familiarity.measure.familiarity", asks)
     options = ["--field", "text", "--limit", "2", "--counts", files / "counts", "--prose", files / "prose.txt"]
     options += ["--regression", files / "line", "--batch-size", "3", "--window", "9", "--least", "4"]
     options += ["--dtype", "bfloat16", "--device", "cpu"]
@@ -269,7 +269,7 @@ def test_a_page_that_cannot_be_written_leaves_the_old_one(files, tiny_model, mon
     def fails(found, title):
         raise RuntimeError("no page")
 
-    monkeypatch.setattr("peft_input_tuning.familiarity_page.familiarity_page", fails)
+    monkeypatch.setattr("peft_input_tuning.familiarity.page.familiarity_page", fails)
     arguments = ["familiarity", str(files / "data.jsonl"), "--model", str(tiny_model), "--html", str(page)]
     assert main(arguments) == 1
     assert page.read_text() == "old"

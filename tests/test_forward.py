@@ -8,6 +8,7 @@ from peft import get_peft_model
 from torch.testing import assert_close
 
 from adapters import adapted, config
+from device import DEVICE
 from families import ALL, DECODERS, ENCODERS, FAMILIES, SEQ2SEQ, build, ids, padded
 from oracles import embed, encoder_of, row_output, transform
 
@@ -72,13 +73,14 @@ def test_caller_positions_never_include_virtual_tokens(family):
     row = ids(7)
     plain = model(input_ids=row[None]).logits
     if family.name == "bloom":
-        return assert_close(plain, model(input_ids=row[None], attention_mask=torch.ones(1, 7)).logits, **TOLERANCE)
-    given = model(input_ids=row[None], position_ids=torch.arange(7)[None]).logits
+        mask = torch.ones(1, 7, device=DEVICE)
+        return assert_close(plain, model(input_ids=row[None], attention_mask=mask).logits, **TOLERANCE)
+    given = model(input_ids=row[None], position_ids=torch.arange(7, device=DEVICE)[None]).logits
     assert_close(given, plain, **TOLERANCE)
     if family.learned_positions:
-        far = model(input_ids=row[None], position_ids=torch.arange(7)[None] + 11).logits
+        far = model(input_ids=row[None], position_ids=torch.arange(7, device=DEVICE)[None] + 11).logits
         x = embed(base, weights, row)
-        want = base(inputs_embeds=x, position_ids=torch.arange(11)[None] + 11).logits[0, 4:]
+        want = base(inputs_embeds=x, position_ids=torch.arange(11, device=DEVICE)[None] + 11).logits[0, 4:]
         assert_close(far[0], want, **TOLERANCE)
     return None
 
@@ -89,7 +91,8 @@ def test_inputs_embeds_come_adapted_out_of_the_embedding(family):
     model, _, _ = adapted(family)
     row, more = ids(2, 7), inputs(family, 2)
     if family.name == "roberta":
-        more["position_ids"] = torch.arange(2, 9).expand(2, -1)  # RoBERTa itself counts otherwise from embeddings
+        positions = torch.arange(2, 9, device=DEVICE)  # RoBERTa itself counts otherwise from embeddings
+        more["position_ids"] = positions.expand(2, -1)
     want = model(input_ids=row, **more).logits
     x = encoder_of(model.get_base_model()).get_input_embeddings()(row)
     if family.kind == "seq2seq":
@@ -199,9 +202,9 @@ def test_classification_and_question_answering(family, head):
     for row in rows:
         row[-1] = 1  # the end token that T5 and BART pool
     batch, mask = padded(rows, "right")
-    labels = torch.tensor([1, 2])
+    labels = torch.tensor([1, 2], device=DEVICE)
     if head == "token_cls":
-        labels = torch.randint(0, 3, batch.shape)
+        labels = torch.randint(0, 3, batch.shape, device=DEVICE)
     given = {"start_positions": labels, "end_positions": labels} if head == "qa" else {"labels": labels}
     out = model(input_ids=batch, attention_mask=mask, **given)
     assert torch.isfinite(out.loss)
@@ -223,7 +226,7 @@ def alone(model, base, weights, row, head):
         if head != "seq_cls":
             more = {}
             if inner.config.is_encoder_decoder:  # BART's decoder reads the shifted input
-                shifted = torch.cat([torch.tensor([inner.config.decoder_start_token_id]), row[:-1]])
+                shifted = torch.cat([torch.tensor([inner.config.decoder_start_token_id], device=DEVICE), row[:-1]])
                 more["decoder_input_ids"] = shifted[None]
             # modules_to_save heads are active only with the adapter; their copy has the base's values at the start
             out = inner(inputs_embeds=x, **more)
@@ -235,7 +238,7 @@ def alone(model, base, weights, row, head):
 def _pooled(inner, x, row):
     config = inner.config
     if config.is_encoder_decoder:
-        shifted = torch.cat([torch.tensor([config.decoder_start_token_id]), row[:-1]])
+        shifted = torch.cat([torch.tensor([config.decoder_start_token_id], device=DEVICE), row[:-1]])
         body = inner.transformer if hasattr(inner, "transformer") else inner.model
         last = body(inputs_embeds=x, decoder_input_ids=shifted[None]).last_hidden_state[:, -1]
         return inner.classification_head(last)[0]
@@ -280,9 +283,9 @@ def test_gpt2_token_types_do_not_pass_through_the_adapter(tokens, cached):
 @pytest.mark.feature("forward")
 def test_bert_token_types_are_those_of_the_tokens():
     model, base, weights = adapted(FAMILIES["bert"])
-    row, types = ids(7), torch.tensor([0, 0, 0, 1, 1, 1, 1])
+    row, types = ids(7), torch.tensor([0, 0, 0, 1, 1, 1, 1], device=DEVICE)
     out = model(input_ids=row[None], token_type_ids=types[None]).logits
-    x, full = embed(base, weights, row), torch.cat([torch.zeros(4, dtype=torch.long), types])
+    x, full = embed(base, weights, row), torch.cat([torch.zeros(4, dtype=torch.long, device=DEVICE), types])
     assert_close(out[0], base(inputs_embeds=x, token_type_ids=full[None]).logits[0, 4:], **TOLERANCE)
 
 
@@ -325,7 +328,7 @@ def test_t5_encoder_alone_is_aligned():
     import transformers
 
     torch.manual_seed(0)
-    base = transformers.T5EncoderModel(FAMILIES["t5"].config()).eval()
+    base = transformers.T5EncoderModel(FAMILIES["t5"].config()).eval().to(DEVICE)
     import copy
 
     from adapters import randomize

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from types import MethodType
 
 import pytest
 import torch
 from torch.testing import assert_close
-from transformers import GenerationConfig, LlamaForCausalLM, LogitsProcessorList, SuppressTokensLogitsProcessor
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LlamaForCausalLM,
+    LogitsProcessorList,
+    SuppressTokensLogitsProcessor,
+)
 
 from adapters import adapted, add
+from device import DEVICE
 from families import DECODERS, FAMILIES, GENERATORS, PAD, SEQ2SEQ, UNPADDED_STATIC_CACHE, ids, padded
 from oracles import adapter_weights, greedy, row_output
 
@@ -30,6 +38,15 @@ def batch_for(family, lengths=ROWS):
     """Decoder-only models generate from left-padded rows, encoders read right-padded ones."""
     batch, mask = padded(rows_of(lengths), "right" if family.kind == "seq2seq" else "left")
     return {"input_ids": batch, "attention_mask": mask}
+
+
+def cache_in(output):
+    """By the name that it has in this version of transformers."""
+    return output["cache"] if "cache" in output else output["past_key_values"]
+
+
+def mask_of(row):
+    return torch.ones(1, len(row), dtype=torch.long, device=DEVICE)
 
 
 def new_tokens(family, output, inputs):
@@ -94,14 +111,14 @@ def beam_search(base, weights, row, beams, new, family):
         grown = []
         for tokens, score in hypotheses:
             if family.kind == "seq2seq":
-                start = torch.tensor([[base.config.decoder_start_token_id, *tokens]])
+                start = torch.tensor([[base.config.decoder_start_token_id, *tokens]], device=DEVICE)
                 logits = row_output(base, weights, row, decoder_input_ids=start)
             else:
-                logits = row_output(base, weights, torch.cat([row, torch.tensor(tokens, dtype=row.dtype)]))
+                logits = row_output(base, weights, torch.cat([row, row.new_tensor(tokens)]))
             for token, value in enumerate(logits[-1].log_softmax(-1).tolist()):
                 grown.append(([*tokens, token], score + value))
         hypotheses = sorted(grown, key=lambda pair: -pair[1])[:beams]
-    return torch.tensor(hypotheses[0][0])
+    return torch.tensor(hypotheses[0][0], device=DEVICE)
 
 
 @pytest.mark.feature("beams")
@@ -130,14 +147,14 @@ def test_sampling_with_several_returns_is_the_seeded_loop(family):
         last = []
         for row, new in zip(repeated, tokens, strict=True):
             if family.kind == "seq2seq":
-                start = torch.tensor([[base.config.decoder_start_token_id, *new]])
+                start = torch.tensor([[base.config.decoder_start_token_id, *new]], device=DEVICE)
                 last.append(row_output(base, weights, row, decoder_input_ids=start)[-1])
             else:
-                last.append(row_output(base, weights, torch.cat([row, torch.tensor(new, dtype=row.dtype)]))[-1])
+                last.append(row_output(base, weights, torch.cat([row, row.new_tensor(new)]))[-1])
         drawn = torch.multinomial((torch.stack(last) / 2.0).softmax(-1), 1).squeeze(1)
         for new, token in zip(tokens, drawn.tolist(), strict=True):
             new.append(token)
-    assert torch.equal(out, torch.tensor(tokens))
+    assert torch.equal(out, torch.tensor(tokens, device=DEVICE))
 
 
 @pytest.mark.feature("static cache")
@@ -172,14 +189,14 @@ def test_prompt_lookup(family):
 
 
 @pytest.mark.feature("assisted")
-@pytest.mark.parametrize("adapter_on_assistant", [False, True], ids=["plain assistant", "adapted assistant"])
+@pytest.mark.parametrize("prompt_of_assistant", [None, 0, 5], ids=["plain", "adapter alone", "prompt"])
 @each_decoder
-def test_assistant_model(family, adapter_on_assistant):
+def test_assistant_model(family, prompt_of_assistant):
     model, base, weights = adapted(family)
     row = ids(7, seed=7)
     assistant = copy.deepcopy(base)
-    if adapter_on_assistant:
-        assistant = adapted(family, num_virtual_tokens=0)[0].get_base_model()
+    if prompt_of_assistant is not None:
+        assistant = adapted(family, num_virtual_tokens=prompt_of_assistant)[0].get_base_model()
     out = generate(model, input_ids=row[None], max_new_tokens=12, min_new_tokens=12, assistant_model=assistant)
     assert torch.equal(out[0, 7:], greedy(base, weights, row, 12))
 
@@ -202,15 +219,6 @@ def test_names_of_rows_are_not_meant_for_the_assistant(family):
         adapter_names=["b"],
     )
     assert torch.equal(out[0, 7:], greedy(base, second, row, 12))
-
-
-@pytest.mark.parametrize("family", [f for f in DECODERS if f.name != "bloom"], ids=str)
-def test_an_assistant_with_a_prompt_of_its_own_is_refused(family):
-    """`generate` gives an assistant all ids on its own cache, and cuts them by a length that counts virtual tokens."""
-    model, _, _ = adapted(family)
-    assistant = adapted(family)[0].get_base_model()
-    with pytest.raises(ValueError, match="its adapter must have num_virtual_tokens=0"):
-        generate(model, input_ids=ids(7, seed=7)[None], max_new_tokens=12, assistant_model=assistant)
 
 
 @pytest.mark.feature("chunked prefill")
@@ -251,7 +259,7 @@ def test_scores_and_hidden_states_are_returned(family):
     assert torch.equal(sequences, expected(base, weights))
     for i, row in enumerate(rows_of()):
         if family.kind == "seq2seq":
-            start = torch.tensor([[base.config.decoder_start_token_id, *sequences[i, :-1].tolist()]])
+            start = torch.tensor([[base.config.decoder_start_token_id, *sequences[i, :-1].tolist()]], device=DEVICE)
             want = row_output(base, weights, row, decoder_input_ids=start)
         else:
             want = row_output(base, weights, torch.cat([row, sequences[i, :-1]]))[len(row) - 1 :]
@@ -269,25 +277,81 @@ def test_going_on_from_a_returned_cache_with_new_tokens_only(family):
     out = generate(
         model,
         input_ids=more[None],
-        attention_mask=torch.ones(1, 10, dtype=torch.long),
+        attention_mask=torch.ones(1, 10, dtype=torch.long, device=DEVICE),
         past_key_values=first.past_key_values,
     )
     assert torch.equal(out[0, 3:], greedy(base, weights, torch.cat([row, more]), NEW))
 
 
-@pytest.mark.parametrize("new", [2, 5, 9])
+@pytest.mark.feature("generate")
+@pytest.mark.parametrize("new", [1, 2, 5, 9])
 @each_decoder
-def test_full_ids_on_a_returned_cache_are_refused(family, new):
-    """`generate` would cut the ids by the length of the cache, which counts virtual tokens."""
-    model, _, _ = adapted(family)
+def test_full_ids_on_a_returned_cache(family, new):
+    """The usual loop of a conversation: `generate` cuts the ids by the cache's length, which counts the caller's."""
+    model, base, weights = adapted(family)
     row, more = ids(7, seed=7), ids(new, seed=11)
     whole = torch.cat([row, more])[None]
     for caller in (model, model.get_base_model()):
-        first = model(input_ids=row[None], use_cache=True)
-        if caller is not model and family.name == "bloom":
-            continue  # Bloom takes no positions and `generate` drops a mask of ones: nothing is left to notice it by
-        with pytest.raises(ValueError, match="pass only the new tokens as `input_ids`"):
-            generate(caller, input_ids=whole, past_key_values=first.past_key_values)
+        cache = cache_in(model(input_ids=row[None], use_cache=True))
+        assert cache.get_seq_length() == 7
+        out = generate(caller, input_ids=whole, past_key_values=cache)
+        assert torch.equal(out[0, whole.shape[1] :], greedy(base, weights, whole[0], NEW))
+
+
+@pytest.mark.feature("generate")
+@pytest.mark.parametrize("copied", [False, "deepcopy", "pickle"])
+@each_decoder
+def test_one_cache_for_a_conversation(family, copied):
+    model, base, weights = adapted(family)
+    cache, history = DynamicCache(config=base.config), ids(0)
+    for turn in range(3):
+        history = torch.cat([history, ids(4 + turn, seed=turn)])
+        # With a mask, or `generate` would take generated tokens for padding.
+        out = generate(model, input_ids=history[None], attention_mask=mask_of(history), past_key_values=cache)[0]
+        assert torch.equal(out[len(history) :], greedy(base, weights, history, NEW))
+        history = out
+        if copied:
+            cache = copy.deepcopy(cache) if copied == "deepcopy" else pickle.loads(pickle.dumps(cache))
+        assert isinstance(cache, DynamicCache)
+
+
+@each_decoder
+def test_new_ids_that_do_not_fit_the_mask(family):
+    """Where the mask is longer than the ids, these follow what the cache holds."""
+    model, _, _ = adapted(family)
+    cache = cache_in(model(input_ids=ids(1, 7), use_cache=True))
+    mask = torch.ones(1, 10, dtype=torch.long, device=DEVICE)
+    with pytest.raises(ValueError, match="has 10 places, but the cache holds 7 tokens and 5 more are passed"):
+        generate(model, input_ids=ids(1, 5), attention_mask=mask, past_key_values=cache)
+
+
+@each_decoder
+def test_a_cache_tells_tokens_again_after_an_error(family):
+    model, _, _ = adapted(family)
+    cache = cache_in(model(input_ids=ids(1, 7), use_cache=True))
+    with pytest.raises(ValueError, match="`attention_mask` has 3 places, but the cache holds 7 tokens and 1 more"):
+        model(input_ids=ids(1, 1), attention_mask=torch.ones(1, 3, device=DEVICE), past_key_values=cache)
+    assert cache.get_seq_length() == 7
+
+
+@pytest.mark.parametrize("family", [f for f in DECODERS if "mistral" not in f.name and "gemma" not in f.name], ids=str)
+def test_caches_that_were_cropped(family):
+    """Down to the prompt is a new start; less of it is refused."""
+    model, base, weights = adapted(family)
+    row = ids(7, seed=7)
+    cache = cache_in(model(input_ids=row[None], use_cache=True))
+    cache.crop(-4)
+    assert torch.equal(
+        generate(model, input_ids=row[None], past_key_values=cache)[0, 7:], greedy(base, weights, row, NEW)
+    )
+    cache = cache_in(model(input_ids=row[None], use_cache=True))
+    cache.crop(-9)
+    with pytest.raises(ValueError, match="The cache was cropped to 2 places, but its first 4 are virtual tokens"):
+        model(input_ids=row[None], past_key_values=cache)
+    cache.crop(-2)
+    assert torch.equal(
+        generate(model, input_ids=row[None], past_key_values=cache)[0, 7:], greedy(base, weights, row, NEW)
+    )
 
 
 @each_decoder
@@ -314,7 +378,7 @@ def test_switching_the_adapter_off_behind_its_own_prompt(family):
     batch, mask = padded([ids(7, seed=7), ids(4, seed=4)], "left")
     first = model(input_ids=batch, attention_mask=mask, use_cache=True)
     more = ids(2, 1, seed=5)
-    mask = torch.cat([mask, torch.ones(2, 1, dtype=torch.long)], 1)
+    mask = torch.cat([mask, torch.ones(2, 1, dtype=torch.long, device=DEVICE)], 1)
     positions = (mask.cumsum(-1) - 1)[:, -1:]
     given = {} if family.name == "bloom" else {"position_ids": positions}
     first = model(
@@ -486,7 +550,7 @@ def test_mixed_batch_uses_each_adapters_classification_head():
     heads = {}
     for key, parameter in model.named_parameters():
         if "modules_to_save.b." in key:
-            parameter.data.normal_(generator=torch.Generator().manual_seed(7))
+            parameter.data.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(7)))
             heads[key.rpartition(".")[2]] = parameter.data
     batch = ids(3, 7)
     out = model(input_ids=batch, adapter_names=["default", "b", "__base__"]).logits
@@ -516,7 +580,7 @@ def test_arguments_by_position(static):
         settings.cache_implementation = "static"
     row = ids(7)
     likeliest = greedy(base, weights, row, 1)
-    banned = LogitsProcessorList([SuppressTokensLogitsProcessor(likeliest.tolist(), device="cpu")])
+    banned = LogitsProcessorList([SuppressTokensLogitsProcessor(likeliest.tolist(), device=DEVICE)])
     got = model.generate(row[None], settings, banned)[0, 7:]
     assert torch.equal(
         got, model.generate(input_ids=row[None], generation_config=settings, logits_processor=banned)[0, 7:]
@@ -545,7 +609,7 @@ def test_a_model_whose_generate_has_another_signature(wrapper):
     settings = GenerationConfig(max_new_tokens=NEW, do_sample=False, pad_token_id=PAD, eos_token_id=None)
     want = greedy(base, weights, row, NEW)
     assert torch.equal(model.generate(row[None], settings)[0, 7:], want)
-    mask = torch.ones(1, 7, dtype=torch.long)
+    mask = torch.ones(1, 7, dtype=torch.long, device=DEVICE)
     assert torch.equal(model.generate(inputs=row[None], attention_mask=mask, generation_config=settings)[0, 7:], want)
     with pytest.raises(TypeError, match=r"by position, got 40\."):
         model.generate(*range(40))

@@ -23,7 +23,8 @@ from tokenizers_of_families import tokenizer_of
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from batching import BASE, Batcher, OverloadedError, UnknownAdapterError
-from generation_service import load_model, main, make_app
+from generation_app import make_app
+from generation_service import load_model, main
 
 PROMPTS = {"default": 4, "short": 1, "long": 7, "bare": 0}  # virtual tokens
 TEXTS = ("abc", "hello world", "x", "some longer text than the others")
@@ -119,7 +120,7 @@ def test_concurrent_clients_get_what_each_adapter_gives_alone(server, oracle):
         for i, name in enumerate(names)
         for j, text in enumerate(TEXTS)
     ]
-    responses = server(max_rows=8).post_all(bodies)
+    responses = server(max_rows=5, window=60.0).post_all(bodies)  # batches are full, however slowly requests come
     rows = []
     for body, response in zip(bodies, responses, strict=True):
         assert response.status_code == 200, response.text
@@ -128,8 +129,7 @@ def test_concurrent_clients_get_what_each_adapter_gives_alone(server, oracle):
         assert got["adapter"] == body["adapter"]
         assert 1 <= got["generated_tokens"] <= body["max_new_tokens"]
         rows.append(got["batch_rows"])
-    assert max(rows) == 8
-    assert sum(1 / n for n in rows) < len(bodies) / 4  # number of batches: far fewer than requests
+    assert rows == [5] * len(bodies)
     texts = {(body["adapter"]): response.json()["text"] for body, response in zip(bodies, responses, strict=True)}
     assert len(set(texts.values())) > 1  # the adapters do differ
 
@@ -155,17 +155,32 @@ def test_what_is_wrong_has_a_status_of_its_own(server, family):
         assert client.post("/generate", json={**right, "max_new_tokens": 2}).status_code == 200
 
 
+def hold(batcher: Batcher) -> threading.Event:
+    """Keeps the batcher's thread from the requests until the event is set."""
+    held, gate = threading.Event(), threading.Event()
+    batcher._queue_job(lambda: held.set() or gate.wait(60))
+    assert held.wait(60)
+    return gate
+
+
 def test_overload_is_refused_at_once_and_what_was_taken_is_answered(server, oracle):
     running = server(max_rows=2, max_waiting=3)
+    gate = hold(running.app.state.batcher)
     body = {"adapter": "long", "text": "abc", "max_new_tokens": NEW}
-    responses = running.post_all([body] * 24)
-    statuses = [response.status_code for response in responses]
-    assert set(statuses) == {200, 503}
-    for response in responses:
-        if response.status_code == 503:
-            assert int(response.headers["Retry-After"]) >= 1
-        else:
-            assert response.json()["text"] == oracle("long", "abc")
+
+    async def together() -> list[httpx2.Response]:
+        async with httpx2.AsyncClient(base_url=running.url, timeout=60) as client:
+            answers = []
+            for answer in asyncio.as_completed([client.post("/generate", json=body) for _ in range(24)]):
+                answers.append(await answer)
+                if len(answers) == 21:
+                    gate.set()
+            return answers
+
+    responses = asyncio.run(together())
+    assert [response.status_code for response in responses] == [503] * 21 + [200] * 3
+    assert all(int(response.headers["Retry-After"]) >= 1 for response in responses[:21])
+    assert {response.json()["text"] for response in responses[21:]} == {oracle("long", "abc")}
 
 
 def test_adapters_are_loaded_and_dropped_while_it_serves(server, family, oracle, tmp_path):
@@ -283,13 +298,19 @@ def test_health_and_metrics(server):
 
 
 def test_stopping_answers_what_waits(family, oracle):
-    running = Server(make_app(make_model(family), tokenizer_of(family), window=0.5))
+    running = Server(make_app(make_model(family), tokenizer_of(family)))
+    batcher, (sockets,) = running.app.state.batcher, running.server.servers
+    gate = hold(batcher)
     answers: list = []
     body = {"adapter": "default", "text": "abc", "max_new_tokens": NEW}
     asking = threading.Thread(target=lambda: answers.extend(running.post_all([body] * 3)))
     asking.start()
-    while not running.app.state.batcher.waiting:
+    while batcher.waiting < 3:
         time.sleep(0.01)
+    running.server.should_exit = True
+    while sockets.is_serving():
+        time.sleep(0.01)
+    gate.set()
     running.stop()
     asking.join()
     assert [answer.json()["text"] for answer in answers] == [oracle("default", "abc")] * 3

@@ -11,6 +11,7 @@ from peft import get_peft_model
 from torch.testing import assert_close
 
 from adapters import adapted, config, randomize
+from device import DEVICE
 from families import ALL, DECODERS, FAMILIES, build, ids, padded
 from oracles import adapter_gradients, adapter_weights, embed, greedy, row_output, transform
 
@@ -114,7 +115,7 @@ def test_torch_autocast(family):
     model, _, _ = adapted(family)
     batch, more = ids(2, 7), more_inputs(family)
     want = model(input_ids=batch, **more).logits
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
         out = model(input_ids=batch, **more).logits
         loss = loss_of(out)
     loss.backward()

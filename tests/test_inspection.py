@@ -10,11 +10,12 @@ import torch
 from peft import get_peft_model
 
 from adapters import adapted, config
+from device import DEVICE
 from families import ALL, FAMILIES, VOCAB, build
 from oracles import encoder_of, transform
 from parsed_page import Page
 from peft_input_tuning import inspect_adapter
-from peft_input_tuning.inspection_page import inspection_page
+from peft_input_tuning.inspection.page import inspection_page
 from tokenizers_of_families import tokenizer_of
 
 LLAMA = FAMILIES["llama"]
@@ -28,7 +29,7 @@ def test_figures_against_a_loop(family):
     shifts, cosines, norms = [], [], []
     with torch.no_grad():
         for word in range(VOCAB):
-            e = embedding(torch.tensor([word]))[0]
+            e = embedding(torch.tensor([word], device=DEVICE))[0]
             norms.append(float(e.norm()))
             shift = float((transform(weights, e) - e).norm() / e.norm()) if norms[-1] else 0.0
             shifts.append(shift)
@@ -148,7 +149,7 @@ def test_the_command(tmp_path):
     tokenizer_of(LLAMA).save_pretrained(tmp_path / "base")
     model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
     model.save_pretrained(tmp_path / "adapter")
-    command = [sys.executable, "-m", "peft_input_tuning.cli", "inspect", str(tmp_path / "adapter")]
+    command = [sys.executable, "-m", "peft_input_tuning", "inspect", str(tmp_path / "adapter")]
     options = ["--html", str(tmp_path / "page.html"), "--nearest", "2", "--most", "3"]
     done = subprocess.run(command + options, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr

@@ -13,6 +13,7 @@ from torch.testing import assert_close
 from transformers import Trainer, TrainingArguments
 
 from adapters import adapted, config, randomize
+from device import DEVICE
 from families import ENCODERS, FAMILIES, build, ids
 from oracles import adapter_weights
 from tokenizers_of_families import tokenizer_of
@@ -62,9 +63,9 @@ def test_offloaded_activations_give_the_same_gradients(family, tmp_path):
 
 def trained(folder, **more) -> tuple[list[float], dict[str, Tensor]]:
     model, *_ = adapted(LLAMA)
-    rows = [{"input_ids": row, "labels": row} for row in ids(16, 6)]
+    rows = [{"input_ids": row, "labels": row} for row in ids(16, 6).cpu()]
     settings = {"per_device_train_batch_size": 4, "max_steps": 4, "learning_rate": 1e-2, "logging_steps": 1}
-    settings |= {"use_cpu": True, "report_to": "none", "save_strategy": "no", "disable_tqdm": True}
+    settings |= {"use_cpu": DEVICE.type == "cpu", "report_to": "none", "save_strategy": "no", "disable_tqdm": True}
     trainer = Trainer(model=model, args=TrainingArguments(str(folder), **settings, **more), train_dataset=rows)
     trainer.train()
     return [log["loss"] for log in trainer.state.log_history if "loss" in log], adapter_weights(model)

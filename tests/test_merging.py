@@ -14,6 +14,7 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from adapters import adapted, add, config, randomize
+from device import DEVICE
 from families import ALL, FAMILIES, VOCAB, build, ids
 from oracles import adapter_weights, encoder_of, row_output, transform
 from peft_input_tuning import InputTuningLayer, export_model
@@ -70,7 +71,7 @@ def test_merge_and_unload_gives_a_plain_model(family, tmp_path):
     assert plain.state_dict().keys() == base.state_dict().keys()
     assert_close(output(plain, family), want, **TOLERANCE)
     plain.save_pretrained(tmp_path)
-    again = type(base).from_pretrained(tmp_path).eval()
+    again = type(base).from_pretrained(tmp_path).eval().to(DEVICE)
     assert_close(output(again, family), want, **TOLERANCE)
     assert torch.equal(head(again), head(base))
 
@@ -81,7 +82,7 @@ def test_weights_pushed_to_an_engine(family):
     model, base, weights = mergeable(family)
     config = copy.deepcopy(base.config)
     config.tie_word_embeddings = False
-    engine = type(base)(config).eval()
+    engine = type(base)(config).eval().to(DEVICE)
     model.merge_adapter()
     sent = {
         name.removeprefix("base_model.model.").replace(".base_layer", ""): parameter.detach().clone()
@@ -105,7 +106,7 @@ def test_an_encoder_that_shares_its_embedding_module(family, tmp_path):
     plain = model.merge_and_unload()
     assert_close(output(plain, family), want, **TOLERANCE)
     plain.save_pretrained(tmp_path)
-    assert_close(output(type(base).from_pretrained(tmp_path).eval(), family), want, **TOLERANCE)
+    assert_close(output(type(base).from_pretrained(tmp_path).eval().to(DEVICE), family), want, **TOLERANCE)
 
 
 def test_bfloat16():
@@ -167,7 +168,7 @@ def test_saved_while_merged_with_the_embedding_of_a_resized_base(tmp_path):
         base = LLAMA.heads["lm"].from_pretrained(tmp_path / "base")
         torch.manual_seed(3)
         base.resize_token_embeddings(VOCAB + 3)
-        return base.eval()
+        return base.eval().to(DEVICE)
 
     model = get_peft_model(resized(), config(LLAMA, num_virtual_tokens=0)).eval()
     randomize(model)
@@ -329,7 +330,7 @@ def test_folding_needs_less_than_a_block_of_8192_rows_beside_the_table(dtype):
 
 def test_the_folded_table():
     model, base, weights = adapted(FAMILIES["gemma2"])
-    table = torch.full((101, 32), 7.0)
+    table = torch.full((101, 32), 7.0, device=DEVICE)
     model.base_model.layer.fold_into(table, "default")
     scale = 32**0.5
     embeddings = encoder_of(base).get_input_embeddings().weight.detach() * scale

@@ -12,6 +12,7 @@ from torch.testing import assert_close
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from adapters import add, config, randomize
+from device import DEVICE
 from families import EOS, PAD, VOCAB, ids, padded
 from oracles import adapter_weights, embed, row_output, transform
 from peft_input_tuning import set_prompt_cache
@@ -27,7 +28,7 @@ EXPERTS = {**GROUPED, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.5}
 
 def built(kind: type, settings: t.PretrainedConfig):
     torch.manual_seed(0)
-    return kind(settings).requires_grad_(False).eval()
+    return kind(settings).requires_grad_(False).eval().to(DEVICE)
 
 
 def adapted_to(base: torch.nn.Module, **changes):
@@ -123,7 +124,7 @@ def test_a_class_that_expands_the_mask_itself_refuses_virtual_tokens_at_the_firs
     with pytest.raises(
         ValueError, match=r"`attention_mask` must have.*its class for text alone, or num_virtual_tokens=0"
     ):
-        model(input_ids=ids(7)[None], attention_mask=torch.ones(1, 7, dtype=torch.long))
+        model(input_ids=ids(7)[None], attention_mask=torch.ones(1, 7, dtype=torch.long, device=DEVICE))
     model, weights = adapted_to(base, num_virtual_tokens=0)
     row = ids(7)
     assert_close(model(input_ids=row[None]).logits[0], row_output(base, weights, row), **TOLERANCE)
@@ -211,7 +212,7 @@ def test_positions_along_ids_are_found_where_no_method_tells_them(side):
     base = mpnet()
     model, weights = adapted_to(base, task_type="FEATURE_EXTRACTION")
     rows = [ids(7), ids(4, seed=1)]
-    pads = torch.ones(3, dtype=torch.long)
+    pads = torch.ones(3, dtype=torch.long, device=DEVICE)
     short = torch.cat([pads, rows[1]] if side == "left" else [rows[1], pads])
     batch = torch.stack([rows[0], short])
     out = model(input_ids=batch, attention_mask=(batch != 1).long()).logits
@@ -276,7 +277,7 @@ def test_positions_of_the_caller_where_a_configuration_knows_no_cache(name):
     base = WITHOUT_CACHE[name]()
     model, weights = adapted_to(base, task_type="FEATURE_EXTRACTION")
     row = ids(7)
-    out = model(input_ids=row[None], position_ids=torch.arange(7)[None]).logits
+    out = model(input_ids=row[None], position_ids=torch.arange(7, device=DEVICE)[None]).logits
     assert_close(out[0], row_output(base, weights, row), **TOLERANCE)
 
 
@@ -305,7 +306,7 @@ def test_arguments_for_each_place_that_are_not_known_are_refused():
     settings = t.XLMConfig(n_words=VOCAB, emb_dim=32, n_layers=2, n_heads=4, max_position_embeddings=64, pad_index=0)
     model, _ = adapted_to(built(t.XLMWithLMHeadModel, settings))
     with pytest.raises(ValueError, match=r"`lengths` has the shape \(1,\).*num_virtual_tokens=0"):
-        model(input_ids=ids(1, 7), lengths=torch.tensor([7]))
+        model(input_ids=ids(1, 7), lengths=torch.tensor([7], device=DEVICE))
 
 
 def test_a_model_that_shortens_its_input_is_refused_at_the_first_call():
@@ -363,7 +364,7 @@ def test_routers_of_packed_and_of_mixed_rows(case):
     if case == "packed":
         more = {
             "input_ids": torch.cat(rows)[None],
-            "position_ids": torch.arange(6).repeat(2)[None],
+            "position_ids": torch.arange(6, device=DEVICE).repeat(2)[None],
             "use_cache": False,
         }
         each = [weights, weights]
@@ -466,7 +467,7 @@ UNTYPED = {  # the models look types up elsewhere than in the word embedding, or
 def test_token_types_are_left_to_models_that_do_not_look_them_up_among_the_words(name):
     base = UNTYPED[name]()
     model, weights = adapted_to(base, num_virtual_tokens=0)
-    row, types = ids(8), torch.tensor([0, 0, 0, 1, 1, 1, 1, 1])
+    row, types = ids(8), torch.tensor([0, 0, 0, 1, 1, 1, 1, 1], device=DEVICE)
     x = transform(weights, base.get_input_embeddings()(row))[None]
     want = base(inputs_embeds=x, token_type_ids=types[None])[0]
     assert_close(model(input_ids=row[None], token_type_ids=types[None])[0], want, **TOLERANCE)
@@ -476,7 +477,7 @@ def test_token_types_beside_virtual_tokens_where_the_model_has_none():
     base = UNTYPED["deberta_v2"]()
     model, weights = adapted_to(base)
     row = ids(8)
-    out = model(input_ids=row[None], token_type_ids=torch.ones(1, 8, dtype=torch.long))
+    out = model(input_ids=row[None], token_type_ids=torch.ones(1, 8, dtype=torch.long, device=DEVICE))
     assert_close(out[0][0], row_output(base, weights, row), **TOLERANCE)
 
 

@@ -8,12 +8,15 @@ from itertools import pairwise
 import pytest
 import torch
 from torch.testing import assert_close
-from transformers import DataCollatorWithFlattening
+from transformers import DataCollatorWithFlattening, DynamicCache
 
 from adapters import adapted, add
+from device import DEVICE, on_device
 from families import DECODERS, FAMILIES, build, ids
-from oracles import row_output
-from peft_input_tuning.packing import PackedLayout, bounds_of, positions_of
+from oracles import embed, row_output
+from peft_input_tuning.virtual_tokens.backbone import forward_parameters
+from peft_input_tuning.virtual_tokens.cache_mark import cache_name
+from peft_input_tuning.virtual_tokens.layout import PackedLayout, moved_bounds, positions_of
 
 NOT_PACKED = ("bloom",)  # has no positions to tell sequences apart by
 PACKING = [f for f in DECODERS if f.name not in NOT_PACKED]
@@ -24,7 +27,7 @@ LENGTHS = ([5, 1, 7], [4, 6], [9])  # of the sequences in three rows
 
 def pack(sequences: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """Sequences → ids and positions of one row."""
-    return torch.cat(sequences)[None], torch.cat([torch.arange(len(s)) for s in sequences])[None]
+    return torch.cat(sequences)[None], torch.cat([torch.arange(len(s), device=DEVICE) for s in sequences])[None]
 
 
 def sequences_of(lengths: list[int], seed: int = 0) -> list[torch.Tensor]:
@@ -69,10 +72,11 @@ def test_the_layout_is_what_a_loop_gives(offset):
         slots = chooser.randint(1, 5)
         prompts = [chooser.randint(0, slots) for _ in rows]
         prompts[chooser.randrange(batch)] = slots
-        positions = torch.tensor([[offset + i for n in lengths for i in range(n)] for lengths in rows])
-        layout = PackedLayout.of(positions, slots, torch.tensor(prompts)[:, None])
-        x = torch.arange(100, 100 + length).expand(batch, -1)
-        prompt = torch.tensor([[0] * (slots - k) + [-i - 1 for i in range(k)] for k in prompts])
+        positions = torch.tensor([[offset + i for n in lengths for i in range(n)] for lengths in rows], device=DEVICE)
+        longest = max(sum(lengths) + prompt * len(lengths) for lengths, prompt in zip(rows, prompts, strict=True))
+        layout = PackedLayout.of(positions, slots, torch.tensor(prompts, device=DEVICE)[:, None], longest)
+        x = torch.arange(100, 100 + length, device=DEVICE).expand(batch, -1)
+        prompt = torch.tensor([[0] * (slots - k) + [-i - 1 for i in range(k)] for k in prompts], device=DEVICE)
         places, wanted_positions = naive_rows(rows, prompts, offset)
         joined = layout.join(prompt, x).tolist()
         for got, want in zip(joined, places, strict=True):
@@ -82,16 +86,17 @@ def test_the_layout_is_what_a_loop_gives(offset):
         three = layout.join(prompt[..., None].expand(-1, -1, 3), x[..., None].expand(-1, -1, 3))
         assert torch.equal(layout.remove(three)[..., 1], x)
         if len(set(prompts)) == 1:
-            same = PackedLayout.of(positions, slots)
+            same = PackedLayout.of(positions, slots, None, longest)
             assert torch.equal(same.join(prompt, x), layout.join(prompt, x))
 
 
-def test_bounds_and_positions_are_each_others_inverse():
+def test_bounds_and_positions_of_a_row():
     for lengths in ([5, 1, 7], [1, 1], [4]):
-        bounds = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
+        bounds = torch.tensor([0, *lengths], dtype=torch.int32, device=DEVICE).cumsum(0, dtype=torch.int32)
         positions = positions_of(bounds, sum(lengths))
         assert positions.tolist() == [[i for n in lengths for i in range(n)]]
-        assert torch.equal(bounds_of(positions), bounds)
+        longer = torch.tensor([0, *(n + 3 for n in lengths)], dtype=torch.int32, device=DEVICE)
+        assert torch.equal(moved_bounds(bounds, 3), longer.cumsum(0, dtype=torch.int32))
 
 
 # ---- models ---------------------------------------------------------------------------------------------------------
@@ -147,12 +152,12 @@ def test_loss_and_gradients_are_those_of_the_padded_batch(family):
     flat = DataCollatorWithFlattening(return_tensors="pt")(features)
     longest = max(map(len, sequences))
     padded = torch.stack([torch.nn.functional.pad(s, (0, longest - len(s))) for s in sequences])
-    mask = torch.stack([torch.arange(longest) < len(s) for s in sequences]).long()
+    mask = torch.stack([torch.arange(longest, device=DEVICE) < len(s) for s in sequences]).long()
     results = []
     for batch in (flat, {"input_ids": padded, "attention_mask": mask, "labels": padded.masked_fill(mask == 0, -100)}):
         model, *_ = adapted(family)
         model.train()
-        loss = model(**batch).loss
+        loss = model(**on_device(batch)).loss
         loss.backward()
         results.append((loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.requires_grad}))
     (loss, gradients), (want, wanted) = results
@@ -202,7 +207,7 @@ def test_flash_attention_arguments_are_rewritten():
     model, base, weights = adapted(LLAMA)
     sequences = sequences_of([3, 5])
     row, positions = pack(sequences)
-    bounds = torch.tensor([0, 3, 8], dtype=torch.int32)
+    bounds = torch.tensor([0, 3, 8], dtype=torch.int32, device=DEVICE)
     seen = {}
     layer = model.get_base_model().model.layers[0]
     layer.register_forward_pre_hook(lambda _, args, kwargs: seen.update(kwargs), with_kwargs=True)
@@ -217,13 +222,44 @@ def test_flash_attention_arguments_are_rewritten():
         assert_close(logits[0, 3:], row_output(base, weights, sequences[1]), atol=2e-4, rtol=1e-3)
 
 
+@each
+@pytest.mark.parametrize("given", ["mask", "cache"])
+def test_a_mask_or_a_cache_says_that_a_row_is_one_sequence(family, given):
+    """As in transformers, whose mask is a plain causal one then: the base with the prompt in front of the row."""
+    model, base, weights = adapted(family)
+    row, positions = pack(sequences_of([3, 2]))
+    more = {"attention_mask": torch.ones_like(row)} if given == "mask" else {"use_cache": True}
+    if given == "cache":
+        more[cache_name(forward_parameters(base))] = DynamicCache(config=base.config)
+    x = embed(base, weights, row[0])
+    moved = torch.cat([torch.arange(4, device=DEVICE)[None], positions + 4], dim=1)
+    with torch.no_grad():
+        want = base(inputs_embeds=x, position_ids=moved, attention_mask=torch.ones_like(moved)).logits[:, 4:]
+        got = model(input_ids=row, position_ids=positions, **more).logits
+    assert_close(got, want, atol=2e-4, rtol=1e-3)
+
+
+def test_bounds_in_a_compiled_model():
+    """They say on the host how many sequences there are; positions alone would have to be looked at."""
+    model, base, weights = adapted(LLAMA)
+    sequences = sequences_of([3, 5])
+    row, _ = pack(sequences)
+    bounds = torch.tensor([0, 3, 8], dtype=torch.int32, device=DEVICE)
+    compiled = torch.compile(model.get_base_model(), backend="eager", fullgraph=True)
+    packed = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": 5, "max_length_k": 5}
+    with torch.no_grad():
+        logits = compiled(input_ids=row, use_cache=False, **packed).logits
+    for part, sequence in zip(logits[0].split([3, 5]), sequences, strict=True):
+        assert_close(part, row_output(base, weights, sequence), atol=2e-4, rtol=1e-3)
+
+
 def test_numbers_of_sequences_are_spread():
     model, *_ = adapted(LLAMA)
     seen = {}
     layer = model.get_base_model().model.layers[0]
     layer.register_forward_pre_hook(lambda _, args, kwargs: seen.update(kwargs), with_kwargs=True)
     row, positions = pack(sequences_of([2, 3]))
-    model(input_ids=row, position_ids=positions, seq_idx=torch.tensor([[0, 0, 1, 1, 1]]))
+    model(input_ids=row, position_ids=positions, seq_idx=torch.tensor([[0, 0, 1, 1, 1]], device=DEVICE))
     assert seen["seq_idx"].tolist() == [[0] * 6 + [1] * 7]
 
 
@@ -235,7 +271,7 @@ def test_a_packed_batch_of_a_single_sequence():
     layer.register_forward_pre_hook(lambda _, args, kwargs: seen.update(kwargs), with_kwargs=True)
     features = [{"input_ids": ids(7).tolist()}]
     collate = DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_seq_idx=True, return_tensors="pt")
-    batch = collate(features)
+    batch = on_device(collate(features))
     batch.pop("labels")
     assert {"seq_idx", "cu_seq_lens_q"} <= set(batch)
     assert_close(model(**batch, use_cache=False).logits[0], row_output(base, weights, ids(7)), atol=2e-4, rtol=1e-3)
@@ -245,7 +281,7 @@ def test_a_packed_batch_of_a_single_sequence():
 def test_positions_that_leave_some_out_start_a_sequence_where_the_model_says_so():
     """Without a mask and a cache, transformers takes a gap for the start of a new sequence."""
     model, base, weights = adapted(LLAMA)
-    row, positions = ids(1, 5), torch.tensor([[0, 1, 7, 8, 9]])
+    row, positions = ids(1, 5), torch.tensor([[0, 1, 7, 8, 9]], device=DEVICE)
     alone = base(input_ids=row[:, 2:], position_ids=positions[:, 2:], use_cache=False).logits
     assert_close(base(input_ids=row, position_ids=positions, use_cache=False).logits[:, 2:], alone)
     got = model(input_ids=row, position_ids=positions, use_cache=False).logits[0]

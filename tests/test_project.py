@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 import peft_input_tuning
+from peft_input_tuning.tested_versions import NEWEST_TESTED
 
 ROOT = Path(__file__).parent.parent
 NAME = "peft-input-tuning"
@@ -39,6 +41,24 @@ def declared(extra: str = "") -> list[Requirement]:
     if not extra:
         return [r for r in all_of_them if r.marker is None]
     return [r for r in all_of_them if r.marker is not None and r.marker.evaluate({"extra": extra})]
+
+
+def declared_with_extras(extra: str) -> list[Requirement]:
+    """What the metadata asks for: of one extra and of those that it names."""
+    here = declared(extra)
+    others = [name for r in here if r.name == NAME for name in sorted(r.extras)]
+    return [r for r in here if r.name != NAME] + [r for name in others for r in declared_with_extras(name)]
+
+
+def pinned_here(path: str) -> dict[str, str]:
+    """The versions that a file of constraints has for this Python."""
+    here = [pin for pin in pins(path) if pin.marker is None or pin.marker.evaluate()]
+    return {canonicalize_name(pin.name): version_of(pin) for pin in here}
+
+
+def newest_pin(package: str) -> Version:
+    """The newest version of a package in constraints.txt, on whatever Python."""
+    return max(Version(version_of(pin)) for pin in pins("constraints.txt") if canonicalize_name(pin.name) == package)
 
 
 def repository_files() -> list[Path]:
@@ -85,12 +105,34 @@ def test_each_dependency_is_pinned_within_its_bounds(extra):
 
 
 def test_the_lowest_pins_are_the_lower_bounds_of_the_metadata():
-    bounds = {r.name: next(s.version for s in r.specifier if s.operator == ">=") for r in declared()}
+    needed = declared() + declared_with_extras("test")
+    bounds = {r.name: next(s.version for s in r.specifier if s.operator == ">=") for r in needed}
     bounds.pop("torch")  # constraints-lowest.txt says why
-    lowest = {pin.name: version_of(pin) for pin in pins("constraints-lowest.txt")}
+    lowest = pinned_here("constraints-lowest.txt")
     assert set(lowest) == set(bounds)
     for name, bound in bounds.items():
         assert Requirement(f"{name}=={bound}").specifier.contains(lowest[name]), name
+
+
+def test_the_newest_tested_versions_are_those_of_the_constraints():
+    assert set(NEWEST_TESTED) == {"transformers", "peft"}
+    for name, minor in NEWEST_TESTED.items():
+        assert newest_pin(name).release[:2] == Version(minor).release, name
+
+
+def test_the_environments_without_constraints_have_the_torch_of_the_constraints():
+    (torch,) = re.findall(r"^TORCH \?= (\S+)$", text("Makefile"), re.MULTILINE)
+    assert Version(torch) == newest_pin("torch")
+
+
+def test_the_readme_names_the_versions_that_were_run():
+    said = " ".join(text("README.md").split())
+    lowest = {pin.name: version_of(pin) for pin in pins("constraints-lowest.txt")}
+    for name, title in {"transformers": "transformers", "peft": "PEFT", "accelerate": "accelerate"}.items():
+        low, high = lowest[name], str(newest_pin(name))
+        versions = f"{title} {low}" if low == high else f"{title} {low} to {high}"
+        assert re.search(rf"ran with .*{re.escape(versions)}(?: and|,) ", said), versions
+    assert f" torch {newest_pin('torch')} " in said
 
 
 def test_the_types_are_shipped_and_the_tests_are_not():
@@ -119,7 +161,7 @@ def test_make_help_lists_every_target():
     assert listed == TARGETS
 
 
-@pytest.mark.parametrize("path", ["README.md", "CONTRIBUTING.md", "Makefile"])
+@pytest.mark.parametrize("path", ["README.md", "CONTRIBUTING.md", "Makefile", ".ci/run"])
 def test_the_files_that_a_text_names_exist(path):
     named = re.findall(r"(?<![\w/.])((?:examples|tests|docs|peft_input_tuning)/[\w./-]+\w|[A-Z]+\.md)", text(path))
     assert named
@@ -128,8 +170,15 @@ def test_the_files_that_a_text_names_exist(path):
 
 
 def test_continuous_integration_runs_the_commands_of_the_readme():
-    commands = [line for line in text(".ci/run").splitlines() if line.startswith("make ")]
-    assert commands == ["make check", "make test", "make test-slow"]
+    lines = text(".ci/run").replace("\\\n", "").splitlines()
+    commands = [line.split()[1] for line in lines if line.startswith("make ")]
+    assert commands == ["check", "test", "test-newest", "test-slow"]
+
+
+def test_runs_on_other_versions_keep_their_outcomes_apart():
+    """`make compatibility` reads pytest's cache: what it says must come from the environment that it names."""
+    recipes = [line for line in text("Makefile").splitlines() if line.startswith("\t") and "$(PYTEST)" in line]
+    assert {"-o cache_dir=" in line for line in recipes if not line.startswith("\t$(VENV)/bin/")} == {True}
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------

@@ -11,18 +11,30 @@ from peft import LoraConfig, get_peft_model
 from torch.testing import assert_close
 
 from adapters import adapted, add, config, randomize
+from device import DEVICE
 from families import DECODERS, FAMILIES, PAD, build, ids, padded
 from oracles import adapter_weights, greedy, row_output
-from peft_input_tuning import prompt_cache, set_prompt_cache
+from peft_input_tuning import InputTuningLayer, set_prompt_cache
+from peft_input_tuning.virtual_tokens import prompt_cache
 
 llama = FAMILIES["llama"]
 WINDOWED = {"mistral", "gemma2", "gemma3"}
 each_decoder = pytest.mark.parametrize("family", DECODERS, ids=str)
 
 
+@pytest.fixture(autouse=True)
+def _switched_on(monkeypatch):
+    """It is off until `set_prompt_cache` switches it on (`test_the_switch`); here all adapters have it."""
+    monkeypatch.setattr(InputTuningLayer, "caches_prompt", True)
+
+
 @pytest.fixture
 def runs(monkeypatch):
     """Names of the adapters whose prompts ran through the model."""
+    return counted_runs(monkeypatch)
+
+
+def counted_runs(monkeypatch) -> list[str]:
     names: list[str] = []
     compute = prompt_cache._compute
 
@@ -65,13 +77,18 @@ def test_left_padding(family, runs):
 
 
 @each_decoder
-def test_the_switch(family, runs):
+def test_the_switch(family, runs, monkeypatch):
+    monkeypatch.undo()
+    assert not InputTuningLayer.caches_prompt
+    runs = counted_runs(monkeypatch)
     model, base, weights = adapted(family)
-    set_prompt_cache(model, False)
     out = generate(model, input_ids=ids(1, 7, seed=7))
     assert torch.equal(out[0, -5:], greedy(base, weights, ids(1, 7, seed=7)[0], 5))
     assert runs == []
     set_prompt_cache(model, True)
+    assert torch.equal(generate(model, input_ids=ids(1, 7, seed=7)), out)
+    assert runs == ["default"]
+    set_prompt_cache(model, False)
     assert torch.equal(generate(model, input_ids=ids(1, 7, seed=7)), out)
     assert runs == ["default"]
 
@@ -258,7 +275,7 @@ def test_own_modules_inside_the_backbone(runs):
     generator = torch.Generator().manual_seed(3)
     for key, parameter in model.named_parameters():
         if "modules_to_save" in key:
-            parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
+            parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator).to(DEVICE)
     row, alone = ids(1, 7), {}
     for name in ("default", "b"):
         model.set_adapter(name)
@@ -296,7 +313,7 @@ def test_positions_that_start_elsewhere(family, runs):
     if family.name == "bloom":
         return  # takes no positions
     model, _, _ = adapted(family)
-    row, positions = ids(1, 7), torch.arange(7)[None] + 3
+    row, positions = ids(1, 7), torch.arange(7, device=DEVICE)[None] + 3
     with torch.no_grad():
         want = model(input_ids=row, position_ids=positions).logits
         cache = transformers.DynamicCache(config=model.config)
@@ -361,7 +378,7 @@ def test_dynamic_rope_of_some_layers_takes_the_usual_way(runs):
     settings = family.config()
     settings.rope_parameters = {**settings.rope_parameters, "full_attention": DYNAMIC}
     torch.manual_seed(0)
-    model = get_peft_model(family.heads["lm"](settings), config(family)).eval()
+    model = get_peft_model(family.heads["lm"](settings).to(DEVICE), config(family)).eval()
     generate(model, input_ids=ids(1, 7))
     assert runs == []
 
@@ -370,6 +387,6 @@ def test_dynamic_rope_takes_the_usual_way(runs):
     settings = llama.config()
     settings.rope_parameters = DYNAMIC
     torch.manual_seed(0)
-    model = get_peft_model(transformers.LlamaForCausalLM(settings), config(llama)).eval()
+    model = get_peft_model(transformers.LlamaForCausalLM(settings).to(DEVICE), config(llama)).eval()
     generate(model, input_ids=ids(1, 7))
     assert runs == []

@@ -18,6 +18,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from adapters import adapted, config
+from device import DEVICE
 from families import ALL, DECODERS, ENCODERS, FAMILIES, SEQ2SEQ, build, ids
 from oracles import adapter_weights, encoder_of
 from peft_input_tuning import InputTuningConfig, from_prompt_tuning
@@ -113,7 +114,7 @@ def test_without_prompt_and_with_a_zero_second_matrix_the_base_speaks_bit_for_bi
     model = get_peft_model(build(family), config(family, num_virtual_tokens=0, init_weights=True)).eval()
     assert adapter_weights(model)["fc1.weight"].any()
     assert torch.equal(output(model, family), output(base, family))
-    mask = torch.ones(2, 6, dtype=torch.long)
+    mask = torch.ones(2, 6, dtype=torch.long, device=DEVICE)
     mask[1, 4:] = 0
     got, want = output(model, family, attention_mask=mask), output(base, family, attention_mask=mask)
     assert torch.equal(got, want)

@@ -6,7 +6,6 @@ import warnings
 
 import pytest
 import torch
-import trl
 from datasets import Dataset
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from safetensors.torch import load_file
@@ -248,6 +247,7 @@ def test_trainer(load, folder, tmp_path):
     "Quantized bases", "TRL's SFTTrainer on bitsandbytes, 4-bit: it casts the adapter to bfloat16"
 )
 def test_sft_trainer(folder, tmp_path):
+    trl = pytest.importorskip("trl", reason="TRL 1.15 and newer need Python 3.11")
     data = Dataset.from_list([{"input_ids": row.tolist()} for row in ids(8, 7)])
     settings = {"use_cpu": True, "bf16": False, "report_to": "none", "save_strategy": "no", "disable_tqdm": True}
     settings |= {"per_device_train_batch_size": 4, "max_steps": 4, "learning_rate": 1e-2, "logging_steps": 1}

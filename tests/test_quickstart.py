@@ -14,6 +14,8 @@ import pytest
 import sacrebleu
 import torch
 
+from device import DEVICE
+
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples"
 SCRIPT = EXAMPLES / "quickstart.py"
@@ -39,7 +41,8 @@ def run_script(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
 
 
 def load_tiny(folder: Path):
-    return train_and_generate.load_base(str(folder), None, torch.float32)
+    base, tokenizer = train_and_generate.load_base(str(folder), None, torch.float32)
+    return base.to(DEVICE), tokenizer
 
 
 def small_rows(tokenizer, split: str = "train", count: int = 12) -> list[dict[str, list[int]]]:
@@ -252,7 +255,8 @@ def test_packaged_model_that_is_not_installed(monkeypatch):
 def test_missing_demo_package(monkeypatch, capsys):
     monkeypatch.setattr(quickstart, "MODULES", ("no_such_module",))
     assert quickstart.main([]) == 2
-    assert "no_such_module is not installed. Run `pip install '.[demo]'`." in capsys.readouterr().err
+    said = "error: no_such_module is missing. Install it with: pip install 'peft-input-tuning[demo]'\n"
+    assert capsys.readouterr().err == said
 
 
 @pytest.mark.parametrize(
@@ -356,7 +360,7 @@ def test_validation_loss_and_generations_against_a_loop(method, tiny_model, tmp_
 
     @torch.no_grad()
     def log_probabilities(ids: list[int]) -> torch.Tensor:
-        embeddings = torch.cat([prompt, adapt(embed(torch.tensor(ids)))])
+        embeddings = torch.cat([prompt, adapt(embed(torch.tensor(ids, device=plain.device)))])
         return plain(inputs_embeds=embeddings[None]).logits[0, len(prompt) :].log_softmax(-1)
 
     losses = []
@@ -496,5 +500,8 @@ def test_input_tuning_wins_on_smollm2(tmp_path):
     run = run_script("--output-dir", "out", cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     results = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
-    assert results["input-tuning"]["validation_loss"] < results["prompt-tuning"]["validation_loss"]
-    assert results["input-tuning"]["bleu"] > results["prompt-tuning"]["bleu"]
+    ours, theirs = results["input-tuning"], results["prompt-tuning"]
+    # What the README says of all processors; figures vary with how they round.
+    assert ours["validation_loss"] < theirs["validation_loss"] / 4
+    assert ours["bleu"] > theirs["bleu"] + 15
+    assert ours["exact_match"] > theirs["exact_match"] + 30

@@ -2,44 +2,53 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
 import torch
 import transformers
+from datasets import Dataset
+from packaging.version import Version
 from peft import AutoPeftModelForCausalLM, PromptTuningConfig, get_peft_model
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.testing import assert_close
-from transformers import PreTrainedTokenizerFast
 
 from adapters import adapted, config, randomize
-from families import FAMILIES, PAD, VOCAB, build, ids, padded
-from peft_input_tuning import InputTuningConfig
+from device import DEVICE
+from families import FAMILIES, PAD, build, ids, padded
+from peft_input_tuning import InputTuningConfig, create_input_tuning_optimizer
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+import logic_to_text
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+NAME = 'name = "HuggingFaceTB/SmolLM2-135M-Instruct"\n'  # replaced by a tiny model's, since no hub is at hand
 LLAMA = FAMILIES["llama"]
+# The blocks that are not run here, by what they hold, and why not.
+NOT_RUN = {
+    "from llama_cpp import Llama": "llama.cpp is no dependency: tests/test_engines.py does what the block does",
+    "torch.onnx.export(": "onnxruntime is no dependency: tests/test_engines.py does what the block does",
+}
 
 
-def blocks(language: str) -> list[tuple[int, str]]:
-    """The README's blocks of code and the lines that they start at."""
-    found = re.finditer(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
-    return [(README.count("\n", 0, block.start(1)), block[1]) for block in found]
+def blocks(path: str, language: str = "python") -> list[tuple[int, str]]:
+    """A text's blocks of code and the lines that they start at."""
+    text = (ROOT / path).read_text(encoding="utf-8")
+    found = re.finditer(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    return [(text.count("\n", 0, block.start(1)), block[1]) for block in found]
 
 
-def save_tiny_model(folder: Path) -> None:
-    """A tiny Llama with a tokenizer of words: what stands in for a model of the hub."""
-    words = ["<pad>", "<eos>", "<unk>", *(f"w{i}" for i in range(3, VOCAB))]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
-    fast.save_pretrained(folder)
-    build("llama").save_pretrained(folder)
+def run(path: str, block: tuple[int, str], names: dict[str, Any]) -> None:
+    """Executes a block as it stands in the text; errors have its line."""
+    line, source = block
+    exec(compile("\n" * line + source, str(ROOT / path), "exec"), names)
 
 
 def save_adapter(model_folder: Path, folder: str, adapter: peft.PeftConfig) -> None:
@@ -49,42 +58,129 @@ def save_adapter(model_folder: Path, folder: str, adapter: peft.PeftConfig) -> N
     model.save_pretrained(folder)
 
 
-def test_the_examples_run_in_order_in_one_session(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    model_folder = tmp_path / "model"
-    save_tiny_model(model_folder)
-    save_adapter(model_folder, "another-adapter", config(LLAMA, num_virtual_tokens=7))
-    save_adapter(model_folder, "my-prompt-tuning", PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5))
-    rows = [{"input_ids": row, "labels": row} for row in ids(16, 6).tolist()]
-    names = {"train_dataset": rows}
-    after = {}
-    for line, source in blocks("python"):
-        source = source.replace(HUB_ID, str(model_folder))
-        exec(compile("\n" * line + source, str(ROOT / "README.md"), "exec"), names)
-        after[line] = names["model"]
+def rates(trainer: transformers.Trainer) -> dict[str, float]:
+    """How fast each part moves at the start: the prompt's parameter is the prompt divided by `prompt_scale`."""
+    scales = {"prompt": trainer.model.peft_config["default"].prompt_scale}
+    groups = trainer.optimizer.param_groups
+    return {group["name"]: group["initial_lr"] * scales.get(group["name"], 1) for group in groups}
 
-    trained, loaded, from_prompt, mixed, exported = after.values()
+
+@pytest.fixture
+def session(tiny_model, tmp_path, monkeypatch) -> dict[str, Any]:
+    """Names as in a new Python, in a folder with what the README speaks of."""
+    monkeypatch.chdir(tmp_path)
+    rows = logic_to_text.make_splits(180, 1, 1)["train"]
+    lines = [json.dumps({"source": row.source, "references": [row.reference]}) for row in rows]
+    Path("rows.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    save_adapter(tiny_model, "another-adapter", config(LLAMA, num_virtual_tokens=7))
+    save_adapter(tiny_model, "my-prompt-tuning", PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5))
+    return {}
+
+
+@pytest.fixture
+def examples(tiny_model) -> list[tuple[int, str]]:
+    """The README's blocks, with a model that is there."""
+    (line, swap), *others = blocks("README.md")
+    assert swap.count(NAME) == 1
+    return [(line, swap.replace(NAME, f"name = {str(tiny_model)!r}\n")), *others]
+
+
+def test_the_swap_trains_saves_and_loads(session, examples, capsys):
+    swap, loading, *_ = examples
+    run("README.md", swap, session)
+    trained, trainer = session["model"].eval(), session["trainer"]
+    losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+    assert len(losses) > 2
+    assert losses[-1] < losses[0] - 0.3
+    (validation,) = [log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log]
+    assert validation < losses[0] - 0.3
+    batch = trainer.data_collator(session["rows"][:3])
+    for row, labels in zip(session["rows"], batch["labels"].tolist(), strict=False):
+        assert [label for label in labels if label != -100] == row["input_ids"][row["labels"].count(-100) :]
+    assert rates(trainer) == pytest.approx({"adapter": 3e-3, "prompt": 3e-2})
+
+    fresh: dict[str, Any] = {}  # as in another process
+    run("README.md", loading, fresh)
+    row = ids(2, 6).cpu()  # where the blocks load their models
+    assert_close(fresh["model"](input_ids=row).logits, trained.cpu()(input_ids=row).logits, atol=2e-4, rtol=1e-3)
+    assert "sort(releaseDate asc of MusicRecording())[1]" in capsys.readouterr().out
+
+
+def test_the_examples_run_in_order_in_one_session(session, examples):
+    after = []
+    for block in examples:
+        run("README.md", block, session)
+        after.append(session["model"])
+    trained, _, from_prompt, mixed, exported = after
     assert not torch.equal(
-        *(m.get_input_embeddings().input_tuning_fc2["default"].weight for m in (trained, from_prompt))
+        *(m.get_input_embeddings().input_tuning_fc2["default"].weight.cpu() for m in (trained, from_prompt))
     )
-    row = ids(2, 6).to(trained.device)
-    trained.eval()
-    assert_close(loaded(input_ids=row.cpu()).logits, trained(input_ids=row).logits.cpu(), atol=2e-4, rtol=1e-3)
+    row = ids(2, 6).cpu()  # where the blocks load their models
     prompt_tuned = AutoPeftModelForCausalLM.from_pretrained("my-prompt-tuning").eval()
-    want = prompt_tuned(input_ids=row.cpu()).logits[:, 5:]
-    assert_close(from_prompt.eval()(input_ids=row.cpu()).logits, want, atol=2e-4, rtol=1e-3)
+    want = prompt_tuned(input_ids=row).logits[:, 5:]
+    assert_close(from_prompt.eval()(input_ids=row).logits, want, atol=2e-4, rtol=1e-3)
     assert sorted(mixed.peft_config) == ["another", "default"]
     plain = transformers.AutoModelForCausalLM.from_pretrained("my-checkpoint").eval()
-    virtual = torch.arange(VOCAB, VOCAB + 20).expand(2, -1)
-    logits = plain(input_ids=torch.cat([virtual, row.cpu()], 1)).logits[:, 20:, :VOCAB]
-    assert_close(exported.eval()(input_ids=row.cpu()).logits, logits, atol=2e-4, rtol=1e-3)
-    assert "w" in capsys.readouterr().out
+    words = plain.config.vocab_size - 20
+    virtual = torch.arange(words, words + 20).expand(2, -1)
+    logits = plain(input_ids=torch.cat([virtual, row], 1)).logits[:, 20:, :words]
+    assert_close(exported.eval()(input_ids=row).logits, logits, atol=2e-4, rtol=1e-3)
+
+    serving, *_ = blocks("docs/serving.md")
+    run("docs/serving.md", serving, session)
+    assert_close(session["model"](input_ids=torch.cat([virtual, row], 1)).logits[:, 20:, :words], logits)
+
+
+def test_the_examples_of_training(session, tiny_model):
+    """They go on from a script that is there: its names are made here."""
+    trl = pytest.importorskip("trl")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.pad_token = tokenizer.eos_token
+    rows = [{"input_ids": row, "labels": row} for row in ids(8, 6).tolist()]
+    few = {"max_steps": 1, "per_device_train_batch_size": 2, "save_strategy": "no"}
+
+    def base() -> torch.nn.Module:
+        return transformers.AutoModelForCausalLM.from_pretrained(tiny_model)
+
+    groups, sft = blocks("docs/training.md")
+    model = get_peft_model(base(), InputTuningConfig(task_type="CAUSAL_LM"))
+    trainer = partial(transformers.Trainer, train_dataset=rows)  # the block has no data
+    names = {"torch": torch, "model": model, "Trainer": trainer, "arguments": transformers.TrainingArguments(**few)}
+    run("docs/training.md", groups, names)
+    names["trainer"].train()
+    assert rates(names["trainer"]) == pytest.approx({"adapter": 3e-3, "prompt": 3e-2})
+
+    names = {
+        "torch": torch,
+        "model": base(),
+        "get_peft_model": get_peft_model,
+        "InputTuningConfig": InputTuningConfig,
+        "create_input_tuning_optimizer": create_input_tuning_optimizer,
+        "SFTTrainer": trl.SFTTrainer,
+        "arguments": trl.SFTConfig(**few, bf16=False, max_length=32),
+        "rows": Dataset.from_list([{"text": "sort(count asc of Book())"}] * 4),
+        "tokenizer": tokenizer,
+    }
+    run("docs/training.md", sft, names)
+    names["trainer"].train()
+    assert rates(names["trainer"]) == pytest.approx({"adapter": 3e-3, "prompt": 3e-2})
+
+
+def test_every_block_is_run_or_has_a_reason_not_to_be():
+    found = {str(path.relative_to(ROOT)): blocks(str(path.relative_to(ROOT))) for path in ROOT.glob("docs/*.md")}
+    for path, count in {"docs/serving.md": 1, "docs/training.md": 2}.items():
+        for _ in range(count):
+            found[path].pop(0)  # by the tests above
+    left = [source for of_one in found.values() for _, source in of_one]
+    for source in left:
+        assert any(mark in source for mark in NOT_RUN), source
+    assert all(any(mark in source for source in left) for mark in NOT_RUN)
 
 
 def test_the_swap_is_short():
-    (_, swap), *_ = blocks("python")
+    (_, swap), *_ = blocks("README.md")
     assert "PromptTuningConfig(...)" in swap
-    assert len([line for line in swap.splitlines() if line.strip()]) <= 15
+    assert len([line for line in swap.splitlines() if line.strip()]) <= 36
 
 
 def test_the_table_of_what_works_where_is_what_the_tests_say():
@@ -128,14 +224,15 @@ def input_tuned() -> peft.PeftModel:
 def left_padding_changes_a_row(model: peft.PeftModel) -> bool:
     row = ids(4, seed=1)
     batch, mask = padded([ids(9), row], "left")
-    alone = model(input_ids=row[None], attention_mask=torch.ones(1, 4, dtype=torch.long)).logits[0, -4:]
+    alone = model(input_ids=row[None], attention_mask=torch.ones(1, 4, dtype=torch.long, device=DEVICE)).logits[0, -4:]
     in_batch = model(input_ids=batch, attention_mask=mask).logits[1, -4:]
     return not torch.allclose(in_batch, alone, atol=2e-4, rtol=1e-3)
 
 
 def is_greedy(model: peft.PeftModel, **options) -> bool:
     row = ids(1, 7)
-    return torch.equal(model.generate(input_ids=row, **GREEDY, **options), model.generate(input_ids=row, **GREEDY))
+    want = model.generate(input_ids=row, **GREEDY, use_cache=False)
+    return torch.equal(model.generate(input_ids=row, **GREEDY, **options), want)
 
 
 @of_these_versions
@@ -150,6 +247,7 @@ def test_prompt_tuning_is_as_the_readme_says():
         model.generate(input_ids=row, adapter_names=names, **GREEDY)
     with pytest.raises(KeyError):
         model.generate(input_ids=row, cache_implementation="static", **GREEDY)
+    assert not is_greedy(model)
     assert not is_greedy(model, prefill_chunk_size=3)
     assert not is_greedy(model, assistant_model=build(LLAMA))
 
@@ -162,6 +260,12 @@ def test_input_tuning_is_as_the_readme_says():
     mixed = model(input_ids=row, adapter_names=names).logits[1]
     assert_close(mixed, build(LLAMA)(input_ids=row).logits[1], atol=2e-4, rtol=1e-3)
     assert model.generate(input_ids=row, adapter_names=names, **GREEDY).shape == (2, 7 + NEW)
+    assert is_greedy(model)
     assert is_greedy(model, cache_implementation="static")
     assert is_greedy(model, prefill_chunk_size=3)
     assert is_greedy(model, assistant_model=build(LLAMA))
+
+
+def test_the_readme_says_when_transformers_asks_for_a_newer_peft(peft_asked_for):
+    asked = f"transformers {transformers.__version__} asks for PEFT {peft_asked_for}, which is not released"
+    assert (asked in README) == (Version(peft_asked_for) > Version(peft.__version__))

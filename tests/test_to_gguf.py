@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from adapters import adapted
 from families import FAMILIES, GENERATORS
 from peft_input_tuning import export_model
-from peft_input_tuning.exported_tokenizer import tokenizer_with_prompt
+from peft_input_tuning.export.tokenizer import tokenizer_with_prompt
 from tokenizers_of_families import tokenizer_of
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))

@@ -16,13 +16,16 @@ import sacrebleu
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from datasets import Dataset
-from peft import AutoPeftModelForCausalLM, AutoPeftModelForSeq2SeqLM
+from peft import AutoPeftModelForCausalLM, AutoPeftModelForSeq2SeqLM, get_peft_model
 from rouge_score.rouge_scorer import RougeScorer
 from safetensors.torch import load_file
 from torch.testing import assert_close
-from transformers import AutoTokenizer, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
+from transformers.trainer_utils import validate_quantization_for_training
 
+import quantized_bases
 from families import FAMILIES, build
+from peft_input_tuning import InputTuningConfig
 from tokenizers_of_families import tokenizer_of
 
 TESTS = Path(__file__).parent
@@ -31,10 +34,12 @@ CONFIGS = EXAMPLES / "accelerate_configs"
 sys.path.insert(0, str(EXAMPLES))
 
 import logic_to_text  # noqa: E402
+import packaged_model  # noqa: E402
 import train  # noqa: E402
 
 SMALL = ["--max_steps", "6", "--logging_steps", "1", "--max_new_tokens", "5", "--learning_rate", "1e-2"]
 SMALL += ["--save_steps", "3", "--report_to", "none", "--use_cpu", "--disable_tqdm", "true"]
+pytestmark = pytest.mark.not_emulated("its scripts run on the CPU, in processes of their own")
 
 
 EVALUATION = ["--eval_strategy", "steps", "--eval_steps", "3"]
@@ -119,6 +124,36 @@ def test_what_a_run_leaves(alone, data):
     assert "import peft_input_tuning" in card
     sources = [row["source"] + "\n" for row in rows_of(data / "test.jsonl")]
     assert [row["source"] for row in rows_of(alone / "generations.jsonl")] == sources
+
+
+def test_a_model_out_of_a_gguf_file_can_be_trained(tmp_path):
+    pytest.importorskip("gguf")
+    quantized_bases.write_plain(tmp_path)
+    as_it_is = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf")
+    base = train.Base(str(tmp_path), "model.gguf", False, None).load("float32")
+    for name, weight in quantized_bases.gguf_file(tmp_path).state_dict().items():
+        assert torch.equal(weight, base.state_dict()[name])
+    config = InputTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    with pytest.raises(ValueError, match="do not support training"):
+        validate_quantization_for_training(get_peft_model(as_it_is, config))
+    validate_quantization_for_training(get_peft_model(base, config))
+
+
+@pytest.mark.slow
+def test_one_step_of_the_default_model(data, tmp_path):
+    """As packaged_model.py's error advises: without --model."""
+    try:
+        packaged_model.find_packaged_model()
+    except ValueError as error:
+        pytest.skip(str(error))
+    done = start(
+        str(EXAMPLES / "train.py"), "--train_data", str(data / "train.jsonl"), "--output_dir", str(tmp_path / "out"),
+        "--max_steps", "1", "--per_device_train_batch_size", "1", "--report_to", "none", "--use_cpu",
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert results(tmp_path / "out")["steps"] == 1
+    assert "Warning: No artists" not in done.stderr
 
 
 def test_the_adapter_gives_the_generations(alone, tiny_model):
@@ -247,18 +282,20 @@ def test_an_interrupted_run_goes_on(alone, options, tmp_path):
 
 
 @train_py("early stopping")
-def test_early_stopping(options, tmp_path):
+def test_early_stopping(options, tmp_path, lowest_loss_at):
+    lowest_loss_at(train.TokenMeanTrainer, 3)
     more = ["--eval_strategy", "steps", "--eval_steps", "1", "--save_steps", "1", "--load_best_model_at_end", "true"]
-    more += ["--early_stopping_patience", "2", "--max_steps", "30", "--learning_rate", "0.5"]
+    more += ["--early_stopping_patience", "2", "--max_steps", "30"]
     assert train.main([*options, *more, "--output_dir", str(tmp_path)]) == 0
     report = json.loads((tmp_path / "results.json").read_text())
-    evaluations = {log["step"]: log["eval_loss"] for log in report["curve"] if "eval_loss" in log}
-    assert report["results"]["steps"] < 30
-    best = min(evaluations, key=evaluations.get)
-    assert report["results"]["validation_loss"] == pytest.approx(evaluations[best], rel=1e-5)
-    saved = load_file(tmp_path / f"checkpoint-{best}" / "adapter_model.safetensors")
+    *evaluations, at_the_end = [(log["eval_loss"], log["step"]) for log in report["curve"] if "eval_loss" in log]
+    assert report["results"]["steps"] == at_the_end[1] == 5  # after two that are no better
+    assert min(evaluations)[1] == 3
+    assert report["results"]["validation_loss"] == at_the_end[0] == pytest.approx(min(evaluations)[0], rel=1e-5)
+    best, last = (load_file(tmp_path / f"checkpoint-{step}" / "adapter_model.safetensors") for step in (3, 5))
     for name, value in load_file(tmp_path / "adapter_model.safetensors").items():
-        assert_close(value, saved[name])
+        assert_close(value, best[name])
+        assert not torch.equal(value, last[name]), "the case shows nothing"
 
 
 @pytest.mark.parametrize("method", [pytest.param(m, marks=train_py(f"method {m}")) for m in train.LEARNING_RATES])

@@ -42,6 +42,9 @@ def test_the_page_keeps_cpu_and_gpu_apart():
     assert "| resume | ✓ | not run |" in text
     assert "| DPO | ✗ failed | not run |" in text
     assert row_texts(text) == ["resume", "DPO"]
+    text = page(both, {"test_0": "passed"}, "", on_gpu={"test_0": "passed", "on_gpu": "passed", "other": "failed"})
+    assert "| resume | ✓ | ✓ 2 tests |" in text
+    assert "| DPO | not run | ✗ failed |" in text
     assert text.index(f"## {GROUP}") < text.index("## TRL")
 
 

@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from adapters import SIZES, adapted, config, randomize
+from device import DEVICE
 from families import ALL, DECODERS, FAMILIES, GENERATORS, build, ids
 from oracles import adapter_weights, embed, greedy, row_output
 
@@ -132,10 +133,10 @@ def test_an_adapter_is_loaded_from_tensors_in_memory():
 )
 def test_from_pretrained_with_an_adapter_folder(tmp_path, family, auto):
     build(family).save_pretrained(tmp_path / "base")
-    peft_model = get_peft_model(family.heads["lm"].from_pretrained(tmp_path / "base"), config(family))
+    peft_model = get_peft_model(family.heads["lm"].from_pretrained(tmp_path / "base").to(DEVICE), config(family))
     randomize(peft_model)
     peft_model.save_pretrained(tmp_path / "adapter")
-    model = auto.from_pretrained(tmp_path / "adapter")
+    model = auto.from_pretrained(tmp_path / "adapter").to(DEVICE)
     assert model.active_adapters() == ["default"]
     assert torch.equal(output(model, family), output(peft_model.eval(), family))
 
@@ -371,7 +372,7 @@ TEXTS = ["w5 w6 w7", "w8 w9 w10 w11 w12"]
 
 
 def as_ids(text: str) -> torch.Tensor:
-    return torch.tensor([int(word[1:]) for word in text.split()])
+    return torch.tensor([int(word[1:]) for word in text.split()], device=DEVICE)
 
 
 @pytest.mark.feature("pipeline")
@@ -380,7 +381,7 @@ def as_ids(text: str) -> torch.Tensor:
 @pytest.mark.parametrize("family", DECODERS, ids=str)
 def test_text_generation_pipeline(tokenizer, family, way, batch_size):
     model = added(family) if way == "transformers" else adapted(family)[0]
-    pipe = pipeline("text-generation", model=model, tokenizer=tokenizer, device="cpu")
+    pipe = pipeline("text-generation", model=model, tokenizer=tokenizer, device=DEVICE)
     out = pipe(TEXTS, max_new_tokens=4, do_sample=False, return_full_text=False, batch_size=batch_size)
     for text, answers in zip(TEXTS, out, strict=True):
         want = greedy(build(family), adapter_weights(model), as_ids(text), 4)
@@ -411,10 +412,12 @@ def test_text_classification_pipeline(tokenizer, family, way):
         model = adapted(family, "seq_cls", task_type="SEQ_CLS")[0]
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.padding_side = "right"  # BERT's own rows depend on padding on the left
-    pipe = pipeline("text-classification", model=model, tokenizer=tokenizer, device="cpu", top_k=None)
+    pipe = pipeline("text-classification", model=model, tokenizer=tokenizer, device=DEVICE, top_k=None)
     for text, answers in zip(TEXTS, pipe(TEXTS, batch_size=2), strict=True):
         want = class_logits(base, adapter_weights(model), as_ids(text)).softmax(-1)
-        got = torch.tensor([next(a["score"] for a in answers if a["label"] == f"LABEL_{i}") for i in range(3)])
+        got = torch.tensor(
+            [next(a["score"] for a in answers if a["label"] == f"LABEL_{i}") for i in range(3)], device=DEVICE
+        )
         assert_close(got, want, **TOLERANCE)
 
 
@@ -423,12 +426,12 @@ def test_pipeline_from_an_adapter_folder(tmp_path, tokenizer):
     base = build(LLAMA)
     base.config.eos_token_id = None  # an end that comes by chance would make the comparison vacuous
     base.save_pretrained(tmp_path / "base")
-    model = get_peft_model(LLAMA.heads["lm"].from_pretrained(tmp_path / "base"), config(LLAMA))
+    model = get_peft_model(LLAMA.heads["lm"].from_pretrained(tmp_path / "base").to(DEVICE), config(LLAMA))
     randomize(model)
     model.save_pretrained(tmp_path / "adapter")
     tokenizer.save_pretrained(tmp_path / "base")
-    pipe = pipeline("text-generation", model=str(tmp_path / "adapter"), device="cpu")
+    pipe = pipeline("text-generation", model=str(tmp_path / "adapter"), device=DEVICE)
     out = pipe(TEXTS[0], max_new_tokens=4, do_sample=False, return_full_text=False)
-    base = LLAMA.heads["lm"].from_pretrained(tmp_path / "base")
+    base = LLAMA.heads["lm"].from_pretrained(tmp_path / "base").to(DEVICE)
     want = greedy(base, adapter_weights(model), as_ids(TEXTS[0]), 4)
     assert out[0]["generated_text"].split() == tokenizer.convert_ids_to_tokens(want.tolist())

@@ -6,12 +6,12 @@ The oracle runs the untouched base model on `[prompt ; T(e)]`, one row at a time
 from __future__ import annotations
 
 import copy
+import sys
 import warnings
 from itertools import pairwise
 
 import pytest
 import torch
-import trl
 from datasets import Dataset
 from peft import get_peft_model
 from torch import Tensor
@@ -19,9 +19,15 @@ from torch.nn.functional import log_softmax, logsigmoid
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from adapters import config, randomize
+from device import DEVICE
 from families import FAMILIES
 from oracles import adapter_weights, row_output
 from peft_input_tuning import create_input_tuning_optimizer
+
+if sys.version_info < (3, 11):
+    pytest.skip("TRL 1.15 and newer need Python 3.11", allow_module_level=True)
+
+import trl
 
 LLAMA = FAMILIES["llama"]
 CLOSE = {"rel": 1e-3, "abs": 1e-4}
@@ -47,13 +53,19 @@ def tokenizer(tiny_model):
 
 @pytest.fixture
 def base(tiny_model):
-    return AutoModelForCausalLM.from_pretrained(tiny_model).eval()
+    return AutoModelForCausalLM.from_pretrained(tiny_model).eval().to(DEVICE)
 
 
 def arguments(kind, tmp_path, **more):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        settings = {"use_cpu": True, "bf16": False, "report_to": "none", "learning_rate": 1e-2, "max_steps": 2}
+        settings = {
+            "use_cpu": DEVICE.type == "cpu",
+            "bf16": False,
+            "report_to": "none",
+            "learning_rate": 1e-2,
+            "max_steps": 2,
+        }
         settings |= {"per_device_train_batch_size": 4, "logging_steps": 1, "save_strategy": "no"}
         settings |= {"gradient_checkpointing": False, "disable_tqdm": True}
         return kind(output_dir=str(tmp_path), **settings | more)
@@ -300,7 +312,8 @@ def test_kto(base, tokenizer, tmp_path, ready):
 def test_reward(tiny_model, tokenizer, tmp_path, ready):
     tokenizer.pad_token = "~"  # of its own: models pool the last token that is no padding
     pad = tokenizer.pad_token_id
-    base = AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=1, pad_token_id=pad).eval()
+    base = AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=1, pad_token_id=pad)
+    base = base.eval().to(DEVICE)
     ours = config(task_type="SEQ_CLS")
     model = copy.deepcopy(base)
     trainer = trl.RewardTrainer(
@@ -359,11 +372,11 @@ def test_online(base, tokenizer, tmp_path, kind, ready):
     rows = [tokenizer(text).input_ids for text in TEXTS[:2]]
     longest = max(map(len, rows))
     completion = tokenizer(TEXTS[2]).input_ids[:5]
-    ids = torch.tensor([[0] * (longest - len(row)) + row + completion for row in rows])
-    mask = torch.tensor([[0] * (longest - len(row)) + [1] * (len(row) + 5) for row in rows])
+    ids = torch.tensor([[0] * (longest - len(row)) + row + completion for row in rows], device=DEVICE)
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * (len(row) + 5) for row in rows], device=DEVICE)
     got = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, logits_to_keep=5)[0]
     for i, row in enumerate(rows):
-        full = torch.tensor(row + completion)
+        full = torch.tensor(row + completion, device=DEVICE)
         logps = log_softmax(row_output(base, weights, full)[:-1] / trainer.temperature, -1)
         want = logps.gather(1, full[1:, None])[-5:, 0]
         torch.testing.assert_close(got[i], want, atol=2e-4, rtol=1e-3)
@@ -391,7 +404,7 @@ def test_distillation(base, tokenizer, tmp_path, ready):
         peft_config=None if ready else config(LLAMA),
     )
     weights = prepared(trainer)
-    prompt, completion = (tokenizer(text, return_tensors="pt").input_ids for text in PAIRS[0][:2])
+    prompt, completion = (tokenizer(text, return_tensors="pt").input_ids.to(DEVICE) for text in PAIRS[0][:2])
     batch = {"prompt_ids": prompt, "completion_ids": completion}
     batch |= {"prompt_mask": torch.ones_like(prompt), "completion_mask": torch.ones_like(completion)}
     row = torch.cat([prompt, completion], dim=1)[0]

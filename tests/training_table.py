@@ -17,10 +17,11 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import platform
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -30,6 +31,7 @@ import pytest
 TESTS = Path(__file__).parent
 TABLE = TESTS.parent / "docs" / "compatibility.md"
 MARKER, CACHE_KEY = "trains_with", "compatibility/outcomes"
+ON_GPU = f"{CACHE_KEY}-cuda"  # of a run with DEVICE=cuda
 GROUPS = (  # in the order of the page; a marker with another group is an error
     "transformers Trainer",
     "TRL",
@@ -47,7 +49,8 @@ HEAD = """\
 # What one can train with
 
 Each tick is a test that ran and passed where the column says; `make compatibility` writes this page from the outcomes
-of `make test-all`. "not run" is what it says: nothing is known of it. An empty cell: there is no such test.
+of `make test-all`, for the GPU with `DEVICE=cuda`. "not run" is what it says: nothing is known of it. An empty cell:
+there is no such test.
 
 """
 
@@ -95,7 +98,9 @@ class Outcomes:
     def pytest_sessionfinish(self) -> None:
         cache = getattr(self.config, "cache", None)
         if cache is not None and self.seen:
-            cache.set(CACHE_KEY, {**cache.get(CACHE_KEY, {}), **self.seen})
+            device = os.environ.get("DEVICE", "cpu")
+            key = CACHE_KEY if device == "cpu" else f"{CACHE_KEY}-{device}"
+            cache.set(key, {**cache.get(key, {}), **self.seen})
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -113,11 +118,12 @@ class Collected:
     def __init__(self) -> None:
         self.rows: list[Row] = []
         self.outcomes: dict[str, str] = {}
+        self.on_gpu: dict[str, str] = {}
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         self.rows = rows_of(session.items)
         if session.config.cache is not None:
-            self.outcomes = session.config.cache.get(CACHE_KEY, {})
+            self.outcomes, self.on_gpu = (session.config.cache.get(key, {}) for key in (CACHE_KEY, ON_GPU))
 
 
 def collect() -> Collected:
@@ -129,7 +135,7 @@ def collect() -> Collected:
     return collected
 
 
-def cell(rows: list[Row], outcomes: dict[str, str]) -> str:
+def cell(rows: list[Row], outcomes: Mapping[str, str]) -> str:
     """A tick where all tests ran and passed; else what is known."""
     became = [outcomes.get(row.nodeid) for row in rows]
     if not rows:
@@ -141,8 +147,8 @@ def cell(rows: list[Row], outcomes: dict[str, str]) -> str:
     return "✓" if len(rows) == 1 else f"✓ {len(rows)} tests"
 
 
-def page(rows: list[Row], outcomes: dict[str, str], machine: str) -> str:
-    """The page's Markdown."""
+def page(rows: list[Row], outcomes: dict[str, str], machine: str, on_gpu: Mapping[str, str] = {}) -> str:
+    """The page's Markdown, of the outcomes on a CPU and on a GPU."""
     parts = [HEAD, f"{machine}\n"]
     for group in GROUPS:
         texts = dict.fromkeys(row.text for row in rows if row.group == group)
@@ -151,8 +157,8 @@ def page(rows: list[Row], outcomes: dict[str, str], machine: str) -> str:
         parts.append(f"\n## {group}\n\n| | CPU | GPU |\n| :-- | :-- | :-- |\n")
         for text in texts:
             mine = [row for row in rows if (row.group, row.text) == (group, text)]
-            on_cpu, on_gpu = ([row for row in mine if row.on_gpu == gpu] for gpu in (False, True))
-            parts.append(f"| {text} | {cell(on_cpu, outcomes)} | {cell(on_gpu, outcomes) or 'not run'} |\n")
+            cells = cell([row for row in mine if not row.on_gpu], outcomes), cell(mine, on_gpu)
+            parts.append(f"| {text} | {' | '.join(cells)} |\n")
     return "".join(parts)
 
 
@@ -181,7 +187,7 @@ def main() -> None:
         return
     if not any(row.nodeid in collected.outcomes for row in collected.rows):
         raise SystemExit("No test of the table has run here. Run `make test-all` first.")
-    TABLE.write_text(page(collected.rows, collected.outcomes, machine()), encoding="utf-8")
+    TABLE.write_text(page(collected.rows, collected.outcomes, machine(), collected.on_gpu), encoding="utf-8")
     print(f"Wrote {TABLE.relative_to(TESTS.parent)}")
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # beside the other examples
 
-from peft_input_tuning import html_page as html
+from peft_input_tuning.output import html
 
 FIGURES = "figures"  # folder beside the Markdown
 _STYLE = """

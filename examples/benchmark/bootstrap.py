@@ -22,11 +22,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # beside the other examples
 
-from sacrebleu.metrics import BLEU
-from sacrebleu.significance import PairedTest
-
-from metrics.generation_metrics import by_position
-
 SAMPLES = 1000
 SEED = 12345  # sacrebleu takes 0 for no seed
 LEVEL = 0.025
@@ -64,6 +59,11 @@ def paired_bootstrap(
         references: of each row, at least one.
         samples: how often rows are drawn.
     """
+    from sacrebleu.metrics import BLEU
+    from sacrebleu.significance import PairedTest
+
+    from metrics.generation_metrics import by_position
+
     with _seed_of_sacrebleu():
         test = PairedTest(
             [("baseline", list(baseline)), ("method", list(texts))],

@@ -16,7 +16,7 @@ from statistics import correlation, fmean, stdev
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # beside the other examples
 
-from peft_input_tuning.familiarity_regression import FamiliarityRegression
+from peft_input_tuning.familiarity.regression import FamiliarityRegression
 from records import Record
 
 LOWEST, OURS, HIGHEST = "prompt-tuning", "input-tuning", "fine-tuning"

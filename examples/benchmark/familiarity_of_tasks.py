@@ -20,7 +20,8 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from packaged_model import PACKAGED, find_model
-from peft_input_tuning import BigramCounts, familiarity
+from peft_input_tuning.command_line.gguf import dense_weights
+from peft_input_tuning.familiarity import BigramCounts, familiarity
 from task_data import InputError, limit, read_json_lines
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -46,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.corpus:
         with arguments.corpus.open(encoding="utf-8") as lines:
             counts = BigramCounts(tokenizer).add(tqdm(lines, desc="corpus", unit=" lines"))
-    model = AutoModelForCausalLM.from_pretrained(name, dtype="auto", **more).to(arguments.device)
+    model = AutoModelForCausalLM.from_pretrained(name, dtype="auto", **dense_weights(gguf)).to(arguments.device)
     results: dict[str, object] = {"model": gguf or name, "limit": arguments.limit, "seed": SEED}
     for task, rows in tasks.items():
         with tqdm(desc=task, total=len(rows), unit=" inputs") as bar:

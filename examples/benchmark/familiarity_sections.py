@@ -12,7 +12,7 @@ from bootstrap import LEVEL
 from comparisons import HIGHEST, LOWEST, OURS, gain, gap_closed, pairs_of, rank_correlation, regression, relative
 from figures import BITS, gap_bars, relative_performance
 from findings import MISSING, Findings, number
-from peft_input_tuning.familiarity_regression import FamiliarityRegression
+from peft_input_tuning.familiarity.regression import FamiliarityRegression
 from significance import Comparison, trained_on
 
 # ---- significance ---------------------------------------------------------------------------------------------------

@@ -14,17 +14,16 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # beside the other examples
 
-import matplotlib
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
-
 from comparisons import HIGHEST, LOWEST, OURS, Means, finished, gap_closed, means_of, pairs_of, relative
 from records import Record
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 STYLES = {
     "prompt-tuning": ("#E69F00", "-", "o"),
@@ -63,6 +62,10 @@ def _drawn(name: str, caption: str, size: tuple[float, float], draw: Callable[[F
         caption: read out in its place.
         size: width and height in inches.
     """
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
     with matplotlib.rc_context({**_SETTINGS, "svg.hashsalt": name}):
         figure = Figure(figsize=size, layout="constrained")
         FigureCanvasSVG(figure)
@@ -118,6 +121,8 @@ def loss_curves(records: Mapping[str, Record], tasks: Sequence[str], methods: Se
         return None
 
     def draw(figure: Figure) -> None:
+        from matplotlib.ticker import MaxNLocator
+
         axes = _multiples(figure, tasks)
         for one, task in zip(axes, tasks, strict=True):
             for method in methods:

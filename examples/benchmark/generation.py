@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from peft_input_tuning import from_prompt_tuning
+from prompt_methods import generate_greedily
 
 MAX_NEW_TOKENS = 64
 GENERATED_AT_ONCE = 64
@@ -60,13 +61,13 @@ def generate(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, prompts
             if model.config.is_encoder_decoder:  # BART numbers the places of a row, and new tokens stand elsewhere
                 ids = [row[pad:] + row[:pad] for row, pad in zip(ids, pads, strict=True)]
                 mask = [row[::-1] for row in mask]
-            out = model.generate(
-                input_ids=torch.tensor(ids, device=model.device),
-                attention_mask=torch.tensor(mask, device=model.device),
-                max_new_tokens=MAX_NEW_TOKENS,
-                do_sample=False,
-                pad_token_id=tokenizer.pad_token_id,
-                eos_token_id=tokenizer.eos_token_id,
+            out = generate_greedily(
+                model,
+                torch.tensor(ids, device=model.device),
+                torch.tensor(mask, device=model.device),
+                MAX_NEW_TOKENS,
+                pad=tokenizer.pad_token_id,
+                eos=tokenizer.eos_token_id,
             )
             new = out if model.config.is_encoder_decoder else out[:, longest:]
             for row, text in zip(rows, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):

@@ -25,7 +25,6 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # beside the other examples
 
-import evaluate
 import torch
 from peft import PeftModel, get_peft_model
 from transformers import (
@@ -39,6 +38,7 @@ from transformers import (
 
 from checkpoints import CheckpointFolders, is_complete, last_complete_checkpoint
 from dense_model import model_label, plain_checkpoint
+from extras import needs
 from faults import StopAtNonFinite, TrainingError
 from generation import generate
 from methods import METHODS, Method
@@ -210,7 +210,11 @@ def execute(
         work: where the model may be kept.
         folder: where the run's checkpoints go.
     """
-    metric = evaluate.load(METRIC) if run.stage != "rates" else None  # before any work: what it needs is there
+    metric = None
+    if run.stage != "rates":
+        import evaluate
+
+        metric = evaluate.load(METRIC)  # before any work
     place = Base.find(plain_checkpoint(model_name, work))
     tokenizer, method = place.tokenizer, METHODS[run.method]
     tokenizer.padding_side = "right"  # PEFT's prompt methods are wrong beside left padding
@@ -314,6 +318,11 @@ def record_run(run: Run, budget: Budget, data: Path, model: str, dtype: str, res
     return 0
 
 
+def check_installed() -> None:
+    """Raises InputError where a package of the metrics is missing."""
+    needs("benchmark", "datasets", "evaluate", "nltk", "pycocoevalcap", "rouge_score", "sacrebleu")
+
+
 def checkpoints_of(run: Run, results: Path, work: Path) -> Path:
     """The folder of a run's checkpoints: its own, whatever other budgets and models are run in `work`."""
     return work / results.name / run.name
@@ -381,6 +390,7 @@ def main(argv: list[str] | None = None) -> int:
     quiet()
     budget = BUDGETS[options.budget]
     try:
+        check_installed()
         run = asked_run(options, budget)
         return record_run(
             run, budget, options.data, options.model, options.dtype, results_folder(options), options.work

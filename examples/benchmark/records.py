@@ -14,7 +14,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # beside the other examples
 
-from peft_input_tuning.unfinished_file import unfinished
+from peft_input_tuning.output.files import unfinished
 from task_data import InputError
 
 FINAL = ("finished", "diverged")

@@ -23,14 +23,15 @@ from amount_sections import amounts
 from blocks import FIGURES, Block, Figure, Table, block_markdown, markdown, page
 from bootstrap import SAMPLES
 from comparisons import LOWEST, OURS, finished, gap_closed
+from extras import needs
 from familiarity_sections import familiarity, gap, line, significance
 from findings import MISSING, Findings, number
-from peft_input_tuning.unfinished_file import unfinished
+from peft_input_tuning.output.files import unfinished
 from plan import BUDGETS, SHARED
 from records import read_records
 from result_sections import ablations, samples, scores
 from run_sections import all_runs, rates, what_was_run
-from significance import compare_all, load, save, still_true
+from significance import check_installed, compare_all, load, save, still_true
 from task_data import InputError
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -155,6 +156,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if options.samples < 1:
             raise InputError(f"--samples must be >= 1, got {options.samples}.")
+        needs("benchmark", "matplotlib")
+        check_installed()
         found = gather(options)
     except InputError as error:
         print(f"report.py: {error}", file=sys.stderr)

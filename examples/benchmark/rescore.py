@@ -14,10 +14,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # beside the other examples
 
-import evaluate
 from tqdm import tqdm
 
-from one_run import METRIC
+from one_run import METRIC, check_installed
 from records import Record, read_records, write_record
 from report import RESULTS, parser_for_stored_runs
 from significance import outputs_and_references
@@ -42,6 +41,8 @@ def rescore(results: Path, data: Path) -> dict[str, Record]:
             f"--results: no run with texts in {str(results)!r} has finished. Name the folder of the runs."
         )
     find_tasks(data, tuple({record["task"] for record in records.values()}))
+    import evaluate
+
     metric = evaluate.load(METRIC)
     changed = {}
     for name, record in tqdm(records.items(), desc="Measuring", unit="run", disable=None):
@@ -56,6 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser_for_stored_runs(__doc__).parse_args(argv)
     results = options.results or RESULTS / options.budget
     try:
+        check_installed()
         changed = rescore(results, options.data)
     except InputError as error:
         print(f"rescore.py: {error}", file=sys.stderr)

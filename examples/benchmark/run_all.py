@@ -16,7 +16,6 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import IO
 
@@ -26,7 +25,7 @@ import torch
 from tqdm import tqdm
 
 from dense_model import model_label, plain_checkpoint
-from one_run import PROGRESS, add_common_arguments, checkpoints_of, results_folder
+from one_run import PROGRESS, add_common_arguments, check_installed, checkpoints_of, results_folder
 from plan import BUDGETS, SEARCH_TASKS, TASKS, Budget, Run, runs
 from records import FINAL, Record, losses, read_record, read_records, write_record
 from task_data import InputError
@@ -146,9 +145,7 @@ def check(options: argparse.Namespace) -> None:
         raise InputError(f"--tasks: {unknown[0]!r} is not one of {', '.join(TASKS)}.")
     if options.workers is not None and options.workers < 1:
         raise InputError(f"--workers must be >= 1, got {options.workers}.")
-    missing = [name for name in ("nltk", "pycocoevalcap", "rouge_score", "sacrebleu") if find_spec(name) is None]
-    if missing:
-        raise InputError(f"{missing[0]} is not installed. Run `pip install '.[benchmark]'`.")
+    check_installed()
     find_tasks(options.data, (*SEARCH_TASKS, *options.tasks))
     wanted = {"budget": options.budget, "model": model_label(options.model), "dtype": options.dtype}
     hashes: dict[str, dict[str, str]] = {}

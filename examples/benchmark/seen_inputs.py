@@ -13,22 +13,23 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # beside the other examples
 
-import sacrebleu
-
 from blocks import Table, block_markdown
 from comparisons import finished
 from findings import MISSING
-from metrics.generation_metrics import by_position
 from plan import BUDGETS, SHARED, TASKS, Budget
 from records import Record, read_records
 from report import RESULTS, parser_for_stored_runs
-from significance import outputs_and_references
+from significance import check_installed, outputs_and_references
 from task_data import InputError
 from tasks import find_tasks, read_task
 
 
 def split_scores(texts: list[str], references: list[list[str]], seen: list[bool]) -> tuple[float | None, float | None]:
     """BLEU, in per cent, of the rows that were seen and of the others; None where there are none."""
+
+    import sacrebleu
+
+    from metrics.generation_metrics import by_position
 
     def score(rows: list[int]) -> float | None:
         chosen = by_position([references[row] for row in rows]) if rows else []
@@ -83,6 +84,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     results = options.results or RESULTS / options.budget
     try:
+        check_installed()
         print(block_markdown(table(results, options.data, options.task, BUDGETS[options.budget])))
     except InputError as error:
         print(f"seen_inputs.py: {error}", file=sys.stderr)

@@ -18,13 +18,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # beside the other examples
 
-import sacrebleu
 from tqdm import tqdm
 
 from bootstrap import SAMPLES, SEED, paired_bootstrap
 from comparisons import finished, in_order
-from metrics.generation_metrics import by_position
-from peft_input_tuning.unfinished_file import unfinished
+from extras import needs
+from peft_input_tuning.output.files import unfinished
 from plan import TASKS
 from records import Record, read_outputs
 from task_data import InputError
@@ -148,6 +147,11 @@ def _joined(parts: Iterator[tuple[list[str], list[list[str]]]]) -> tuple[list[st
     return list(chain.from_iterable(outputs)), list(chain.from_iterable(references))
 
 
+def check_installed() -> None:
+    """Raises InputError where a package is missing that what follows needs."""
+    needs("benchmark", "datasets", "evaluate", "rouge_score", "sacrebleu")
+
+
 def outputs_and_references(results: Path, data: Path, name: str, record: Record) -> tuple[list[str], list[list[str]]]:
     """A run's outputs and their references.
 
@@ -168,6 +172,10 @@ def outputs_and_references(results: Path, data: Path, name: str, record: Record)
             f"{name}: it has {len(outputs)} outputs for {len(references)} test rows. "
             "Remove its record and run it again."
         )
+    import sacrebleu
+
+    from metrics.generation_metrics import by_position
+
     score = sacrebleu.corpus_bleu(outputs, by_position(references), lowercase=True).score
     if abs(score - record["metrics"]["bleu"]) > _TOLERANCE:
         raise InputError(
@@ -182,6 +190,8 @@ def outputs_and_references(results: Path, data: Path, name: str, record: Record)
 
 def save(path: Path, comparisons: Sequence[Comparison], samples: int) -> None:
     """Writes comparisons and how they were made."""
+    import sacrebleu
+
     how = {"test": "paired bootstrap", "samples": samples, "seed": SEED, "sacrebleu": sacrebleu.__version__}
     with unfinished(path) as scratch:
         text = json.dumps({**how, "comparisons": [asdict(one) for one in comparisons]}, indent=1)

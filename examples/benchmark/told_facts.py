@@ -22,7 +22,7 @@ from methods import METHODS
 from plan import ABLATIONS, BUDGETS
 from records import read_records
 from report import RESULTS, parser_for_stored_runs
-from significance import outputs_and_references
+from significance import check_installed, outputs_and_references
 from task_data import InputError
 from tasks import SPLITS, find_tasks, read_task
 
@@ -104,6 +104,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     results = options.results or RESULTS / options.budget
     try:
+        check_installed()
         print(block_markdown(table(results, options.data, options.task, BUDGETS[options.budget].seeds[0])))
     except InputError as error:
         print(f"told_facts.py: {error}", file=sys.stderr)

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from packaged_model import PACKAGED, find_model
 from peft_input_tuning import InputTuningConfig, create_input_tuning_optimizer
-from task_data import load_task
+from task_data import InputError, load_task
 from train_and_generate import IGNORED, encode_rows, load_base, pad_rows
 
 
@@ -65,4 +65,7 @@ def main(argv: list[str] | None = None) -> list[float]:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f"error: {error}")

@@ -13,6 +13,7 @@ from torch import nn
 
 from packaged_model import PACKAGED, find_model
 from peft_input_tuning import InputTuningConfig
+from peft_input_tuning.command_line.gguf import dense_weights
 
 # SmolLM2's architecture at other sizes, with random weights: enough for timing.
 SCALED = {
@@ -42,7 +43,7 @@ class Bench:
     def _base(self) -> nn.Module:
         if self.size == PACKAGED:
             folder, gguf = find_model(PACKAGED)
-            return transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf, dtype=self.dtype)
+            return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=self.dtype, **dense_weights(gguf))
         sizes = SCALED[self.size]
         heads = max(1, sizes["num_attention_heads"] // 4)
         words = 500 if self.size == "tiny" else 49152

@@ -20,12 +20,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # beside the ot
 import peft
 import torch
 import transformers
-from rich.console import Console
-from rich.progress import Progress
 
+from extras import needs
 from measures import MEASURES
 from models import SIZES, Bench
+from packaged_model import PACKAGED, find_model
+from prompt_methods import PEFT_LOSES_CACHES
 from rounds import Row, compare, markdown, run_rounds
+from task_data import InputError
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -33,6 +35,16 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.device == "cuda" and not torch.cuda.is_available():
         print("--device: there is no CUDA device on this machine. Leave it out for the CPU.", file=sys.stderr)
         return 2
+    try:
+        needs("demo", "rich")
+        if arguments.size == PACKAGED:
+            find_model(PACKAGED)  # it is there
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    from rich.console import Console
+    from rich.progress import Progress
+
     bench = Bench(arguments.size, torch.device(arguments.device), getattr(torch, arguments.dtype))
     transformers.logging.set_verbosity_error()
     header = machine(bench)
@@ -73,6 +85,8 @@ def machine(bench: Bench) -> str:
     else:
         where = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}, PEFT {peft.__version__}"
+    if PEFT_LOSES_CACHES:
+        versions += ". With these versions PEFT's prompt-tuning loses its cache: its times of generation say nothing"
     return f"{bench.size} model, {str(bench.dtype).removeprefix('torch.')}; {where}; {versions}"
 
 

@@ -1,0 +1,21 @@
+"""Packages that only some examples need. They are imported where they are used, so that --help works without them."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+from task_data import InputError
+
+
+def needs(extra: str, *modules: str) -> None:
+    """To be called before any work. Imports nothing, so that it answers at once.
+
+    Args:
+        extra: of peft-input-tuning, which brings all of the modules.
+
+    Raises:
+        InputError: one is missing; the message says how to install it.
+    """
+    for module in modules:
+        if find_spec(module) is None:
+            raise InputError(f"{module} is missing. Install it with: pip install 'peft-input-tuning[{extra}]'")

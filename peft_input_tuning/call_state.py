@@ -1,0 +1,128 @@
+"""Which adapter each row of the current call uses (`adapter_names=[...]`), whether its prompt is already in place, and
+whether `generate` makes the call.
+
+All are properties of one call, not of the model: two threads may call one model with different rows. So they live in
+context variables, which every thread has for itself. Compiled code does not read them: `InputTuningModel` runs calls
+with `adapter_names` eagerly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+BASE = "__base__"  # PEFT's name for "no adapter" in a mixed batch
+
+
+@dataclass(frozen=True)
+class RowAdapters:
+    """The adapter and the prompt length of each row as the caller counts rows.
+
+    Args:
+        names: the adapters.
+        prompt_lengths: their numbers of virtual tokens.
+        in_generate: whether rows may come repeated, for beams and return sequences.
+    """
+
+    names: tuple[str, ...]
+    prompt_lengths: tuple[int, ...]
+    in_generate: bool = False
+    _tensors: dict[Any, torch.Tensor] = field(default_factory=dict, compare=False, repr=False)
+
+    def _repeats(self, batch: int) -> int:
+        repeats, rest = divmod(batch, len(self.names))
+        if rest or (repeats != 1 and not self.in_generate):
+            raise ValueError(
+                f"`adapter_names` has {len(self.names)} names for a batch of {batch} rows. Pass one name a row. (Rows "
+                "that `generate` repeats for beams share a name; that needs a PeftModel with a task type.)"
+            )
+        return repeats
+
+    def names_of(self, batch: int) -> list[str]:
+        """The names, repeated for beams and return sequences."""
+        repeats = self._repeats(batch)
+        return [name for name in self.names for _ in range(repeats)]
+
+    def lengths_of(self, batch: int, device: torch.device) -> torch.Tensor | None:
+        """Prompt lengths `(batch, 1)`; None where all are the same."""
+        repeats = self._repeats(batch)
+        if len(set(self.prompt_lengths)) == 1:
+            return None
+        lengths = [length for length in self.prompt_lengths for _ in range(repeats)]
+        return self._kept("lengths", lengths, device).unsqueeze(1)
+
+    def rows_of(self, name: str, batch: int, device: torch.device) -> torch.Tensor:
+        """Numbers of the rows that have an adapter, `(rows,)`."""
+        return self._kept(name, [row for row, other in enumerate(self.names_of(batch)) if other == name], device)
+
+    def _kept(self, what: str, values: list[int], device: torch.device) -> torch.Tensor:
+        """A tensor of host values that is brought to the device once for all steps of `generate`."""
+        key = (what, tuple(values), device)
+        if key not in self._tensors:
+            self._tensors[key] = on_device(values, device)
+        return self._tensors[key]
+
+    @property
+    def slots(self) -> int:
+        return max(self.prompt_lengths)
+
+
+def on_device(values: list[int], device: torch.device) -> torch.Tensor:
+    """A tensor of host values, `(len(values),)`, for which the host does not wait until the device is idle."""
+    return torch.tensor(values).to(device, non_blocking=True)
+
+
+# With the layer that a call is about: an assistant model, called inside the same call, has a layer of its own.
+_row_adapters: ContextVar[tuple[object, RowAdapters] | None] = ContextVar("row_adapters", default=None)
+_prompt_in_place: ContextVar[object] = ContextVar("prompt_in_place", default=None)
+_generating: ContextVar[object] = ContextVar("generating", default=None)
+
+
+def current_row_adapters(layer: object) -> RowAdapters | None:
+    """The rows of the call of `layer`'s model that is under way; None where one adapter serves the whole batch."""
+    if torch.compiler.is_compiling():
+        return None
+    owner, rows = _row_adapters.get() or (None, None)
+    return rows if owner is layer else None
+
+
+def is_prompt_in_place(layer: object) -> bool:
+    """Whether the caller's embeddings hold the virtual tokens already."""
+    return not torch.compiler.is_compiling() and _prompt_in_place.get() is layer
+
+
+def is_generating(layer: object) -> bool:
+    """Whether `generate` of the tuner is under way, which looks at its arguments once, at its start."""
+    return not torch.compiler.is_compiling() and _generating.get() is layer
+
+
+@contextmanager
+def generating(layer: object) -> Iterator[None]:
+    token = _generating.set(layer)
+    try:
+        yield
+    finally:
+        _generating.reset(token)
+
+
+@contextmanager
+def use_row_adapters(layer: object, rows: RowAdapters) -> Iterator[None]:
+    token = _row_adapters.set((layer, rows))
+    try:
+        yield
+    finally:
+        _row_adapters.reset(token)
+
+
+@contextmanager
+def prompt_in_place(layer: object) -> Iterator[None]:
+    token = _prompt_in_place.set(layer)
+    try:
+        yield
+    finally:
+        _prompt_in_place.reset(token)

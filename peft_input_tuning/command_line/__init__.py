@@ -1,0 +1,1 @@
+"""The command line, all that prints: a file for each command, and what they share."""

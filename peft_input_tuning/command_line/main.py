@@ -1,0 +1,51 @@
+"""The command line: `peft-input-tuning export ADAPTER OUTPUT`, `peft-input-tuning inspect ADAPTER` and
+`peft-input-tuning familiarity DATA.jsonl --model MODEL`.
+
+Imports that only one command needs stand inside of its `run`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from . import export, familiarity, inspect
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command; returns the exit status: 0 done, 1 failed, 2 unusable arguments."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return arguments.run(arguments)
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"peft-input-tuning {arguments.command}: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ValueError | OSError) else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="peft-input-tuning", description="Tools around input-tuning adapters.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser(
+        "export",
+        help="write an adapter and its base model as one plain checkpoint",
+        description="Writes an adapter and its base model as one plain checkpoint, which loads with transformers "
+        "alone and costs nothing extra at inference.",
+    )
+    export.add_arguments(command)
+    command.set_defaults(run=export.run)
+    command = commands.add_parser(
+        "inspect",
+        help="show what an adapter's virtual tokens are near to, and which words it moves",
+        description="Shows what an adapter has learned, in words of the vocabulary.",
+    )
+    inspect.add_arguments(command)
+    command.set_defaults(run=inspect.run)
+    command = commands.add_parser(
+        "familiarity",
+        help="measure how familiar inputs are to a frozen model",
+        description="Measures how familiar inputs are to a frozen model: the model's own bits per byte and the "
+        "tokenizer's tokens per byte, beside plain prose, and how frequent the inputs' bigrams are in a corpus.",
+    )
+    familiarity.add_arguments(command)
+    command.set_defaults(run=familiarity.run)
+    return parser

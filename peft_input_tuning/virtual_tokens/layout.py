@@ -1,0 +1,261 @@
+"""Where the virtual tokens stand in a batch: putting them in, taking them out. Pure functions of tensors.
+
+A row of a batch is `[left pads | tokens | right pads]`. With its prompt (`PromptLayout`) it becomes
+
+    [ slack | left pads | prompt | tokens | right pads ]        slack = "left"
+    [ left pads | prompt | tokens | right pads | slack ]        slack = "right"
+
+The prompt stands next to the tokens, never before the pads: otherwise a left-padded row would differ from the same row
+alone (sliding windows, rotary and relative positions see the distance). Slack is what is left over where the rows of a
+batch have prompts of different lengths; it is masked. It goes to the left, so that tokens generated later follow the
+row's last token; models that number positions by the place in the row (BART) want it on the right.
+
+One index, gathered once, serves embeddings, masks, token types and positions alike, and nothing in it depends on the
+data in a way that would make a GPU wait.
+
+A row may hold several sequences (`PackedLayout`); then each of them gets a prompt of its own:
+
+    [ a a a | b b ]   positions 0 1 2 0 1   ──►   [ prompt a a a | prompt b b | slack ]
+
+A sequence starts where a position does not follow the one before it; that is also how transformers tells the
+sequences of a row apart, and keeps one from seeing another. Slack fills up rows that hold fewer sequences than others.
+It stands at position 0, each place a sequence of its own, so that nothing sees it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+
+def count_left_pads(mask: Tensor) -> Tensor:
+    """Number of masked places before the first token of each row: `(batch, length)` → `(batch, 1)`.
+
+    A row without any token counts as all left pads.
+    """
+    is_token = mask != 0
+    first = is_token.int().argmax(dim=-1, keepdim=True)
+    return torch.where(is_token.any(dim=-1, keepdim=True), first, mask.shape[-1])
+
+
+def repeat_rows(rows: Tensor, batch: int) -> Tensor:
+    """Repeats each row for the beams and return sequences of `generate`: `(b, ...)` → `(batch, ...)`, b | batch."""
+    if rows.shape[0] == batch:
+        return rows
+    return rows.repeat_interleave(batch // rows.shape[0], dim=0)
+
+
+def gather_places(x: Tensor, index: Tensor, dim: int = 1) -> Tensor:
+    """Picks places along `dim`, row by row: `index` is `(batch, places)`, dim 0 of `x` is the batch."""
+    dim = dim % x.ndim
+    shape = [1] * x.ndim
+    shape[0], shape[dim] = index.shape
+    target = list(x.shape)
+    target[dim] = index.shape[1]
+    return x.gather(dim, index.view(shape).expand(target))
+
+
+@dataclass(frozen=True)
+class PromptLayout:
+    """How the prompts stand in the rows of one batch.
+
+    Args:
+        slots: places added to each row, the length of the longest prompt.
+        lengths: `(batch, 1)`, each row's prompt length; None where all have `slots`.
+        pads: `(batch, 1)`, each row's left pads; None where there are none (no mask).
+        slack: "left" or "right", see the module's picture.
+    """
+
+    slots: int
+    lengths: Tensor | None = None
+    pads: Tensor | None = None
+    slack: str = "left"
+    _indices: dict[int, Tensor | None] = field(default_factory=dict, compare=False, repr=False)
+
+    def index(self, length: int) -> Tensor | None:
+        """Places to take from `[slots right-aligned prompt places | length places of x]`, `(batch, slots + length)`.
+
+        None where that is already the wanted order. Worked out once for each length.
+        """
+        if length not in self._indices:
+            self._indices[length] = self._index(length)
+        return self._indices[length]
+
+    def _index(self, length: int) -> Tensor | None:
+        reference = self.pads if self.pads is not None else self.lengths
+        if reference is None:
+            return None
+        slots = self.slots
+        if self.lengths is None:
+            at = torch.arange(slots + length, device=reference.device)
+            past = at - reference
+            return torch.where(past < 0, at + slots, torch.where(past < slots, past, at))
+        pads = self.pads if self.pads is not None else torch.zeros_like(reference)
+        lengths = self.lengths
+        at = torch.arange(slots + length, device=reference.device)
+        unused = slots - lengths
+        if self.slack == "left":
+            start = pads + unused  # of the prompt
+            x_after, x_before, leftover = at, at + lengths, at
+            is_leftover = at < unused
+        else:
+            start = pads
+            x_after, x_before, leftover = at + unused, at + slots, at - length - lengths
+            is_leftover = at >= length + lengths
+        in_prompt = at - start + unused
+        index = torch.where(at < start, x_before, torch.where(at < start + lengths, in_prompt, x_after))
+        return torch.where(is_leftover, leftover, index)
+
+    def join(self, prompt: Tensor, x: Tensor) -> Tensor:
+        """Puts `prompt` `(batch, slots, ...)` into `x` `(batch, length, ...)` → `(batch, slots + length, ...)`."""
+        joined = torch.cat([prompt.to(x.dtype), x], dim=1)
+        index = self.index(x.shape[1])
+        return joined if index is None else gather_places(joined, index)
+
+    def join_mask(self, mask: Tensor | None, batch: int, length: int) -> Tensor | None:
+        """The mask with virtual tokens visible and slack hidden, `(batch, slots + length)`; None if none is needed."""
+        if mask is None:
+            if self.lengths is None:
+                return None
+            mask = torch.ones(batch, length, dtype=torch.long, device=self.lengths.device)
+        if self.pads is None and self.lengths is None:
+            return nn.functional.pad(mask, (self.slots, 0), value=1)
+        if self.slack == "right" and self.lengths is not None:
+            visible = torch.arange(self.slots, device=mask.device) >= self.slots - self.lengths
+            return self.join(visible, mask)
+        # Up to the first token nothing but the prompt is visible, and the prompt ends there.
+        at = torch.arange(self.slots + length, device=mask.device)
+        end = self.slots if self.pads is None else self.pads + self.slots
+        start = end - (self.slots if self.lengths is None else self.lengths)
+        return nn.functional.pad(mask, (self.slots, 0)).masked_fill_((at >= start) & (at < end), 1)
+
+    def join_positions(self, positions: Tensor) -> Tensor:
+        """Positions `(batch or 1, length)` → `(.., slots + length)`: the prompt takes the first token's position and
+        those after it; tokens move on by the row's prompt length; pads stay where they were."""
+        slots, length = self.slots, positions.shape[1]
+        reference = self.pads if self.pads is not None else self.lengths
+        if reference is not None:
+            positions = positions.expand(reference.shape[0], -1)
+        pads = 0 if self.pads is None else self.pads
+        lengths = slots if self.lengths is None else self.lengths
+        first = positions[:, :1] if self.pads is None else positions.gather(1, self.pads.clamp(max=length - 1))
+        ahead = torch.arange(slots, device=positions.device)
+        prompt = first + (ahead if self.lengths is None else (ahead - (slots - lengths)).clamp(min=0))
+        moved = positions + torch.where(torch.arange(length, device=positions.device) >= pads, lengths, 0)
+        return self.join(prompt, moved)
+
+    def shift_positions(self, positions: Tensor) -> Tensor:
+        """Positions of tokens that follow a prompt which is already in the cache."""
+        return positions + (self.slots if self.lengths is None else self.lengths)
+
+    def remove(self, x: Tensor, dim: int = 1) -> Tensor:
+        """Takes the prompt out again: places along `dim` go from slots + length to length.
+
+        Tokens come back at their own places. With slack on the left, what stands at left pads is not what the pads
+        got (nothing reads it), which makes this a slice instead of a gather.
+        """
+        length = x.shape[dim] - self.slots
+        if self.slack == "left" or self.lengths is None:
+            # Contiguous: in bfloat16 on a CPU, a head over a slice copies its weight for every row of the batch.
+            return x.narrow(dim, self.slots, length).contiguous()
+        at = torch.arange(length, device=x.device)
+        pads = 0 if self.pads is None else self.pads
+        return gather_places(x, at + torch.where(at >= pads, self.lengths, 0), dim)
+
+    def to(self, device: torch.device) -> PromptLayout:
+        """The same layout on another device."""
+        known = [one.device for one in (self.lengths, self.pads) if one is not None]
+        if all(one == device for one in known):
+            return self
+        lengths = None if self.lengths is None else self.lengths.to(device)
+        pads = None if self.pads is None else self.pads.to(device)
+        return PromptLayout(self.slots, lengths, pads, self.slack)
+
+    def repeated(self, batch: int) -> PromptLayout:
+        """The same layout for a batch whose rows were repeated."""
+        if all(one is None or one.shape[0] == batch for one in (self.lengths, self.pads)):
+            return self
+        lengths = None if self.lengths is None else repeat_rows(self.lengths, batch)
+        pads = None if self.pads is None else repeat_rows(self.pads, batch)
+        return PromptLayout(self.slots, lengths, pads, self.slack)
+
+
+# ---- rows of several sequences --------------------------------------------------------------------------------------
+
+
+def positions_of(bounds: Tensor, length: int) -> Tensor:
+    """Positions `(1, length)` of the one row that `cu_seq_lens` `(sequences + 1,)` describes."""
+    at = torch.arange(length, device=bounds.device)
+    return (at - bounds[torch.searchsorted(bounds, at, right=True) - 1]).unsqueeze(0)
+
+
+def moved_bounds(bounds: Tensor, slots: int) -> Tensor:
+    """`cu_seq_lens` `(sequences + 1,)` with a prompt of `slots` before each sequence."""
+    return bounds + slots * torch.arange(len(bounds), device=bounds.device, dtype=bounds.dtype)
+
+
+def sequence_starts(positions: Tensor) -> Tensor:
+    """Whether a sequence starts at a place: `(batch, length)` → booleans of the same shape."""
+    return positions.diff(dim=-1, prepend=positions[:, :1] - 2) != 1
+
+
+@dataclass(frozen=True)
+class PackedLayout:
+    """How prompts stand in rows of several sequences. `N` is the length of the rows with their prompts.
+
+    Args:
+        slots: the length of the longest prompt.
+        token: `(batch, N)`, the place in the caller's row of the token there, or of the one that a prompt stands
+            before.
+        distance: `(batch, N)`, how far that token is: 0 at the token itself, up to the prompt's length before it.
+        kept: `(batch, length)`, where the caller's tokens stand now.
+        positions: `(batch, N)`, what the model is to be told; tokens move on by the length of one prompt.
+    """
+
+    slots: int
+    token: Tensor
+    distance: Tensor
+    kept: Tensor
+    positions: Tensor
+
+    @classmethod
+    def of(cls, positions: Tensor, slots: int, lengths: Tensor | None, places: int) -> PackedLayout:
+        """The layout for the caller's positions.
+
+        Args:
+            positions: `(batch, length)`.
+            slots: the length of the longest prompt.
+            lengths: `(batch, 1)`, each row's prompt length; None where all have `slots`.
+            places: N, what the longest row comes to with its prompts.
+        """
+        batch, length = positions.shape
+        prompts = torch.full_like(positions[:, :1], slots) if lengths is None else lengths
+        number = sequence_starts(positions).cumsum(-1)  # of the sequence, from 1
+        kept = torch.arange(length, device=positions.device) + number * prompts
+        # The place of the next token, seen from every place: what stands there now, or the nearest to the right.
+        at = torch.arange(places, device=positions.device).expand(batch, -1)
+        following = torch.full_like(at, places).scatter(1, kept, kept).flip(-1).cummin(-1).values.flip(-1)
+        is_slack = following == places
+        numbers = torch.zeros_like(at).scatter(1, kept, torch.arange(length, device=at.device).expand(batch, -1))
+        token = numbers.gather(1, following.clamp(max=places - 1))
+        distance = torch.where(is_slack, 0, following - at)
+        moved = (positions + prompts).gather(1, token) - distance
+        return cls(slots, token, distance, kept, torch.where(is_slack, 0, moved))
+
+    def join(self, prompt: Tensor, x: Tensor) -> Tensor:
+        """Puts `prompt` `(batch, slots, ...)` before each sequence of `x` `(batch, length, ...)` → `(batch, N, ...)`.
+
+        A row's prompt stands at the right end of its slots.
+        """
+        index = torch.where(self.distance > 0, self.slots - self.distance, self.slots + self.token)
+        return gather_places(torch.cat([prompt.to(x.dtype), x], dim=1), index)
+
+    def spread(self, x: Tensor) -> Tensor:
+        """Gives virtual tokens what their sequence's first token has: `(batch, length)` → `(batch, N)`."""
+        return x.expand(self.token.shape[0], -1).gather(1, self.token)
+
+    def remove(self, x: Tensor, dim: int = 1) -> Tensor:
+        """Takes the prompts out again: places along `dim` go from N to length."""
+        return gather_places(x, self.kept, dim)

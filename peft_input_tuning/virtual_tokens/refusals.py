@@ -1,0 +1,145 @@
+"""What a call cannot do, said by name before anything runs. Every function returns, or raises a ValueError."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .backbone import Backbone
+from .layout import PromptLayout
+
+_OF_PLACES = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids")
+
+
+def refuse_what_cannot_be_spliced(call: dict[str, Any], cache: Any, site: Backbone) -> None:
+    mask, positions = call.get("attention_mask"), call.get("position_ids")
+    if getattr(cache, "is_compileable", False):
+        raise ValueError(
+            f"`{site.cache}` is a {type(cache).__name__} of fixed size, which has no room for the virtual tokens. "
+            "Call `generate` of the PeftModel (with a task type), which makes room, or use a dynamic cache."
+        )
+    refuse_expanded_mask(mask)
+    given = call.get("input_ids") if call.get("inputs_embeds") is None else call["inputs_embeds"]
+    if mask is not None and given is not None and mask.shape[1] != given.shape[1]:
+        raise ValueError(
+            f"`attention_mask` has {mask.shape[1]} places for an input of {given.shape[1]} tokens. Pass a mask of the "
+            "input's length; virtual tokens are added to it."
+        )
+    if positions is not None and positions.ndim != 2:
+        raise ValueError(f"`position_ids` must have the shape (batch, length), got {tuple(positions.shape)}.")
+
+
+def refuse_what_cannot_be_packed(backbone: nn.Module, call: dict[str, Any], site: Backbone) -> None:
+    """For a call whose rows hold several sequences each."""
+    name = type(backbone).__name__
+    packed = "several sequences are packed into a row"
+    if not site.is_causal or "position_ids" not in site.parameters:
+        raise ValueError(
+            f"{packed}, which {name} cannot tell apart. Pass one sequence a row, with padding (no packing, no "
+            "padding_free)."
+        )
+    batch = call["input_ids"].shape[0] if call.get("inputs_embeds") is None else call["inputs_embeds"].shape[0]
+    if batch > 1 and "flash" in str(backbone.config._attn_implementation):
+        raise ValueError(
+            f"{packed}, in a batch of {batch} rows. With flash attention {name} tells packed sequences apart in a "
+            "batch of one row only: flatten the batch into one row."
+        )
+
+
+def refuse_positions_in_compiled_call() -> None:
+    """Compiled code cannot look at positions that come with neither a mask nor a cache, where they may be of packed
+    rows."""
+    if torch.compiler.is_compiling():
+        raise ValueError(
+            "`position_ids` come without an `attention_mask` or a cache, which may mean that several sequences are "
+            "packed into a row, and a compiled model cannot look. Pass an `attention_mask` with one sequence a row, "
+            "pass `cu_seq_lens_q` of packed rows (DataCollatorWithFlattening(return_flash_attn_kwargs=True)), or do "
+            "not compile."
+        )
+
+
+def refuse_expanded_mask(mask: Any) -> None:
+    if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
+        shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(
+            f"`attention_mask` must have the shape (batch, length), got {shape}: virtual tokens cannot be added to "
+            "a mask that is already expanded. Pass the two-dimensional mask; where the model expands it by itself, as "
+            "multimodal ones do, use its class for text alone, or num_virtual_tokens=0."
+        )
+
+
+def refuse_other_places(backbone: nn.Module, call: dict[str, Any], given: Tensor) -> None:
+    """Arguments with a value for each place of the input, of which only some are known here (not LED's
+    `global_attention_mask`), and XLM's lengths of rows."""
+    for name, value in call.items():
+        if name in _OF_PLACES or name.startswith("encoder_") or not isinstance(value, Tensor):
+            continue
+        if name == "lengths" or value.shape[:2] == given.shape[:2]:
+            raise ValueError(
+                f"`{name}` has the shape {tuple(value.shape)}, and nothing is known of what {type(backbone).__name__} "
+                "does with it, so it gets none for virtual tokens. Leave it out, or use num_virtual_tokens=0."
+            )
+
+
+def refuse_shortened(backbone: nn.Module, places: int, expected: int) -> None:
+    if places != expected:
+        raise ValueError(
+            f"{type(backbone).__name__} gives {places} places for {expected}, so virtual tokens cannot be taken out "
+            "of them again. Use num_virtual_tokens=0."
+        )
+
+
+def refuse_left_pads(backbone: nn.Module, layout: PromptLayout) -> None:
+    if layout.pads is not None and not torch.compiler.is_compiling() and bool(layout.pads.any()):
+        raise ValueError(
+            f"`attention_mask` has padding on the left, which {type(backbone).__name__} would count as positions once "
+            "there are virtual tokens. Pad on the right, or use num_virtual_tokens=0."
+        )
+
+
+def refuse_mixed_lengths(backbone: nn.Module, site: Backbone) -> None:
+    if site.slack == "right" and site.cache is not None:
+        raise ValueError(
+            f"`adapter_names`: {type(backbone).__name__} numbers positions by place in the row, so adapters with "
+            "prompts of different lengths cannot share a batch. Use adapters of one length, or one batch each."
+        )
+
+
+def refuse_too_long(call: dict[str, Any], total: int, slots: int, site: Backbone) -> None:
+    """`total` places are more than the table of positions has. Pads may share a position: only of calls that would be
+    refused otherwise is the data looked at."""
+    if site.max_positions is None or total <= site.max_positions:
+        return
+    positions, mask = call.get("position_ids"), call.get("attention_mask")
+    if not torch.compiler.is_compiling():
+        if positions is not None and int(positions.max()) - site.first_position < site.max_positions:
+            return
+        tokens = mask.sum(dim=-1) if isinstance(mask, Tensor) and site.positions_from_mask else None
+        if positions is None and tokens is not None and int(tokens.max()) <= site.max_positions:
+            return
+    raise ValueError(
+        f"The input has {total - slots} tokens and the prompt {slots} virtual tokens, together {total}, but the model "
+        f"has only {site.max_positions} positions. Shorten the input to {site.max_positions - slots} tokens, or use a "
+        "smaller `num_virtual_tokens`."
+    )
+
+
+def refuse_mask_of_other_length(mask: Tensor, past: int, length: int) -> None:
+    """`length` new tokens on a cache that holds `past` tokens and a prompt."""
+    if mask.shape[1] != past + length:
+        raise ValueError(
+            f"`attention_mask` has {mask.shape[1]} places, but the cache holds {past} tokens and {length} more are "
+            "passed. Pass a mask over the cached and the new tokens together, without the virtual tokens."
+        )
+
+
+def refuse_pads_behind_prompt(left_pads: Tensor, before_prompt: Tensor | int) -> None:
+    """A first chunk of nothing but pads got its prompt before all of the row's pads were there. Masks and positions
+    make up for that, a window that counts places does not."""
+    if (left_pads > before_prompt).any():
+        raise ValueError(
+            "`prefill_chunk_size` is smaller than the left padding of a row, and this model's attention has a sliding "
+            "window, which would lose the prompt. Use larger chunks, or batch rows of similar length."
+        )

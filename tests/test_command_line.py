@@ -1,0 +1,193 @@
+"""The real command, in a process of its own."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM, get_peft_model
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+import quantized_bases
+from adapters import adapted, config, randomize
+from device import DEVICE
+from families import FAMILIES, VOCAB, build
+from oracles import row_output
+from peft_input_tuning.command_line.gguf import gguf_arguments
+from peft_input_tuning.command_line.load import load_adapter
+from peft_input_tuning.command_line.main import _parser
+from tokenizers_of_families import tokenizer_of
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "peft_input_tuning", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    model, base, weights = adapted(FAMILIES["llama"])
+    base.save_pretrained(folder / "base")
+    tokenizer_of(FAMILIES["llama"]).save_pretrained(folder / "base")
+    model.peft_config["default"].base_model_name_or_path = str(folder / "base")
+    model.save_pretrained(folder / "adapter")
+    return folder, base, weights
+
+
+def test_export(saved, tmp_path):
+    folder, base, weights = saved
+    result = run("export", folder / "adapter", tmp_path / "plain")
+    assert result.returncode == 0, result.stderr
+    assert f"Wrote {tmp_path / 'plain'} with 4 virtual tokens (97 to 100)." in result.stdout
+    assert "Loaded it again: outputs differ from the adapter's by at most" in result.stdout
+    assert "Folding the table: 100%" in result.stderr
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "plain")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain").to(DEVICE)
+    row = torch.tensor(tokenizer_of(FAMILIES["llama"])("a b c")["input_ids"], device=DEVICE)
+    with torch.no_grad():
+        logits = plain(**tokenizer("a b c", return_tensors="pt").to(DEVICE)).logits[0, 4:, :VOCAB]
+    assert_close(logits, row_output(base, weights, row), atol=2e-4, rtol=1e-3)
+
+
+def test_export_with_options(saved, tmp_path):
+    folder, _, _ = saved
+    options = ("--base", folder / "base", "--dtype", "bfloat16", "--no-tokenizer")
+    assert run("export", folder / "adapter", tmp_path / "plain", *options).returncode == 0
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "plain").dtype == torch.bfloat16
+    assert not (tmp_path / "plain" / "tokenizer.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("files", "found"),
+    [
+        (["model.gguf"], {"gguf_file": "model.gguf"}),
+        (["model.gguf", "config.json"], {}),
+        (["model.gguf", "other.gguf"], {}),
+        ([], {}),
+    ],
+    ids=["one", "a plain checkpoint too", "two", "none"],
+)
+def test_the_only_gguf_file_of_a_folder_is_found(files, found, tmp_path):
+    for name in files:
+        (tmp_path / name).touch()
+    assert gguf_arguments(str(tmp_path)) == found
+    assert gguf_arguments(str(tmp_path), "named.gguf") == {"gguf_file": "named.gguf"}
+    assert gguf_arguments("an-id/on-a-hub") == {}
+
+
+def test_an_adapter_whose_base_is_a_gguf_file(tmp_path):
+    """As the demo's is. The adapter's file names the folder, not the file in it."""
+    pytest.importorskip("gguf")
+    quantized_bases.write_plain(tmp_path / "base")
+    for file in (tmp_path / "base").iterdir():
+        if file.suffix != ".gguf":
+            file.unlink()
+    model = get_peft_model(quantized_bases.gguf_file(tmp_path / "base"), config(FAMILIES["llama"])).eval()
+    randomize(model)
+    model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter", gguf_file="model.gguf")
+    result = run("export", tmp_path / "adapter", tmp_path / "plain", "--no-tokenizer")
+    assert result.returncode == 0, result.stderr
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.float32)
+    row = torch.tensor([[5, 7, 11]])
+    prompt = torch.arange(VOCAB, VOCAB + 4)[None]
+    with torch.no_grad():
+        expected = model(row).logits
+        assert_close(loaded(row).logits, expected)
+        assert_close(plain(torch.cat([prompt, row], 1)).logits[:, 4:, :VOCAB], expected, atol=1e-4, rtol=1e-3)
+
+
+def test_a_classifier_of_five_labels(tmp_path):
+    """What its base was loaded with is not in the adapter's folder."""
+    base = build(FAMILIES["llama"], "base")
+    base.config.num_labels = 5
+    model = get_peft_model(AutoModelForSequenceClassification.from_config(base.config), config(task_type="SEQ_CLS"))
+    base.save_pretrained(tmp_path / "base")
+    model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    model.save_pretrained(tmp_path / "adapter")
+    settings = tmp_path / "base" / "config.json"
+    settings.write_text(json.dumps({k: v for k, v in json.loads(settings.read_text()).items() if "label" not in k}))
+    without = run("inspect", tmp_path / "adapter", "--no-tokenizer")
+    assert without.returncode == 2
+    assert "and its `num_labels` set as they were then" in without.stderr
+    result = run("inspect", tmp_path / "adapter", "--no-tokenizer", "--num-labels", 5)
+    assert result.returncode == 0, result.stderr
+
+
+def arguments_of(adapter: Path, *more: str) -> argparse.Namespace:
+    return _parser().parse_args(["inspect", str(adapter), *more])
+
+
+def test_the_base_is_that_of_the_adapters_revision(saved, tmp_path, monkeypatch):
+    folder, _, _ = saved
+    shutil.copytree(folder / "adapter", tmp_path / "adapter")
+    settings = tmp_path / "adapter" / "adapter_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"revision": "v1"}))
+    asked = []
+
+    def watched(kind):
+        load = kind.from_pretrained
+
+        def from_pretrained(name, **more):
+            asked.append((kind.__name__, str(name), more.get("revision")))
+            return load(name, **more)
+
+        monkeypatch.setattr(kind, "from_pretrained", from_pretrained)
+
+    watched(AutoModelForCausalLM)
+    watched(AutoTokenizer)
+    load_adapter(arguments_of(tmp_path / "adapter"))
+    base = str(folder / "base")
+    assert asked == [("AutoModelForCausalLM", base, "v1"), ("AutoTokenizer", base, "v1")]
+    asked.clear()
+    load_adapter(arguments_of(tmp_path / "adapter", "--base", base))
+    assert {revision for _, _, revision in asked} == {None}
+
+
+def test_the_tokenizer_beside_the_adapter_may_have_more_words_than_the_base(tmp_path):
+    """As AutoPeftModel does: the base grows before it gets its adapter."""
+    llama = FAMILIES["llama"]
+    base, tokenizer = build(llama), tokenizer_of(llama)
+    base.save_pretrained(tmp_path / "base")
+    tokenizer.add_tokens([f"word{number}" for number in range(VOCAB)])
+    base.resize_token_embeddings(len(tokenizer))
+    model = get_peft_model(base, config(llama))
+    model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    loaded, found = load_adapter(arguments_of(tmp_path / "adapter"))
+    assert len(found) == len(tokenizer) == loaded.get_input_embeddings().num_embeddings
+    row = torch.tensor([[5, VOCAB + 3]])
+    assert_close(loaded.eval()(row).logits, model.eval()(row).logits)
+
+
+def test_errors_are_one_line_and_status_2(saved, tmp_path):
+    folder, _, _ = saved
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").touch()
+    cases = {
+        ("export", folder / "adapter", tmp_path / "full"): "exists and is not an empty folder",
+        ("export", tmp_path / "nothing", tmp_path / "plain"): "Can't find 'adapter_config.json'",
+        ("export", folder / "adapter", tmp_path / "plain", "--base", tmp_path / "nothing"): "nothing",
+    }
+    for arguments, message in cases.items():
+        result = run(*arguments)
+        assert result.returncode == 2, arguments
+        assert message in result.stderr
+        assert "Traceback" not in result.stderr
+    assert not (tmp_path / "plain").exists()
+
+
+def test_help():
+    result = run("export", "--help")
+    assert result.returncode == 0
+    assert "must not exist, or be empty" in result.stdout

@@ -1,0 +1,161 @@
+"""Without the extras: every script answers to --help, and says in one line what to install for the rest."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from importlib.metadata import packages_distributions, requires
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
+SCRIPTS = sorted(
+    str(path.relative_to(EXAMPLES))
+    for path in EXAMPLES.rglob("*.py")
+    if "__main__" in path.read_text(encoding="utf-8")
+)
+COMMAND = "peft-input-tuning"
+BROUGHT_BY_EXTRAS = {"datasets", "pandas", "pyarrow", "starlette"}
+
+# Runs scripts one after the other in one process, which imports torch and transformers once.
+RUN = """
+import contextlib, io, json, runpy, sys, traceback
+from pathlib import Path
+
+calls, blocked = json.loads(sys.argv[1])
+for name in blocked:
+    sys.modules[name] = None  # importing it raises ImportError, looking it up finds nothing
+answers = []
+for script, *arguments in calls:
+    out, err = io.StringIO(), io.StringIO()
+    sys.argv = [script, *arguments]
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            if Path(script).suffix == ".py":
+                sys.path.insert(0, str(Path(script).parent))
+                runpy.run_path(script, run_name="__main__")
+            else:
+                from peft_input_tuning.command_line.main import main
+                sys.exit(main())
+            code = 0
+        except SystemExit as end:
+            code = 0 if end.code is None else end.code
+            if isinstance(code, str):  # as the interpreter does
+                print(code, file=sys.stderr)
+                code = 1
+        except BaseException:
+            traceback.print_exc()
+            code = 1
+    answers.append([code, out.getvalue(), err.getvalue()])
+print(json.dumps(answers))
+"""
+
+
+def modules_of_extras() -> list[str]:
+    """What is imported of the packages that an installation without extras does not bring."""
+    wanted = [Requirement(line) for line in requires("peft-input-tuning") or []]
+    extras = [
+        r.name for r in wanted if r.marker is not None and "test" not in str(r.marker) and "dev" not in str(r.marker)
+    ]
+    names = {name.replace("-", "_") for name in extras} - {"peft_input_tuning"}
+    distributions = packages_distributions()
+    names |= {module for module, of in distributions.items() if set(of) & set(extras) and not module.startswith("_")}
+    return sorted((names | BROUGHT_BY_EXTRAS) - {"peft_input_tuning"})
+
+
+def answers(calls: list[list[str]], cwd: Path) -> list[tuple[int, str, str]]:
+    calls = [[str(EXAMPLES / script) if script != COMMAND else script, *arguments] for script, *arguments in calls]
+    command = [sys.executable, "-c", RUN, json.dumps([calls, modules_of_extras()])]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [tuple(one) for one in json.loads(done.stdout.splitlines()[-1])]
+
+
+HELP = [[script] for script in SCRIPTS if script != "logic_to_text.py"]  # which takes no arguments
+HELP += [[COMMAND], *([COMMAND, command] for command in ("export", "inspect", "familiarity"))]
+# In the folder that `said` makes. `model` has a GGUF file, `data` a task.
+MISSING = [
+    (["quickstart.py"], "evaluate", "demo"),
+    (["train.py", "--train_data", "rows.jsonl", "--output_dir", "out"], "datasets", "demo"),
+    (["many_tasks.py"], "rich", "demo"),
+    (["generation_service.py", "--adapter", "name=folder"], "fastapi", "serve"),
+    (["to_gguf.py", "checkpoint", "out.gguf", "--converter", "convert.py"], "gguf", "demo"),
+    (["loops/accelerate_loop.py", "--model", "model"], "gguf", "demo"),
+    (["loops/lightning_loop.py"], "lightning", "all"),
+    (["speed/run.py"], "rich", "demo"),
+    (["benchmark/familiarity_of_tasks.py", "data", "--model", "model"], "gguf", "demo"),
+    (["benchmark/one_run.py", "data", "--task", "e2e", "--method", "lora", "--rate", "1"], "datasets", "benchmark"),
+    (["benchmark/run_all.py", "data"], "datasets", "benchmark"),
+    (["benchmark/report.py"], "matplotlib", "benchmark"),
+    (["benchmark/rescore.py", "data"], "datasets", "benchmark"),
+    (["benchmark/seen_inputs.py", "data"], "datasets", "benchmark"),
+    (["benchmark/told_facts.py", "data"], "datasets", "benchmark"),
+    ([COMMAND, "inspect", "adapter"], "rich", "inspect"),
+    ([COMMAND, "familiarity", "rows.jsonl", "--model", "model"], "rich", "inspect"),
+    ([COMMAND, "export", "adapter", "plain"], "gguf", "demo"),
+]
+
+
+@pytest.fixture(scope="module")
+def said(tmp_path_factory) -> dict[tuple[str, ...], tuple[int, str, str]]:
+    """What each call answers with: status, output, errors. All in one process."""
+    folder = tmp_path_factory.mktemp("bare")
+    row = '{"source": "f(x)", "references": ["the f of x"]}\n'
+    (folder / "rows.jsonl").write_text(row)
+    (folder / "data" / "e2e").mkdir(parents=True)
+    (folder / "data" / "e2e" / "test.jsonl").write_text(row)
+    for name in ("model", "adapter"):
+        (folder / name).mkdir()
+    (folder / "model" / "model.gguf").touch()
+    config = {"peft_type": "INPUT_TUNING", "task_type": "CAUSAL_LM", "base_model_name_or_path": "model"}
+    (folder / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    calls = [[*call, "--help"] for call in HELP] + [call for call, _, _ in MISSING]
+    return dict(zip(map(tuple, calls), answers(calls, folder), strict=True))
+
+
+@pytest.mark.parametrize("call", HELP, ids=" ".join)
+def test_help_needs_no_extra(said, call):
+    code, out, err = said[(*call, "--help")]
+    assert code == 0, err
+    assert out.startswith("usage: ")
+
+
+@pytest.mark.parametrize(("call", "module", "extra"), MISSING, ids=[" ".join(call[:2]) for call, _, _ in MISSING])
+def test_a_missing_extra_is_named_in_one_line(said, call, module, extra):
+    code, _, err = said[tuple(call)]
+    assert code in (1, 2)
+    assert "Traceback" not in err
+    *_, last = err.splitlines()
+    assert last.endswith(f": {module} is missing. Install it with: pip install 'peft-input-tuning[{extra}]'")
+
+
+def test_every_script_is_tried():
+    tried = {call[0] for call, _, _ in MISSING} | {"logic_to_text.py"}
+    assert tried - {COMMAND} == set(SCRIPTS)
+
+
+def test_the_extra_that_is_named_brings_the_module():
+    """Each `needs(...)` of the code: its modules belong to packages of its extra."""
+    wanted = [Requirement(line) for line in requires("peft-input-tuning") or []]
+    distributions = packages_distributions()
+
+    def brings(extra: str) -> set[str]:
+        own = [r for r in wanted if r.marker is not None and r.marker.evaluate({"extra": extra})]
+        names = {r.name for r in own} | {r.name for r in wanted if r.marker is None}
+        for inner in (inner for r in own if r.name == "peft-input-tuning" for inner in r.extras):
+            names |= brings(inner)
+        return names | ({"datasets"} if "evaluate" in names else set())
+
+    found = 0
+    for path in [*EXAMPLES.rglob("*.py"), *(ROOT / "peft_input_tuning").rglob("*.py")]:
+        for extra, modules in re.findall(r'\bneeds\("(\w+)", ((?:"\w+"(?:, )?)+)', path.read_text(encoding="utf-8")):
+            for module in re.findall(r'"(\w+)"', modules):
+                names = {*distributions.get(module, ()), module.replace("_", "-")}
+                assert names & brings(extra), f"{path.name}: {extra} does not bring {module}"
+                found += 1
+    assert found > 10
