@@ -21,6 +21,18 @@ def adapter_weights(model: nn.Module, name: str = "default") -> dict[str, Tensor
     return found
 
 
+def adapter_gradients(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
+    """Gradients by the names of `adapter_weights`; the prompt's is that of the prompt, not of the parameter."""
+    found = {}
+    for key, parameter in model.named_parameters():
+        parts = key.split(".")
+        if len(parts) > 2 and parts[-2] == name and parts[-3].startswith("input_tuning_"):
+            found[f"{parts[-3].removeprefix('input_tuning_')}.{parts[-1]}"] = parameter.grad.clone()
+    if "prompt.weight" in found:
+        found["prompt.weight"] /= model.peft_config[name].prompt_scale
+    return found
+
+
 def transform(weights: dict[str, Tensor], e: Tensor, activation: str = "relu") -> Tensor:
     """T(e) = e + W2 · act(W1 · e), written out, in the dtype of e."""
     if "fc1.weight" not in weights:

@@ -17,7 +17,7 @@ from transformers import Trainer, TrainingArguments
 import quantized_bases
 from adapters import config, randomize
 from families import FAMILIES, ids
-from oracles import adapter_weights, greedy, transform
+from oracles import adapter_gradients, adapter_weights, greedy, transform
 from peft_input_tuning import export_model
 from peft_input_tuning.layer import named_layer
 from quantized_bases import BASES, numbers, write_plain
@@ -83,11 +83,6 @@ def loss_of(logits: Tensor) -> Tensor:
     return logits.float().square().mean()
 
 
-def gradients(model: nn.Module) -> dict[str, Tensor]:
-    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return {name.split("input_tuning_")[1].replace(".default", ""): grad for name, grad in found.items()}
-
-
 def gradients_by_hand(base: nn.Module, weights: dict[str, Tensor], batch: Tensor) -> dict[str, Tensor]:
     leaves = {name: value.clone().requires_grad_() for name, value in weights.items()}
     loss_of(by_hand(base, leaves, batch)).backward()
@@ -121,7 +116,7 @@ def test_logits_are_those_of_the_formula(load, folder):
 def test_gradients_are_those_of_the_formula(load, folder):
     model, base, batch = adapted(load(folder)).train(), load(folder).train(), ids(2, 7)
     loss_of(model(input_ids=batch).logits).backward()
-    same(gradients(model), gradients_by_hand(base, adapter_weights(model), batch), atol=1e-5, rtol=1e-3)
+    same(adapter_gradients(model), gradients_by_hand(base, adapter_weights(model), batch), atol=1e-5, rtol=1e-3)
 
 
 @each_base
@@ -186,7 +181,7 @@ def test_prepared_for_kbit_training(load, reentrant, folder):
     assert prepared.is_gradient_checkpointing == (reentrant is not None and known_to_peft)
     model, base, batch = adapted(prepared).train(), load(folder).train(), ids(2, 7)
     loss_of(model(input_ids=batch).logits).backward()
-    same(gradients(model), gradients_by_hand(base, adapter_weights(model), batch), atol=1e-5, rtol=1e-3)
+    same(adapter_gradients(model), gradients_by_hand(base, adapter_weights(model), batch), atol=1e-5, rtol=1e-3)
 
 
 @pytest.mark.trains_with("Quantized bases", "prepare_model_for_kbit_training casts a bfloat16 base's embeddings")
@@ -201,7 +196,7 @@ def test_prepared_from_bfloat16(load, folder):
     logits = model(input_ids=batch).logits
     assert_close(logits, by_hand(base.train(), weights, batch), **CLOSE)
     loss_of(logits).backward()
-    same(gradients(model), gradients_by_hand(base, weights, batch), atol=1e-4, rtol=1e-2)
+    same(adapter_gradients(model), gradients_by_hand(base, weights, batch), atol=1e-4, rtol=1e-2)
 
 
 @pytest.mark.trains_with("Quantized bases", "bfloat16 base, adapter in float32 (autocast_adapter_dtype) or bfloat16")
@@ -216,7 +211,7 @@ def test_bfloat16_compute(load, autocast, folder):
     out = model(input_ids=batch).logits
     assert out.dtype == torch.bfloat16
     loss_of(out).backward()
-    assert all(grad.isfinite().all() and grad.any() for grad in gradients(model).values())
+    assert all(grad.isfinite().all() and grad.any() for grad in adapter_gradients(model).values())
     if autocast:
         assert torch.equal(out, by_hand(base, weights, batch))
 
@@ -298,7 +293,7 @@ def test_training_goes_on_after_an_evaluation(folder, tmp_path):
     model.save_pretrained(tmp_path)
     loss_of(model.train()(input_ids=batch).logits).backward()
     other = quantized_bases.bitsandbytes_4bit(folder).train()
-    same(gradients(model), gradients_by_hand(other, adapter_weights(model), batch), atol=1e-5, rtol=1e-3)
+    same(adapter_gradients(model), gradients_by_hand(other, adapter_weights(model), batch), atol=1e-5, rtol=1e-3)
     after = numbers(model.get_base_model())
     assert all(torch.equal(after[name], before[name]) for name in before)
 
@@ -315,7 +310,7 @@ def test_a_base_that_was_used_for_inference(folder):
         return
     model, other = adapted(base).train(), quantized_bases.bitsandbytes_4bit(folder).train()
     loss_of(model(input_ids=batch).logits).backward()
-    same(gradients(model), gradients_by_hand(other, adapter_weights(model), batch), atol=1e-5, rtol=1e-3)
+    same(adapter_gradients(model), gradients_by_hand(other, adapter_weights(model), batch), atol=1e-5, rtol=1e-3)
 
 
 @pytest.mark.trains_with("Quantized bases", GOES_ON)

@@ -114,7 +114,8 @@ def test_an_adapter_is_loaded_from_tensors_in_memory():
     model = added(LLAMA)
     tensors = {f"base_model.model.{key}": value for key, value in model.get_adapter_state_dict().items()}
     other = build(LLAMA)
-    other.load_adapter(peft_config=config(LLAMA, weights_in_checkpoint=True), adapter_state_dict=tensors)
+    made = config(LLAMA, weights_in_checkpoint=True, prompt_scale=model.peft_config["default"].prompt_scale)
+    other.load_adapter(peft_config=made, adapter_state_dict=tensors)
     assert torch.equal(output(other), output(model))
 
 
@@ -141,7 +142,7 @@ def test_from_pretrained_with_an_adapter_folder(tmp_path, family, auto):
 
 
 def test_state_dict_of_an_adapter():
-    model = added(LLAMA)
+    model = added(LLAMA, prompt_scale=1.0)
     tensors = model.get_adapter_state_dict()
     weights = adapter_weights(model)
     assert {name.rpartition("input_tuning_")[2] for name in tensors} == set(weights)
