@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from peft import PeftModel, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from torch import Tensor
 
-import prompt_methods
 from families import FAMILIES, PAD, build, ids
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+import prompt_methods
 
 KINDS = [PromptTuningConfig, PromptEncoderConfig, PrefixTuningConfig]
 NEW = 8
@@ -39,7 +44,7 @@ def one_by_one(model: PeftModel, row: Tensor) -> list[int]:
 @pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 def test_the_text_is_that_of_the_logits(kind, family, loses, monkeypatch):
-    """Also where no row ends early, and where one does: then padding follows."""
+    """One row ends early, and padding follows it."""
     if prompt_methods.PEFT_LOSES_CACHES and not loses:
         pytest.skip("PEFT loses the cache of this transformers")
     monkeypatch.setattr(prompt_methods, "PEFT_LOSES_CACHES", loses)
