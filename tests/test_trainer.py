@@ -212,7 +212,7 @@ def test_two_learning_rates_through_the_optimizers_class(tmp_path):
         trainer = trainer_of(model, tmp_path / way, **more)
         trainer.train()
         rates = [group["initial_lr"] for group in trainer.optimizer.param_groups]
-        assert rates == [1e-3, 5e-2]
+        assert rates == [1e-3, 5e-2 / model.peft_config["default"].prompt_scale]
         ran.append(trainer)
     assert losses(ran[0]) == pytest.approx(losses(ran[1]), rel=1e-5)
     same_weights(ran[0].model, ran[1].model)
