@@ -15,27 +15,37 @@ from .layer import InputTuningLayer, named_layer
 PEFT_PREFIX = "base_model.model."
 
 
-def check_adapter_state_dict(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) -> None:
-    """Raises where the tensors of a file do not fit the adapter, and takes the half-made adapter back.
+def checked_state_dict(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Gives back what is to be loaded of a file; raises where it does not fit, and takes the half-made adapter back.
 
     Args:
         model: the `PeftModel`, or a model with adapters of transformers.
         adapter_name: the adapter that is being loaded.
         state_dict: tensors under the names they have in the model.
 
+    Returns:
+        The tensors; without those of the base model where other adapters are on it.
+
     Raises:
         ValueError: names the tensor, the shapes, and what to do.
     """
     path, layer = named_layer(model)
     try:
-        _check(model, path, layer, adapter_name, state_dict)
+        of_base = _check(model, path, layer, adapter_name, state_dict)
+        if len(layer.adapter_names) == 1:
+            return state_dict
+        _check_base_stays(model, adapter_name, of_base)
+        return {key: tensor for key, tensor in state_dict.items() if key.removeprefix(PEFT_PREFIX) not in of_base}
     except ValueError:
         if layer.has_no_weights(adapter_name):
             _take_back(model, layer, adapter_name)
         raise
 
 
-def _check(model: nn.Module, path: str, layer: InputTuningLayer, name: str, state_dict: dict[str, Tensor]) -> None:
+def _check(
+    model: nn.Module, path: str, layer: InputTuningLayer, name: str, state_dict: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """Returns the tensors of the base model's embeddings that the file holds."""
     found = {key.removeprefix(PEFT_PREFIX): tensor for key, tensor in state_dict.items()}
     path = path.removeprefix(PEFT_PREFIX)
     for key, parameter in layer.named_adapter_parameters(name):
@@ -58,6 +68,20 @@ def _check(model: nn.Module, path: str, layer: InputTuningLayer, name: str, stat
                 f"`{key}` of adapter {name!r} holds NaN or infinite values in the file. Load an earlier checkpoint."
             )
     _check_what_else_is_there(model, name, found)
+    return {key: tensor for key, tensor in found.items() if f".modules_to_save.{name}." not in key}
+
+
+def _check_base_stays(model: nn.Module, name: str, of_base: dict[str, Tensor]) -> None:
+    """PEFT saves the embeddings of a base that was resized with each of its adapters, and would write them over the
+    base that others use."""
+    known = {key.removeprefix(PEFT_PREFIX): value for key, value in model.state_dict().items()}
+    for key, tensor in of_base.items():
+        base = known[key]
+        if tensor.is_meta or base.is_meta or not torch.equal(tensor.to(base), base):
+            raise ValueError(
+                f"The file of adapter {name!r} holds `{key}`, and this base model has other values there, which its "
+                "other adapters use. Load the adapter on a base model of its own, or first."
+            )
 
 
 def _check_what_else_is_there(model: nn.Module, name: str, found: dict[str, Tensor]) -> None:

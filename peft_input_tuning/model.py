@@ -25,7 +25,7 @@ from transformers import GenerationMixin
 
 from .base_weights import base_embedding, check_can_be_saved, keep_unpacked
 from .call_state import BASE, RowAdapters, current_row_adapters, generating, prompt_in_place, use_row_adapters
-from .checkpoint import check_adapter_state_dict
+from .checkpoint import checked_state_dict
 from .config import InputTuningConfig
 from .layer import InputTuningLayer
 from .tested_versions import newer_than_tested
@@ -77,6 +77,7 @@ class InputTuningModel(BaseTuner):
         refuse_models_without_place(backbone, embedding, config.num_virtual_tokens, input_only)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        _check_adapter_name(adapter_name)
         trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -193,8 +194,7 @@ class InputTuningModel(BaseTuner):
     ) -> dict[str, Tensor]:
         """Hook of PEFT (>= 0.21) between reading a file and using it: refuses files that do not fit."""
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        check_adapter_state_dict(model, adapter_name, remapped)
-        return remapped
+        return checked_state_dict(model, adapter_name, remapped)
 
     # ---- calls --------------------------------------------------------------------------------------------------
 
@@ -325,6 +325,17 @@ def _pass_adapter_names(module: nn.Module, args: tuple, kwargs: dict[str, Any], 
 
 def _holds_our_layer(module: nn.Module) -> bool:
     return any(isinstance(inner, InputTuningLayer) for inner in module.modules())
+
+
+def _check_adapter_name(name: str) -> None:
+    """Adapters are parts of containers, in which some names mean something else."""
+    if name == BASE:
+        raise ValueError(f"`adapter_name` is {name!r}, which means no adapter in `adapter_names`. Choose another.")
+    if not name or "." in name or hasattr(nn.ModuleDict(), name):
+        raise ValueError(
+            f"`adapter_name` is {name!r}, which cannot name a part of a module: it is empty, has a dot, or means "
+            "something else there. Choose another."
+        )
 
 
 def _check_modules_to_save(config: InputTuningConfig, model: nn.Module, embedding_path: str) -> None:

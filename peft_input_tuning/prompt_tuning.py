@@ -30,7 +30,7 @@ def from_prompt_tuning(prompt_tuned: PeftModel, adapter_name: str | None = None,
         )
     name = adapter_name or prompt_tuned.active_adapter
     config = prompt_tuned.peft_config.get(name)
-    if not isinstance(config, PromptTuningConfig):
+    if type(config) is not PromptTuningConfig:  # multitask prompt-tuning is a subclass: its prompt is not all it has
         raise ValueError(
             f"Adapter {name!r} must be a PROMPT_TUNING adapter, got {type(config).__name__}. "
             f"Adapters of this model: {sorted(prompt_tuned.peft_config)}."

@@ -236,6 +236,17 @@ def test_sizes_that_cannot_be_meant(changes, message):
     assert not model.model._forward_pre_hooks
 
 
+@pytest.mark.parametrize("name", ["__base__", "", "a.b", "keys", "forward", "training"])
+def test_names_that_an_adapter_cannot_have(name):
+    model, _, _ = adapted(llama)
+    with pytest.raises(ValueError, match=rf"`adapter_name` is {name!r}"):
+        model.add_adapter(name, config(llama))
+    assert model.base_model.layer.adapter_names == list(model.peft_config) == ["default"]
+    with pytest.raises(ValueError, match=rf"`adapter_name` is {name!r}"):
+        get_peft_model(build(llama), config(llama), adapter_name=name)
+    assert still_works(model)
+
+
 def test_two_adapters_for_the_whole_batch():
     model, _, _ = adapted(llama)
     add(model, "b", seed=2)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft import (
     LoraConfig,
+    MultitaskPromptTuningConfig,
     PeftModel,
     PrefixTuningConfig,
     PromptTuningConfig,
@@ -264,6 +265,13 @@ REFUSED = {
         lambda: get_peft_model(build(LLAMA), PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")),
         {},
         ["must be a PROMPT_TUNING adapter", "PrefixTuningConfig"],
+    ),
+    "multitask prompt-tuning, whose tasks have matrices of their own": (
+        lambda: get_peft_model(
+            build(LLAMA), MultitaskPromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM", num_tasks=2)
+        ),
+        {},
+        ["must be a PROMPT_TUNING adapter", "MultitaskPromptTuningConfig"],
     ),
     "input-tuning": (lambda: adapted(LLAMA)[0], {}, ["must be a PROMPT_TUNING adapter", "InputTuningConfig"]),
     "unknown name": (

@@ -24,7 +24,7 @@ from peft import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoTokenizer
 
@@ -344,6 +344,42 @@ def test_a_resized_base_brings_its_embedding_along(tmp_path):
     again.resize_token_embeddings(VOCAB + 3)
     loaded = PeftModel.from_pretrained(again, tmp_path / "adapter")
     assert torch.equal(output(loaded, LLAMA), output(model, LLAMA))
+
+
+def resized(folder: Path) -> torch.nn.Module:
+    base = LLAMA.heads["lm"].from_pretrained(folder).to(DEVICE)
+    torch.manual_seed(0)
+    base.resize_token_embeddings(VOCAB + 3)
+    return base
+
+
+def test_another_adapter_of_a_resized_base_leaves_the_base_as_it_is(tmp_path):
+    """Its file holds the base's embeddings: the same ones are no reason to write them, others are refused."""
+    build(LLAMA).save_pretrained(tmp_path / "base")
+    models = []
+    for number in range(2):
+        model = get_peft_model(resized(tmp_path / "base"), config(LLAMA)).eval()
+        randomize(model, seed=number)
+        model.save_pretrained(tmp_path / str(number))
+        models.append(model)
+    host = PeftModel.from_pretrained(resized(tmp_path / "base"), tmp_path / "0").eval()
+    table = host.base_model.layer.base_layer.weight
+    before = table.clone()
+    host.load_adapter(tmp_path / "1", adapter_name="other")
+    assert host.base_model.layer.base_layer.weight is table
+    for name, model in zip(("default", "other"), models, strict=True):
+        host.set_adapter(name)
+        assert torch.equal(output(host, LLAMA), output(model, LLAMA))
+    file = tmp_path / "1" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    key = next(key for key in tensors if key.endswith("embed_tokens.base_layer.weight"))
+    tensors[key] += 1
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"holds `model.embed_tokens.base_layer.weight`, and this base model has"):
+        host.load_adapter(tmp_path / "1", adapter_name="third")
+    assert torch.equal(table, before)
+    assert host.base_model.layer.adapter_names == ["default", "other"]
+    assert list(host.peft_config) == ["default", "other"]
 
 
 # ---- what the prompt starts from ----------------------------------------------------------------------------------
