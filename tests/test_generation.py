@@ -467,10 +467,12 @@ def test_sixteen_adapters_in_one_forward_pass_each_for_its_rows_only(family):
     backbone = model.get_base_model().get_submodule("encoder" if family == "t5" else "model")
     backbone.register_forward_hook(lambda *_: calls.append(1))
     for name, fc1 in model.base_model.layer.input_tuning_fc1.items():
-        fc1.register_forward_pre_hook(lambda _, args, name=name: seen.setdefault(name, []).append(args[0].shape[:-1]))
+        fc1.register_forward_pre_hook(
+            lambda _, args, name=name: seen.setdefault(name, []).append(args[0].shape[:-1].numel())
+        )
     out = model(input_ids=batch, attention_mask=mask, adapter_names=names, **more).logits
     assert len(calls) == 1
-    assert seen == {name: [(2, batch.shape[1])] for name in adapters}
+    assert seen == {name: [2 * batch.shape[1]] for name in adapters}  # places of two rows
     for i, (name, row) in enumerate(zip(names, rows, strict=True)):
         own = {key: value[i : i + 1] for key, value in more.items()}
         got = out[i] if more else out[i][mask[i] == 1]
