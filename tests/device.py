@@ -15,6 +15,9 @@ import torch
 _NAME = os.environ.get("DEVICE", "cpu")
 if _NAME == "cpu":
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Trainer, accelerate and scripts take a GPU if they see one
+if _NAME == "cuda":  # gradients that are compared bit for bit: attention's backward pass adds in any order otherwise
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
 if _NAME == "emulated":
     import emulated_device
 
@@ -22,7 +25,7 @@ if _NAME == "emulated":
     os.environ["ACCELERATE_TORCH_DEVICE"] = _NAME  # it would take a GPU by itself
 
 DEVICE = torch.device(_NAME)
-# Sums of the size that the tolerances of the tests are made for.
+# TensorFloat-32 has 10 bits of mantissa; the tolerances of the tests are for float32.
 torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 
 

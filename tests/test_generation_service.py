@@ -18,6 +18,7 @@ import uvicorn
 from prometheus_client.parser import text_string_to_metric_families
 
 from adapters import adapted, add
+from device import DEVICE
 from families import FAMILIES
 from tokenizers_of_families import tokenizer_of
 
@@ -49,7 +50,7 @@ def oracle(family):
     model, tokenizer = make_model(family), tokenizer_of(family)
 
     def alone(adapter: str, text: str, new: int = NEW) -> str:
-        ids = tokenizer(text, return_tensors="pt").input_ids
+        ids = tokenizer(text, return_tensors="pt").input_ids.to(DEVICE)
         options = {
             "max_new_tokens": new,
             "do_sample": False,
