@@ -170,7 +170,7 @@ def test_a_conversation_goes_on_with_more_input():
     first, more = ids(5, seed=1), ids(3, seed=2)
     settings = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": PAD, "return_dict_in_generate": True}
     start = model.generate(input_ids=first[None], attention_mask=torch.ones_like(first[None]), **settings)
-    cached = start.past_key_values.get_seq_length() - 4  # the last token has not been through the model
+    cached = start.past_key_values.get_seq_length()  # the last token has not been through the model
     new = torch.cat([start.sequences[0, cached:], more])
     mask = torch.ones(1, cached + len(new), dtype=torch.long, device=DEVICE)
     out = model.generate(
