@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any, ClassVar
@@ -160,9 +159,9 @@ class InputTuningConfig(PeftConfig):
         if self.prompt_scale is None:
             self.prompt_scale = 1.0 if self.weights_in_checkpoint else DEFAULT_PROMPT_SCALE
         scale = self.prompt_scale
-        if isinstance(scale, bool) or not isinstance(scale, Real) or not 0 < scale < math.inf:
+        if isinstance(scale, bool) or not isinstance(scale, Real) or not 1e-4 <= scale <= 1e4:
             raise ValueError(
-                f"`prompt_scale` must be a positive finite number, got {scale!r}. Leave it out for "
+                f"`prompt_scale` must be a positive finite number (0.0001 to 10000), got {scale!r}. Leave it out for "
                 f"{DEFAULT_PROMPT_SCALE:g}, or use 1.0 for a parameter that is the prompt itself."
             )
         self.prompt_scale = float(scale)

@@ -96,7 +96,7 @@ class InputTuningModel(BaseTuner):
             return
         try:
             check_cached_equals_uncached(model.get_submodule(self._backbone_paths[0]), self.layer)
-        except ValueError:
+        except BaseException:
             self.layer.delete_adapter(adapter_name)
             if not self.layer.adapter_names:
                 parent, _, name = self.embedding_path.rpartition(".")
@@ -329,8 +329,11 @@ def _holds_our_layer(module: nn.Module) -> bool:
 
 def _check_adapter_name(name: str) -> None:
     """Adapters are parts of containers, in which some names mean something else."""
-    if name == BASE:
-        raise ValueError(f"`adapter_name` is {name!r}, which means no adapter in `adapter_names`. Choose another.")
+    if name.startswith("__"):
+        raise ValueError(
+            f"`adapter_name` is {name!r}, but names with two underscores in front are kept: {BASE!r} is no adapter. "
+            "Choose another."
+        )
     if not name or "." in name or hasattr(nn.ModuleDict(), name):
         raise ValueError(
             f"`adapter_name` is {name!r}, which cannot name a part of a module: it is empty, has a dot, or means "

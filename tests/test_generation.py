@@ -334,6 +334,18 @@ def test_a_cache_tells_tokens_again_after_an_error(family):
     assert cache.get_seq_length() == 7
 
 
+@each_decoder
+def test_a_marked_cache_is_for_models_that_know_of_the_prompt(family):
+    model, base, _ = adapted(family)
+    row = ids(9)
+    cache = cache_in(model(input_ids=row[None, :7], use_cache=True))
+    with pytest.raises(ValueError, match="The cache holds 4 virtual tokens, and a model without input-tuning goes on"):
+        base(input_ids=row[None, 7:], past_key_values=cache)
+    with model.disable_adapter():
+        model(input_ids=row[None, 7:8], past_key_values=cache)
+    assert cache.get_seq_length() == 8
+
+
 @pytest.mark.parametrize("family", [f for f in DECODERS if "mistral" not in f.name and "gemma" not in f.name], ids=str)
 def test_caches_that_were_cropped(family):
     """Down to the prompt is a new start; less of it is refused."""

@@ -239,6 +239,26 @@ def test_a_mask_or_a_cache_says_that_a_row_is_one_sequence(family, given):
     assert_close(got, want, atol=2e-4, rtol=1e-3)
 
 
+def test_bounds_that_end_before_the_row():
+    """What is behind them goes with the last sequence; no place is out of the row."""
+    model, base, weights = adapted(LLAMA)
+    row = ids(1, 9)
+    bounds = torch.tensor([0, 4, 6], dtype=torch.int32, device=DEVICE)
+    logits = model(input_ids=row, cu_seq_lens_q=bounds, cu_seq_lens_k=bounds, max_length_q=4, max_length_k=4).logits
+    assert_close(logits[0, :4], row_output(base, weights, row[0, :4]), atol=2e-4, rtol=1e-3)
+    assert_close(logits[0, 4:], row_output(base, weights, row[0, 4:]), atol=2e-4, rtol=1e-3)
+
+
+def test_bounds_beside_a_batch_of_rows():
+    model, base, weights = adapted(LLAMA)
+    bounds = torch.tensor([0, 3, 5], dtype=torch.int32, device=DEVICE)
+    with pytest.raises(ValueError, match="`cu_seq_lens_q` describes one row, got a batch of 2"):
+        model(input_ids=ids(2, 5), cu_seq_lens_q=bounds)
+    positions = torch.tensor([[0, 1, 2, 0, 1]], device=DEVICE)
+    logits = model(input_ids=ids(2, 5), cu_seq_lens_q=bounds, position_ids=positions).logits
+    assert_close(logits[1, 3:], row_output(base, weights, ids(2, 5)[1, 3:]), atol=2e-4, rtol=1e-3)
+
+
 def test_bounds_in_a_compiled_model():
     """They say on the host how many sequences there are; positions alone would have to be looked at."""
     model, base, weights = adapted(LLAMA)

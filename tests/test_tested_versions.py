@@ -149,5 +149,20 @@ def test_the_trial_leaves_nothing_behind(family):
     assert layer.adapter_names == ["default"]
 
 
+class DemandingModel(LlamaModel):
+    """A Llama whose forward wants one thing more."""
+
+    def forward(self, input_ids=None, *, flavour, use_cache=None, **kwargs):
+        return LlamaModel.forward(self, input_ids, use_cache=use_cache, **kwargs)
+
+
+def test_a_model_that_cannot_be_tried_out_is_warned_of(newer):
+    model = LlamaForCausalLM(llama.config())
+    model.model = DemandingModel(llama.config())
+    with pytest.warns(UserWarning, match="could not be tried out.*flavour"):
+        adapter = get_peft_model(model.to(DEVICE), config(), adapter_name="trial")
+    assert adapter.base_model.layer.prompt_length("trial") == 4
+
+
 def _path_of_backbone(model: nn.Module) -> str:
     return "base_model.model." + model.base_model._backbone_paths[0]

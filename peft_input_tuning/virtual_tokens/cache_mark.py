@@ -52,6 +52,16 @@ class _MarkedCache:
         slots = self.input_tuning_mark.layout.slots
         return places if self.in_backbone or not slots or not places else places - slots
 
+    def update(self, *args: Any, **kwargs: Any) -> Any:
+        """As the cache's own; a model that does not know of the prompt would count its positions without it."""
+        slots = self.input_tuning_mark.layout.slots
+        if slots and not self.in_backbone:
+            raise ValueError(
+                f"The cache holds {slots} virtual tokens, and a model without input-tuning goes on from it. Use the "
+                "model that filled it (its adapter may be disabled), or start a new cache."
+            )
+        return super().update(*args, **kwargs)  # type: ignore[misc]
+
     def __reduce_ex__(self, protocol: Any) -> tuple:
         """Copies and pickles name the class that the subclass was made of."""
         return _empty_marked, (type(self).__mro__[2],), self.__dict__

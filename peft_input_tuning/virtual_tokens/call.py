@@ -140,7 +140,12 @@ def packed_layout(
     batch, length = given.shape[:2]
     rows = current_row_adapters(layer)
     prompts = [slots] * batch if rows is None else rows.prompt_lengths
-    if bounds is not None:
+    if bounds is not None and batch > 1 and positions is None:
+        raise ValueError(
+            f"`cu_seq_lens_q` describes one row, got a batch of {batch}. Flatten the batch into one row, or pass "
+            "`position_ids` that restart."
+        )
+    if bounds is not None and batch == 1:
         positions, sequences = positions_of(bounds, length), [bounds.shape[0] - 1]
         is_packed = sequences[0] > 1
     elif positions is None or positions.shape[-1] < 2:

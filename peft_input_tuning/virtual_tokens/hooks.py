@@ -113,9 +113,9 @@ def take_prompt_out(backbone: nn.Module, args: tuple, call: dict[str, Any], outp
     return output.to_tuple() if call.as_tuple else output
 
 
-def leave_cache(backbone: nn.Module, args: tuple, call: dict[str, Any], output: Any):
+def leave_cache(backbone: nn.Module, args: tuple, call: dict[str, Any], output: Any, *, site: Backbone):
     """Post-hook of the backbone, run after errors as well: from now on its cache tells the number of tokens again."""
-    leave_backbone(cache_of(call))
+    leave_backbone(cache_of({**dict(zip(site.parameters, args, strict=False)), **call}))
 
 
 def _of_tokens(router: Tensor, layout: PromptLayout | PackedLayout, batch: int, places: int) -> Tensor:
@@ -223,7 +223,7 @@ def install_hooks(model: nn.Module, backbone_path: str, embedding_path: str) -> 
         model.register_forward_pre_hook(scope, with_kwargs=True)
     backbone.register_forward_pre_hook(partial(put_prompt_in, site=site), with_kwargs=True)
     backbone.register_forward_hook(partial(take_prompt_out, site=site), with_kwargs=True)
-    backbone.register_forward_hook(partial(leave_cache), with_kwargs=True, always_call=True)
+    backbone.register_forward_hook(partial(leave_cache, site=site), with_kwargs=True, always_call=True)
     decoder_path = find_decoder(model, backbone)
     if decoder_path is None:
         return

@@ -186,9 +186,13 @@ class PromptLayout:
 
 
 def positions_of(bounds: Tensor, length: int) -> Tensor:
-    """Positions `(1, length)` of the one row that `cu_seq_lens` `(sequences + 1,)` describes."""
+    """Positions `(1, length)` of the one row that `cu_seq_lens` `(sequences + 1,)` describes.
+
+    What stands behind the last bound goes with the last sequence.
+    """
     at = torch.arange(length, device=bounds.device)
-    return (at - bounds[torch.searchsorted(bounds, at, right=True) - 1]).unsqueeze(0)
+    starts = bounds[:-1].contiguous()
+    return (at - starts[torch.searchsorted(starts, at, right=True) - 1]).unsqueeze(0)
 
 
 def moved_bounds(bounds: Tensor, slots: int) -> Tensor:

@@ -26,6 +26,7 @@ def plain_ids(module: nn.Module, embedding: nn.Module, count: int) -> Tensor:
     special = {getattr(table, "padding_idx", None)}
     special |= {getattr(module.config, f"{name}_token_id", None) for name in ("pad", "mask", "bos")}
     plain = [number for number in range(table.num_embeddings // 2, table.num_embeddings) if number not in special]
+    plain = plain or [0]
     return torch.tensor([(plain * count)[:count]], device=execution_device(table))
 
 
