@@ -21,6 +21,7 @@ from adapters import adapted, add
 from device import DEVICE
 from families import DECODERS, FAMILIES, GENERATORS, PAD, SEQ2SEQ, UNPADDED_STATIC_CACHE, ids, padded
 from oracles import adapter_weights, greedy, row_output
+from peft_input_tuning.virtual_tokens.backbone import has_window
 
 NEW = 6
 ROWS = [7, 4, 9]
@@ -344,6 +345,10 @@ def test_a_marked_cache_is_for_models_that_know_of_the_prompt(family):
     with model.disable_adapter():
         model(input_ids=row[None, 7:8], past_key_values=cache)
     assert cache.get_seq_length() == 8
+    if not has_window(base):  # a cache with a window cannot be cropped
+        cache.crop(-12)
+        want = base(input_ids=row[None]).logits
+        assert torch.equal(base(input_ids=row[None], past_key_values=cache).logits, want)
 
 
 @pytest.mark.parametrize("family", [f for f in DECODERS if "mistral" not in f.name and "gemma" not in f.name], ids=str)

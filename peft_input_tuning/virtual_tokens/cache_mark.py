@@ -54,6 +54,8 @@ class _MarkedCache:
 
     def update(self, *args: Any, **kwargs: Any) -> Any:
         """As the cache's own; a model that does not know of the prompt would count its positions without it."""
+        if not self.in_backbone and not places_in(self):
+            self.input_tuning_mark = CacheMark(PromptLayout(0))  # it was emptied, and holds no prompt any more
         slots = self.input_tuning_mark.layout.slots
         if slots and not self.in_backbone:
             raise ValueError(

@@ -50,8 +50,8 @@ def put_prompt_in(backbone: nn.Module, args: tuple, kwargs: dict[str, Any], *, s
     call.update(kwargs)
     cache = cache_of(call)
     mark = mark_of(cache)
+    enter_backbone(cache)
     if mark is not None:
-        enter_backbone(cache)
         if mark.layout.slots:
             continue_after_prompt(call, cache, mark, layer, site)
         return (), call
