@@ -409,7 +409,7 @@ def test_from_pretrained_of_transformers_with_an_adapter_folder(file, tmp_path_f
     build(LLAMA).save_pretrained(base)
     change_config(base_model_name_or_path=str(base))(file)
     spoil(file)
-    model = LlamaForCausalLM.from_pretrained(file)
+    model = LlamaForCausalLM.from_pretrained(file).to(DEVICE)
     with pytest.raises(ValueError, match="has no usable weights"):
         answer(model)
 

@@ -392,6 +392,7 @@ def table_of(output: str) -> list[str]:
     return [" ".join(row[1:-2]) for row in rows if len(row) == 8]
 
 
+@pytest.mark.not_emulated("the script runs on the CPU, in a process of its own")
 def test_whole_run_on_a_tiny_model(tiny_model, tmp_path, capsys, monkeypatch):
     arguments = ["--model", str(tiny_model), "--steps", "4", "--test-rows", "7", "--max-new-tokens", "6"]
     run = run_script(*arguments, "--output-dir", "out", cwd=tmp_path)
