@@ -14,7 +14,7 @@ from .prompt_tuning import from_prompt_tuning
 from .registration import register
 from .tested_versions import warn_of_untested_versions
 from .version import __version__
-from .virtual_tokens.prompt_cache import set_prompt_cache
+from .virtual_tokens.reuse import reuse_prompts
 
 register("input_tuning", InputTuningConfig, InputTuningModel)
 warn_of_untested_versions()
@@ -31,5 +31,5 @@ __all__ = [
     "from_prompt_tuning",
     "input_tuning_parameter_groups",
     "inspect_adapter",
-    "set_prompt_cache",
+    "reuse_prompts",
 ]

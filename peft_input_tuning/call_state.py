@@ -1,5 +1,4 @@
-"""Which adapter each row of the current call uses (`adapter_names=[...]`), whether its prompt is already in place, and
-whether `generate` makes the call.
+"""Which adapter each row of the current call uses (`adapter_names=[...]`), and whether `generate` makes the call.
 
 All are properties of one call, not of the model: two threads may call one model with different rows. So they live in
 context variables, which every thread has for itself. Compiled code does not read them: `InputTuningModel` runs calls
@@ -72,6 +71,19 @@ class RowAdapters:
         return max(self.prompt_lengths)
 
 
+@dataclass(frozen=True)
+class Generation:
+    """What a `generate` does with the arguments that it looked at once, at its start.
+
+    Args:
+        in_chunks: whether the input is fed in chunks, each with its own part of the mask; later tokens get ones.
+        counts_from_zero: whether each row's positions start at 0, because `generate` makes them itself.
+    """
+
+    in_chunks: bool = False
+    counts_from_zero: bool = True
+
+
 def on_device(values: list[int], device: torch.device) -> torch.Tensor:
     """A tensor of host values, `(len(values),)`, for which the host does not wait until the device is idle."""
     return torch.tensor(values).to(device, non_blocking=True)
@@ -79,8 +91,7 @@ def on_device(values: list[int], device: torch.device) -> torch.Tensor:
 
 # With the layer that a call is about: an assistant model, called inside the same call, has a layer of its own.
 _row_adapters: ContextVar[tuple[object, RowAdapters] | None] = ContextVar("row_adapters", default=None)
-_prompt_in_place: ContextVar[object] = ContextVar("prompt_in_place", default=None)
-_generating: ContextVar[object] = ContextVar("generating", default=None)
+_generation: ContextVar[tuple[object, Generation] | None] = ContextVar("generation", default=None)
 
 
 def current_row_adapters(layer: object) -> RowAdapters | None:
@@ -91,23 +102,21 @@ def current_row_adapters(layer: object) -> RowAdapters | None:
     return rows if owner is layer else None
 
 
-def is_prompt_in_place(layer: object) -> bool:
-    """Whether the caller's embeddings hold the virtual tokens already."""
-    return not torch.compiler.is_compiling() and _prompt_in_place.get() is layer
-
-
-def is_generating(layer: object) -> bool:
-    """Whether `generate` of the tuner is under way, which looks at its arguments once, at its start."""
-    return not torch.compiler.is_compiling() and _generating.get() is layer
+def generation_of(layer: object) -> Generation | None:
+    """The `generate` of `layer`'s model that is under way; None if there is none."""
+    if torch.compiler.is_compiling():
+        return None
+    owner, generation = _generation.get() or (None, None)
+    return generation if owner is layer else None
 
 
 @contextmanager
-def generating(layer: object) -> Iterator[None]:
-    token = _generating.set(layer)
+def generating(layer: object, generation: Generation) -> Iterator[None]:
+    token = _generation.set((layer, generation))
     try:
         yield
     finally:
-        _generating.reset(token)
+        _generation.reset(token)
 
 
 @contextmanager
@@ -117,12 +126,3 @@ def use_row_adapters(layer: object, rows: RowAdapters) -> Iterator[None]:
         yield
     finally:
         _row_adapters.reset(token)
-
-
-@contextmanager
-def prompt_in_place(layer: object) -> Iterator[None]:
-    token = _prompt_in_place.set(layer)
-    try:
-        yield
-    finally:
-        _prompt_in_place.reset(token)

@@ -13,7 +13,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers.activations import ACT2FN
 
 from .base_weights import execution_device
@@ -43,7 +42,6 @@ class InputTuningLayer(MergeableTable, PendingWeights):
     """
 
     adapter_layer_names = ("input_tuning_prompt", "input_tuning_fc1", "input_tuning_activation", "input_tuning_fc2")
-    caches_prompt = False  # see virtual_tokens/prompt_cache.py
     other_param_names = ("input_tuning_dropout",)
 
     def __init__(self, base_layer: nn.Module) -> None:
@@ -56,11 +54,11 @@ class InputTuningLayer(MergeableTable, PendingWeights):
         self.input_tuning_dropout = nn.ModuleDict()
         self.input_only: set[str] = set()  # adapters that leave the output's tokens alone, see virtual_tokens/scope.py
         self.seen_labels: set[tuple[str, bool]] = set()  # of those, whose labels were looked at, in training or not
-        self.prompt_states: dict[str, Any] = {}
+        self.prompt_states: dict[Any, Any] | None = None  # inside virtual_tokens/reuse.py's `reuse_prompts` only
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles compute their prompts' states again."""
-        return {**self.__dict__, "prompt_states": {}}
+        """Copies and pickles keep no prompts' states."""
+        return {**self.__dict__, "prompt_states": None}
 
     @property
     def embedding_dim(self) -> int:
@@ -146,6 +144,7 @@ class InputTuningLayer(MergeableTable, PendingWeights):
             self.input_tuning_fc2[adapter_name] = InputDtypeLinear(hidden, width, bias=config.adapter_bias)
             self.input_tuning_activation[adapter_name] = ACT2FN[config.adapter_activation]
             self.input_tuning_dropout[adapter_name] = nn.Dropout(config.adapter_dropout)
+        self.forget_prompt_states()
         self.seen_labels -= {(adapter_name, True), (adapter_name, False)}
         if input_only and hidden:
             self.input_only.add(adapter_name)
@@ -194,32 +193,44 @@ class InputTuningLayer(MergeableTable, PendingWeights):
     def delete_adapter(self, adapter_name: str) -> None:
         self.pending.discard(adapter_name)
         self.input_only.discard(adapter_name)
-        self.prompt_states.pop(adapter_name, None)
+        self.forget_prompt_states()
         super().delete_adapter(adapter_name)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         super()._move_adapter_to_device_of_base_layer(adapter_name, device or execution_device(self.base_layer))
 
+    def train(self, mode: bool = True) -> InputTuningLayer:
+        if mode:
+            self.forget_prompt_states()
+        return super().train(mode)
+
+    def _apply(self, function: Any, recurse: bool = True) -> InputTuningLayer:
+        self.forget_prompt_states()  # the model goes to another device or dtype
+        return super()._apply(function, recurse)
+
+    def forget_prompt_states(self) -> None:
+        if self.prompt_states is not None:
+            self.prompt_states.clear()
+
     # ---- forward ------------------------------------------------------------------------------------------------
 
-    def forward(
-        self,
-        input_ids: Tensor | None,
-        *args: Any,
-        is_output: IsOutput | None = None,
-        prompts: tuple[int, int] | None = None,
-        **kwargs: Any,
-    ) -> Tensor:
+    def forward(self, input_ids: Tensor, *args: Any, is_output: IsOutput | None = None, **kwargs: Any) -> Tensor:
         """`(batch, length)` ids → `(batch, length, embedding_dim)` adapted embeddings.
 
-        `is_output` is asked for by adapters with `adapter_scope="input"` (`virtual_tokens/scope.py`); `prompts` is
-        how `prompt_rows` gets what it returns where the layer is sharded.
+        A negative id is a virtual token: -1 is the last row of the prompt, -2 the one before it. A call that is
+        shorter than the prompt has none. `is_output` is asked for by adapters with `adapter_scope="input"`
+        (`virtual_tokens/scope.py`).
         """
-        if prompts is not None:
-            return self._prompt_rows(*prompts)
         if self.merged and self.disable_adapters:
             self.unmerge()  # as PEFT's other methods do
-        embeddings = self.base_layer(input_ids, *args, **kwargs)
+        slots = self.slots
+        if not slots or input_ids.shape[-1] < slots:
+            return self._adapted(self.base_layer(input_ids, *args, **kwargs), is_output)
+        words = self._adapted(self.base_layer(input_ids.clamp(min=0), *args, **kwargs), is_output)
+        ids = input_ids.to(words.device)
+        return torch.where((ids < 0).unsqueeze(-1), self._virtual_tokens(ids, slots).to(words.dtype), words)
+
+    def _adapted(self, embeddings: Tensor, is_output: IsOutput | None) -> Tensor:
         if self.merged:
             return embeddings
         rows = None if self.disable_adapters else current_row_adapters(self)
@@ -227,6 +238,29 @@ class InputTuningLayer(MergeableTable, PendingWeights):
             return self._adapt_rows(embeddings, rows, is_output)
         name = self.enabled_adapter
         return embeddings if name is None else self.adapt_in_scope(embeddings, name, is_output)
+
+    def _virtual_tokens(self, ids: Tensor, slots: int) -> Tensor:
+        """The rows of the prompts that negative ids name, `(batch, length, embedding_dim)`; anything for other ids.
+
+        A negative id below the prompt is an error of the lookup, as an id that the vocabulary does not have.
+        """
+        places = (ids + slots).clamp(max=slots - 1)
+        rows = current_row_adapters(self)
+        if rows is None:
+            return nn.functional.embedding(places, self._prompt(str(self.enabled_adapter)))
+        names = rows.names_of(len(ids))
+        distinct = list(dict.fromkeys(names))
+        table = torch.cat([self._prompt(name, slots) for name in distinct])
+        first = on_device([distinct.index(name) * slots for name in names], ids.device)
+        return nn.functional.embedding(places + first.unsqueeze(1), table)
+
+    def _prompt(self, name: str, slots: int = 0) -> Tensor:
+        """An adapter's prompt at the right end of `slots` rows, `(slots, embedding_dim)`; zeros if it has none."""
+        self.check_weights_have_come(name)
+        if not self.prompt_length(name):
+            return next(iter(self.input_tuning_prompt.values())).weight.new_zeros(slots, self.embedding_dim)
+        prompt = self.input_tuning_prompt[name]()
+        return prompt if len(prompt) >= slots else nn.functional.pad(prompt, (0, 0, slots - len(prompt), 0))
 
     def adapt_in_scope(self, embeddings: Tensor, name: str, is_output: IsOutput | None) -> Tensor:
         """One adapter's T(e) of the tokens that it is for, `(batch, length, embedding_dim)` → the same shape."""
@@ -261,36 +295,6 @@ class InputTuningLayer(MergeableTable, PendingWeights):
             of_rows = is_output[own] if isinstance(is_output, Tensor) else is_output
             adapted[own] = self.adapt_in_scope(embeddings[own], name, of_rows)
         return adapted
-
-    def prompt_rows(self, batch: int, slots: int) -> Tensor:
-        """The prompt of each row, at the right end of its slots: `(batch, slots, embedding_dim)`.
-
-        Accelerate's FSDP2 shards a model's input embeddings as one unit, whose weights, the prompt among them, are
-        whole only while that unit's own forward runs: the layer is called as a module then. Nowhere else, since hooks
-        on the embedding (NEFTune's noise) are not meant for the prompt.
-        """
-        if any(isinstance(prompt.weight, DTensor) for prompt in self.input_tuning_prompt.values()):
-            return self(None, prompts=(batch, slots))
-        return self._prompt_rows(batch, slots)
-
-    def _prompt_rows(self, batch: int, slots: int) -> Tensor:
-        rows = current_row_adapters(self)
-        if rows is None:
-            name = str(self.enabled_adapter)
-            self.check_weights_have_come(name)
-            return self.input_tuning_prompt[name]().unsqueeze(0).expand(batch, -1, -1)
-        names = rows.names_of(batch)
-        distinct = list(dict.fromkeys(names))
-        table = torch.stack([self._padded_prompt(name, slots) for name in distinct])
-        return table[on_device([distinct.index(name) for name in names], table.device)]
-
-    def _padded_prompt(self, name: str, slots: int) -> Tensor:
-        if not self.prompt_length(name):
-            reference = next(iter(self.input_tuning_prompt.values())).weight
-            return reference.new_zeros(slots, reference.shape[1])
-        self.check_weights_have_come(name)
-        prompt = self.input_tuning_prompt[name]()
-        return nn.functional.pad(prompt, (0, 0, slots - prompt.shape[0], 0))
 
     # ---- being the embedding for the rest of the world ------------------------------------------------------------
 

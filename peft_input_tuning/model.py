@@ -1,42 +1,33 @@
 """`InputTuningModel`: input-tuning as a tuner of PEFT.
 
-It wraps the word embedding of the model's backbone (`layer.py`) and puts hooks on the backbone (`virtual_tokens/`).
-All the rest, saving, switching, disabling, is PEFT's. What is added here: checks before anything is changed, mixed
-batches (`adapter_names=[...]`), static caches in `generate`, and a strict reading of adapter files.
+It wraps the word embedding of a model (`layer.py`) and gives the modules that a call goes through more than their
+classes (`virtual_tokens/`). All the rest, saving, switching, disabling, is PEFT's. What is added here: checks before
+anything is changed, mixed batches (`adapter_names=[...]`), and a strict reading of adapter files.
 """
 
 from __future__ import annotations
 
 import copy
-import inspect
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import replace
-from functools import partial
-from threading import Lock
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-import torch
 from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
-from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
-from transformers import GenerationMixin
 
 from .base_weights import base_embedding, check_can_be_saved, keep_unpacked
-from .call_state import BASE, RowAdapters, current_row_adapters, generating, prompt_in_place, use_row_adapters
+from .call_state import BASE
 from .checkpoint import checked_state_dict
 from .config import InputTuningConfig
 from .layer import InputTuningLayer
 from .tested_versions import newer_than_tested
-from .virtual_tokens.backbone import find_backbone, has_window, refuse_changed_embedding, refuse_models_without_place
+from .virtual_tokens.backbone import check_has_place, find_backbone, find_embedding, refuse_changed_embedding
 from .virtual_tokens.cache_check import check_cached_equals_uncached
-from .virtual_tokens.cache_mark import cache_of, mark_cache, mark_of
-from .virtual_tokens.hooks import install_hooks, remove_hooks
-from .virtual_tokens.layout import count_left_pads
-from .virtual_tokens.refusals import refuse_mask_of_other_length, refuse_pads_behind_prompt
-from .virtual_tokens.scope import input_of_generate, tells_input_from_output
-from .virtual_tokens.static_cache import generation_setting, input_with_prompt, mask_of_ids, uses_static_cache
+from .virtual_tokens.install import install, uninstall
+from .virtual_tokens.mixed_batch import mixed_batch
+from .virtual_tokens.scope import tells_input_from_output
+from .virtual_tokens.trial import WhatSeesIds, what_sees_ids
 
 MAX_HIDDEN_RATIO = 64  # an input-adapter wider than this many embeddings is a mistake, not a choice
 
@@ -60,28 +51,48 @@ class InputTuningModel(BaseTuner):
         super()._check_new_adapter_config(config)
         if not isinstance(config, InputTuningConfig):
             raise ValueError(f"`peft_config` must be an InputTuningConfig, got {type(config).__name__}.")
-        backbone_path, embedding_path = find_backbone(self.model)
-        backbone = self.model.get_submodule(backbone_path)
-        embedding = backbone.get_submodule(embedding_path)
-        self.embedding_path = ".".join(filter(None, (backbone_path, embedding_path)))
-        self._backbone_paths = backbone_path, embedding_path
+        model = self.model
+        self.embedding_path = find_embedding(model)
+        self.backbone_path = find_backbone(model, self.embedding_path)
+        embedding = model.get_submodule(self.embedding_path)
+        backbone = model if self.backbone_path is None else model.get_submodule(self.backbone_path)
         if not isinstance(embedding, InputTuningLayer) and _holds_our_layer(embedding):
-            refuse_changed_embedding(backbone, embedding_path, embedding)
-        _check_modules_to_save(config, self.model, self.embedding_path)
+            refuse_changed_embedding(model, self.embedding_path, embedding)
+        _check_modules_to_save(config, model, self.embedding_path)
         check_can_be_saved(base_embedding(embedding))
-        _check_sizes(
-            config, base_embedding(embedding).embedding_dim, getattr(backbone.config, "max_position_embeddings", None)
-        )
-        keep_unpacked(self.model)  # before the model is run
+        max_positions = getattr(getattr(backbone, "config", None), "max_position_embeddings", None)
+        _check_sizes(config, base_embedding(embedding).embedding_dim, max_positions)
+        check_has_place(model, self.backbone_path, self.embedding_path, config.num_virtual_tokens)
+        keep_unpacked(model)  # before the model is run
+        self._check_runs(config, backbone, embedding)
+
+    def _check_runs(self, config: InputTuningConfig, backbone: nn.Module, embedding: nn.Module) -> None:
+        """Runs the model once, before its first adapter, and raises if it would go past the adapter."""
+        if isinstance(embedding, InputTuningLayer):
+            traits = getattr(backbone, "input_tuning_traits", None)
+            takes_embeddings = None if traits is None else traits.takes_embeddings
+        else:
+            self._seen = what_sees_ids(self.model, backbone, embedding)
+            takes_embeddings = self._seen.takes_embeddings
+            if self._seen.embedding is False:
+                raise ValueError(
+                    f"{type(self.model).__name__} does not ask its word embedding `{self.embedding_path}` for the "
+                    "embeddings of its input, so an input-adapter around it would never run. Give input-tuning the "
+                    "part of the model that does."
+                )
         input_only = config.adapter_scope == "input" and tells_input_from_output(self.model)
-        refuse_models_without_place(backbone, embedding, config.num_virtual_tokens, input_only)
+        if input_only and takes_embeddings is False:
+            raise ValueError(
+                f'`adapter_scope` is "input", but {type(backbone).__name__} does more with ids than look up their '
+                'embeddings (it may scale them), and would get embeddings. Use adapter_scope="all".'
+            )
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         _check_adapter_name(adapter_name)
         trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
-            install_hooks(model, *self._backbone_paths)
+            install(model, self.backbone_path, self.embedding_path, getattr(self, "_seen", WhatSeesIds()))
             self._try_cache_out(model, adapter_name)
         except BaseException:
             self._share_embedding_again(model)
@@ -90,18 +101,18 @@ class InputTuningModel(BaseTuner):
             raise
 
     def _try_cache_out(self, model: nn.Module, adapter_name: str) -> None:
-        """Beside versions that were never tested, an adapter is refused, and taken away again, where the model's cache
+        """Beside versions that were never tested, an adapter is refused, and taken away again, if the model's cache
         loses its prompt."""
         if not newer_than_tested() or not self.layer.prompt_length(adapter_name):
             return
         try:
-            check_cached_equals_uncached(model.get_submodule(self._backbone_paths[0]), self.layer)
+            check_cached_equals_uncached(model.get_submodule(str(self.backbone_path)), self.layer)
         except BaseException:
             self.layer.delete_adapter(adapter_name)
             if not self.layer.adapter_names:
                 parent, _, name = self.embedding_path.rpartition(".")
                 setattr(model.get_submodule(parent), name, self.layer.base_layer)
-                remove_hooks(model)
+                uninstall(model)
             raise
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
@@ -172,7 +183,7 @@ class InputTuningModel(BaseTuner):
         if merge:
             self.layer.check_mergeable(adapter_names)  # before any module is unloaded
         model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
-        remove_hooks(model)
+        uninstall(model)
         if not merge:
             self._share_embedding_again(model)
         return model
@@ -205,122 +216,8 @@ class InputTuningModel(BaseTuner):
         if names is None:
             yield
             return
-        rows = self._row_adapters(names)
-        with ExitStack() as stack:
-            stack.enter_context(use_row_adapters(self.layer, rows))
-            stack.enter_context(_run_eagerly())
-            for module in self.model.modules():
-                if isinstance(module, AuxiliaryTrainingWrapper):  # modules_to_save, a classification head
-                    hook = partial(_pass_adapter_names, layer=self.layer)
-                    stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        with mixed_batch(self.model, self.layer, names, list(self.peft_config)):
             yield
-
-    def _row_adapters(self, names: list[str]) -> RowAdapters:
-        if self.training:
-            raise ValueError(
-                "`adapter_names` is for inference, and the model is in training mode. Call `eval()` first."
-            )
-        if not names:
-            raise ValueError("`adapter_names` is empty. Pass one name a row.")
-        if self.layer.merged:
-            raise ValueError(
-                "`adapter_names` cannot be used while an adapter is merged into the base model. Call "
-                "unmerge_adapter() first."
-            )
-        known = [BASE, *sorted(self.peft_config)]
-        unknown = [name for name in names if name not in known]
-        if unknown:
-            raise ValueError(f"`adapter_names` has the unknown name {unknown[0]!r}. Known: {known}.")
-        layer = self.layer
-        return RowAdapters(tuple(names), tuple(layer.prompt_length(name) for name in names))
-
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """`generate` of the model, where rows of a mixed batch are repeated for beams, and static caches get room for
-        the virtual tokens: the prompt is put in front here."""
-        kwargs = _by_name(self.model.generate, args, kwargs)
-        if kwargs.get("cache_implementation") == "paged":
-            raise ValueError(
-                '`cache_implementation` "paged" batches requests by itself and leaves no room for virtual tokens.'
-            )
-        cache = cache_of(kwargs)
-        mark = mark_of(cache)
-        ids = kwargs.get("inputs") if kwargs.get("inputs") is not None else kwargs.get("input_ids")
-        mask = kwargs.get("attention_mask")
-        if mark is not None:
-            mark_cache(cache, replace(mark, mask=None))  # of an earlier call, whose mask may have been another
-            if mark.layout.slots and ids is not None and mask is not None and mask.shape[1] > ids.shape[1]:
-                refuse_mask_of_other_length(mask, cache.get_seq_length(), ids.shape[1])
-        layer = self.layer
-        rows = current_row_adapters(layer)
-        chunk = generation_setting(self.model, kwargs, "prefill_chunk_size")
-        if chunk and layer.slots and has_window(self.model.get_submodule(self._backbone_paths[0])):
-            mask = mask_of_ids(self.model, ids, kwargs) if mask is None else mask
-            if mask is not None:
-                refuse_pads_behind_prompt(count_left_pads(mask), chunk)
-        with ExitStack() as stack:
-            stack.enter_context(generating(layer))
-            if rows is not None:
-                stack.enter_context(use_row_adapters(layer, replace(rows, in_generate=True)))
-            if layer.adapts_input_only:
-                stack.enter_context(input_of_generate(layer, ids, mask, cache))
-            if uses_static_cache(self.model, kwargs):
-                prepared = input_with_prompt(self.model, layer, kwargs)
-                if prepared is not None:
-                    stack.enter_context(prompt_in_place(layer))
-                    kwargs = prepared
-            return self.model.generate(**kwargs)
-
-
-def _by_name(generate: Callable, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """All arguments of a call by their names; a `generate` that takes `*args` hands them on to transformers'."""
-    parameters = list(inspect.signature(generate).parameters.values())
-    if any(one.kind is one.VAR_POSITIONAL for one in parameters):
-        parameters = list(inspect.signature(GenerationMixin.generate).parameters.values())[1:]
-    names = [one.name for one in parameters if one.kind is one.POSITIONAL_OR_KEYWORD]
-    if len(args) > len(names):
-        raise TypeError(f"`generate` takes {len(names)} arguments by position, got {len(args)}.")
-    given = dict(zip(names, args, strict=False))
-    twice = given.keys() & kwargs.keys()
-    if twice:
-        raise TypeError(f"`generate` got multiple values for the argument `{min(twice)}`.")
-    return given | kwargs
-
-
-_eager_calls = 0
-_eager_stance = ExitStack()
-_eager_lock = Lock()
-
-
-@contextmanager
-def _run_eagerly() -> Iterator[None]:
-    """Compiled code does not see the rows of a call, so calls with `adapter_names` run without it. A stance is the
-    whole process's: the first such call sets it, the last one under way puts back what was before."""
-    global _eager_calls
-    refusal = "`adapter_names` cannot be used inside torch.compile. Call the model outside of it."
-    if torch.compiler.is_compiling():
-        raise ValueError(refusal)
-    with _eager_lock:
-        if not _eager_calls:
-            try:
-                _eager_stance.enter_context(torch.compiler.set_stance("force_eager"))
-            except RuntimeError as error:  # torch: a stance cannot be set inside a compiled region
-                raise ValueError(refusal) from error
-        _eager_calls += 1
-    try:
-        yield
-    finally:
-        with _eager_lock:
-            _eager_calls -= 1
-            if not _eager_calls:
-                _eager_stance.close()
-
-
-def _pass_adapter_names(module: nn.Module, args: tuple, kwargs: dict[str, Any], *, layer: InputTuningLayer):
-    """The hook is on the module for all threads; the rows are those of this thread's call."""
-    rows = current_row_adapters(layer)
-    if rows is None or not args:
-        return None
-    return args, {**kwargs, "adapter_names": rows.names_of(args[0].shape[0])}
 
 
 def _holds_our_layer(module: nn.Module) -> bool:

@@ -20,7 +20,7 @@ from ..modules import SoftPrompt
 from ..tested_versions import newer_than_tested
 from .backbone import forward_parameters, is_causal
 from .cache_mark import cache_name
-from .trial_run import plain_ids, unchanged, weights_are_here
+from .trial import plain_ids, unchanged, weights_are_here
 
 _TRIAL = "__trial__"  # an adapter of its own, since the new one's weights may still be in a file
 _PROMPT, _FIRST, _ALL = 3, 2, 4  # lengths: of its prompt, of the ids in the first of two steps, of all ids
@@ -29,7 +29,7 @@ _TOLERANCE = {torch.float16: 0.02, torch.bfloat16: 0.05}  # beside the largest o
 
 @torch.no_grad()
 def check_cached_equals_uncached(backbone: nn.Module, layer: InputTuningLayer) -> None:
-    """Runs a few ids through a backbone with hooks, in one step without a cache and in two steps with one.
+    """Runs a few ids through a backbone with an adapter, in one step without a cache and in two steps with one.
 
     Args:
         backbone: its embedding is `layer`.

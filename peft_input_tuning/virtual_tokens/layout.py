@@ -114,6 +114,14 @@ class PromptLayout:
         index = self.index(x.shape[1])
         return joined if index is None else gather_places(joined, index)
 
+    def virtual_ids(self, batch: int, device: torch.device, slack: int = 0) -> Tensor:
+        """The ids of the prompts, `(batch, slots)`: -1 is a prompt's last virtual token, -2 the one before it.
+
+        Unused slots of shorter prompts get the id `slack`.
+        """
+        ids = torch.arange(-self.slots, 0, device=device).expand(batch, -1)
+        return ids if self.lengths is None else torch.where(ids >= -self.lengths, ids, slack)
+
     def join_mask(self, mask: Tensor | None, batch: int, length: int) -> Tensor | None:
         """The mask with virtual tokens visible and slack hidden, `(batch, slots + length)`; None if none is needed."""
         if mask is None:
@@ -133,7 +141,12 @@ class PromptLayout:
 
     def join_positions(self, positions: Tensor) -> Tensor:
         """Positions `(batch or 1, length)` → `(.., slots + length)`: the prompt takes the first token's position and
-        those after it; tokens move on by the row's prompt length; pads stay where they were."""
+        those after it; tokens move on by the row's prompt length; pads stay where they were.
+
+        Positions with axes (time, height, width) are `(axes, batch, length)`: each axis does so.
+        """
+        if positions.ndim == 3:
+            return torch.stack([self.join_positions(axis) for axis in positions])
         slots, length = self.slots, positions.shape[1]
         reference = self.pads if self.pads is not None else self.lengths
         if reference is not None:
@@ -147,7 +160,7 @@ class PromptLayout:
         return self.join(prompt, moved)
 
     def shift_positions(self, positions: Tensor) -> Tensor:
-        """Positions of tokens that follow a prompt which is already in the cache."""
+        """Positions `(..., batch or 1, length)` of tokens that follow a prompt which is already in the cache."""
         return positions + (self.slots if self.lengths is None else self.lengths)
 
     def remove(self, x: Tensor, dim: int = 1) -> Tensor:

@@ -5,8 +5,8 @@
 
 Of a decoder-only language model, both go through one embedding. What tells them apart is known at the model's entrance
 only: in training a token with a label is the output's; in `generate`, so is every token after those that it was given.
-Hence a hook there, which looks the embeddings up and passes them on in place of the ids. Where neither is known the
-call is refused. All other models read nothing but input: an encoder-decoder's input goes through the encoder, and
+Hence it is there that embeddings are looked up and passed on in place of the ids. If neither is known the call is
+refused. All other models read nothing but input: an encoder-decoder's input goes through the encoder, and
 models without a language model's head put nothing out that they read again.
 """
 
@@ -20,11 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..call_state import current_row_adapters, is_prompt_in_place
+from ..call_state import current_row_adapters
 from ..layer import CANNOT_TELL, InputTuningLayer, IsOutput
 from .cache_mark import cache_of
-
-IGNORED = -100  # the label of a token that has none, in all of transformers
+from .start import IGNORED
 
 # With the layer that it is about, as in call_state.py: an assistant model has an input of its own.
 _input_end: ContextVar[tuple[object, int] | None] = ContextVar("input_end", default=None)
@@ -45,11 +44,13 @@ def tells_input_from_output(model: nn.Module) -> bool:
 
 
 @contextmanager
-def input_of_generate(layer: InputTuningLayer, ids: Tensor | None, mask: Tensor | None, cache: Any) -> Iterator[None]:
-    """While `generate` runs on these ids, tokens at later places are the output's. Without ids it starts from one.
+def input_of_generate(layer: InputTuningLayer, arguments: dict[str, Any]) -> Iterator[None]:
+    """While `generate` runs on these arguments, later tokens are the output's. Without ids it starts from one.
 
-    Ids are the whole sequence, of which a cache may hold a part, or, where the mask is longer, what follows the cache.
+    Ids are the whole sequence, of which a cache may hold a part, or, if the mask is longer, what follows the cache.
     """
+    ids = arguments.get("input_ids") if arguments.get("inputs") is None else arguments["inputs"]
+    mask, cache = arguments.get("attention_mask"), cache_of(arguments)
     length = 1 if ids is None else ids.shape[1]
     if cache is not None and mask is not None and mask.shape[1] > length:
         length += int(cache.get_seq_length())
@@ -60,18 +61,12 @@ def input_of_generate(layer: InputTuningLayer, ids: Tensor | None, mask: Tensor 
         _input_end.reset(token)
 
 
-def adapt_input_only(model: nn.Module, args: tuple, kwargs: dict[str, Any], *, embedding_path: str, parameters: tuple):
-    """Pre-hook of a decoder-only language model: ids → embeddings, adapted where they are the input's."""
-    layer = model.get_submodule(embedding_path)
-    if not isinstance(layer, InputTuningLayer) or not layer.adapts_input_only:
-        return None
-    call = dict(zip(parameters, args, strict=False)) | kwargs
+def embeddings_in_scope(call: dict[str, Any], layer: InputTuningLayer) -> dict[str, Any]:
+    """The arguments of a call with embeddings for its ids, adapted if they are the input's."""
     ids = call.get("input_ids")
     if ids is None or call.get("inputs_embeds") is not None:
-        return None
-    call["inputs_embeds"] = layer(ids, is_output=output_tokens(call, ids, layer))
-    call["input_ids"] = None
-    return (), call
+        return call
+    return {**call, "input_ids": None, "inputs_embeds": layer(ids, is_output=output_tokens(call, ids, layer))}
 
 
 def output_tokens(call: dict[str, Any], ids: Tensor, layer: InputTuningLayer) -> IsOutput:
@@ -85,13 +80,11 @@ def output_tokens(call: dict[str, Any], ids: Tensor, layer: InputTuningLayer) ->
         if labels.shape != ids.shape:
             raise ValueError(f"`labels` have the shape {tuple(labels.shape)}, and `input_ids` {tuple(ids.shape)}.")
         is_output = labels.to(ids.device) != IGNORED
-        _refuse_rows_without_input(is_output, call.get("attention_mask"), layer)
+        _check_rows_have_input(is_output, call.get("attention_mask"), layer)
         return is_output
     owner, end = (None, 0) if torch.compiler.is_compiling() else _input_end.get() or (None, 0)
     if owner is not layer:
         raise ValueError(CANNOT_TELL)
-    if is_prompt_in_place(layer):
-        return True  # the input came as embeddings (static_cache.py): these ids follow it
     cache = cache_of(call)
     start = 0 if cache is None else cache.get_seq_length()
     if isinstance(start, int) and (start >= end or start + ids.shape[1] <= end):
@@ -99,7 +92,7 @@ def output_tokens(call: dict[str, Any], ids: Tensor, layer: InputTuningLayer) ->
     return (torch.arange(ids.shape[1], device=ids.device) + start >= end).expand(ids.shape[0], -1)
 
 
-def _refuse_rows_without_input(is_output: Tensor, mask: Any, layer: InputTuningLayer) -> None:
+def _check_rows_have_input(is_output: Tensor, mask: Any, layer: InputTuningLayer) -> None:
     """Looks at the first labels that adapters get, in training and outside of it: a GPU would have to wait each time,
     and rows that are made wrong are wrong from the first batch on."""
     rows = current_row_adapters(layer)

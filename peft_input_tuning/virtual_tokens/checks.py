@@ -6,36 +6,64 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import Cache
 
-from .backbone import Backbone
-from .layout import PromptLayout
+from .backbone import BackboneTraits
 
-_OF_PLACES = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids")
+# Arguments with a value for each place of the input that get one for virtual tokens, too.
+TYPES = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
+_OF_PLACES = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "labels", *TYPES)
 
 
-def refuse_what_cannot_be_spliced(call: dict[str, Any], cache: Any, site: Backbone) -> None:
-    mask, positions = call.get("attention_mask"), call.get("position_ids")
-    if getattr(cache, "is_compileable", False):
+def check_one_input(call: dict[str, Any], backbone: nn.Module, traits: BackboneTraits) -> None:
+    """Both ids and embeddings, or embeddings where they do not do what their ids do."""
+    if call.get("inputs_embeds") is None:
+        return
+    name = type(backbone).__name__
+    if call.get("input_ids") is not None:
         raise ValueError(
-            f"`{site.cache}` is a {type(cache).__name__} of fixed size, which has no room for the virtual tokens. "
-            "Call `generate` of the PeftModel (with a task type), which makes room, or use a dynamic cache."
+            f"{name} got `input_ids` and `inputs_embeds` together, and virtual tokens would stand in one of them only. "
+            "Pass one of them, or use num_virtual_tokens=0."
         )
-    refuse_expanded_mask(mask)
-    given = call.get("input_ids") if call.get("inputs_embeds") is None else call["inputs_embeds"]
-    if mask is not None and given is not None and mask.shape[1] != given.shape[1]:
+    if traits.takes_embeddings is False:
+        raise ValueError(
+            f"{name} does more with ids than look up their embeddings (it may scale them), so a prompt in front of "
+            "`inputs_embeds` would not be what it is in front of ids. Pass `input_ids`, or use num_virtual_tokens=0."
+        )
+
+
+def check_mask_and_positions(call: dict[str, Any], given: Tensor) -> None:
+    mask, positions = call.get("attention_mask"), call.get("position_ids")
+    check_not_expanded(mask)
+    if mask is not None and mask.shape[1] != given.shape[1]:
         raise ValueError(
             f"`attention_mask` has {mask.shape[1]} places for an input of {given.shape[1]} tokens. Pass a mask of the "
             "input's length; virtual tokens are added to it."
         )
-    if positions is not None and positions.ndim != 2:
-        raise ValueError(f"`position_ids` must have the shape (batch, length), got {tuple(positions.shape)}.")
+    if positions is not None and positions.ndim not in (2, 3):
+        raise ValueError(
+            f"`position_ids` must have the shape (batch, length) or (axes, batch, length), got "
+            f"{tuple(positions.shape)}."
+        )
 
 
-def refuse_what_cannot_be_packed(backbone: nn.Module, call: dict[str, Any], site: Backbone) -> None:
+def check_room(cache: Any, places: int) -> None:
+    """A cache of a fixed size must hold the virtual tokens, too."""
+    if not isinstance(cache, Cache) or not cache.is_compileable:
+        return
+    room = cache.get_max_length() if not all(cache.is_sliding) else -1
+    if 0 <= room < places:
+        raise ValueError(
+            f"The cache is a {type(cache).__name__} of {room} places, and the input and its virtual tokens take "
+            f"{places}. Make it larger by the number of virtual tokens, or let `generate` make it."
+        )
+
+
+def check_can_be_packed(backbone: nn.Module, call: dict[str, Any], traits: BackboneTraits) -> None:
     """For a call whose rows hold several sequences each."""
     name = type(backbone).__name__
     packed = "several sequences are packed into a row"
-    if not site.is_causal or "position_ids" not in site.parameters:
+    if not traits.is_causal or "position_ids" not in traits.parameters:
         raise ValueError(
             f"{packed}, which {name} cannot tell apart. Pass one sequence a row, with padding (no packing, no "
             "padding_free)."
@@ -48,7 +76,7 @@ def refuse_what_cannot_be_packed(backbone: nn.Module, call: dict[str, Any], site
         )
 
 
-def refuse_positions_in_compiled_call() -> None:
+def check_positions_can_be_read() -> None:
     """Compiled code cannot look at positions that come with neither a mask nor a cache, where they may be of packed
     rows."""
     if torch.compiler.is_compiling():
@@ -60,21 +88,20 @@ def refuse_positions_in_compiled_call() -> None:
         )
 
 
-def refuse_expanded_mask(mask: Any) -> None:
+def check_not_expanded(mask: Any) -> None:
     if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
         shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(
             f"`attention_mask` must have the shape (batch, length), got {shape}: virtual tokens cannot be added to "
-            "a mask that is already expanded. Pass the two-dimensional mask; where the model expands it by itself, as "
-            "multimodal ones do, use its class for text alone, or num_virtual_tokens=0."
+            "a mask that is already expanded. Pass the two-dimensional mask; or use num_virtual_tokens=0."
         )
 
 
-def refuse_other_places(backbone: nn.Module, call: dict[str, Any], given: Tensor) -> None:
+def check_other_arguments(backbone: nn.Module, call: dict[str, Any], given: Tensor) -> None:
     """Arguments with a value for each place of the input, of which only some are known here (not LED's
     `global_attention_mask`), and XLM's lengths of rows."""
     for name, value in call.items():
-        if name in _OF_PLACES or name.startswith("encoder_") or not isinstance(value, Tensor):
+        if name in _OF_PLACES or name.startswith("encoder_") or not isinstance(value, Tensor) or value.ndim > 3:
             continue
         if name == "lengths" or value.shape[:2] == given.shape[:2]:
             raise ValueError(
@@ -83,7 +110,7 @@ def refuse_other_places(backbone: nn.Module, call: dict[str, Any], given: Tensor
             )
 
 
-def refuse_shortened(backbone: nn.Module, places: int, expected: int) -> None:
+def check_all_places_came_back(backbone: nn.Module, places: int, expected: int) -> None:
     if places != expected:
         raise ValueError(
             f"{type(backbone).__name__} gives {places} places for {expected}, so virtual tokens cannot be taken out "
@@ -91,42 +118,34 @@ def refuse_shortened(backbone: nn.Module, places: int, expected: int) -> None:
         )
 
 
-def refuse_left_pads(backbone: nn.Module, layout: PromptLayout) -> None:
-    if layout.pads is not None and not torch.compiler.is_compiling() and bool(layout.pads.any()):
-        raise ValueError(
-            f"`attention_mask` has padding on the left, which {type(backbone).__name__} would count as positions once "
-            "there are virtual tokens. Pad on the right, or use num_virtual_tokens=0."
-        )
-
-
-def refuse_mixed_lengths(backbone: nn.Module, site: Backbone) -> None:
-    if site.slack == "right" and site.cache is not None:
+def check_mixed_lengths(backbone: nn.Module, traits: BackboneTraits) -> None:
+    if traits.slack == "right" and traits.cache is not None:
         raise ValueError(
             f"`adapter_names`: {type(backbone).__name__} numbers positions by place in the row, so adapters with "
             "prompts of different lengths cannot share a batch. Use adapters of one length, or one batch each."
         )
 
 
-def refuse_too_long(call: dict[str, Any], total: int, slots: int, site: Backbone) -> None:
+def check_not_too_long(call: dict[str, Any], total: int, slots: int, traits: BackboneTraits) -> None:
     """`total` places are more than the table of positions has. Pads may share a position: only of calls that would be
     refused otherwise is the data looked at."""
-    if site.max_positions is None or total <= site.max_positions:
+    if traits.max_positions is None or total <= traits.max_positions:
         return
     positions, mask = call.get("position_ids"), call.get("attention_mask")
     if not torch.compiler.is_compiling():
-        if positions is not None and int(positions.max()) - site.first_position < site.max_positions:
+        if positions is not None and int(positions.max()) - traits.first_position < traits.max_positions:
             return
-        tokens = mask.sum(dim=-1) if isinstance(mask, Tensor) and site.positions_from_mask else None
-        if positions is None and tokens is not None and int(tokens.max()) <= site.max_positions:
+        tokens = mask.sum(dim=-1) if isinstance(mask, Tensor) and traits.positions_from_mask else None
+        if positions is None and tokens is not None and int(tokens.max()) <= traits.max_positions:
             return
     raise ValueError(
         f"The input has {total - slots} tokens and the prompt {slots} virtual tokens, together {total}, but the model "
-        f"has only {site.max_positions} positions. Shorten the input to {site.max_positions - slots} tokens, or use a "
+        f"has only {traits.max_positions} positions. Shorten the input to {traits.max_positions - slots} tokens, or use a "
         "smaller `num_virtual_tokens`."
     )
 
 
-def refuse_mask_of_other_length(mask: Tensor, past: int, length: int) -> None:
+def check_mask_length(mask: Tensor, past: int, length: int) -> None:
     """`length` new tokens on a cache that holds `past` tokens and a prompt."""
     if mask.shape[1] != past + length:
         raise ValueError(
@@ -135,7 +154,7 @@ def refuse_mask_of_other_length(mask: Tensor, past: int, length: int) -> None:
         )
 
 
-def refuse_pads_behind_prompt(left_pads: Tensor, before_prompt: Tensor | int) -> None:
+def check_no_pads_behind_prompt(left_pads: Tensor, before_prompt: Tensor | int) -> None:
     """A first chunk of nothing but pads got its prompt before all of the row's pads were there. Masks and positions
     make up for that, a window that counts places does not."""
     if (left_pads > before_prompt).any():

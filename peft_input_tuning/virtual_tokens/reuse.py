@@ -1,0 +1,158 @@
+"""A prompt's keys and values, computed once and used for every request and row.
+
+The prompt stands before everything else and attention is causal, so its keys and values do not depend on the input.
+Inside `with reuse_prompts(model):` a call that starts a sequence on an empty cache gets them put into that cache, and
+only its own tokens run through the model:
+
+    cache of the call:  [ slack | prompt ]  +  the call: [ left pads | tokens | right pads ]
+
+That the weights stay as they are is the caller's promise: nothing is compared. If the picture would not be exact, the
+call takes the usual way (`start.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from ..base_weights import execution_device
+from ..call_state import RowAdapters, current_row_adapters, generation_of, on_device, use_row_adapters
+from ..layer import named_layer
+from .cache_mark import CacheMark, mark_cache
+from .call import BackboneCall
+from .layout import PromptLayout
+
+KeysAndValues = list[tuple[Tensor, Tensor]]  # a layer's `(adapters, heads, slots, head dim)` each
+_TEXT = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
+_LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")  # rotary embeddings that change with the length of the sequence
+
+
+@contextmanager
+def reuse_prompts(model: nn.Module) -> Iterator[None]:
+    """Computes each adapter's prompt once, and starts every sequence from its keys and values.
+
+    For serving: the caller promises that the weights, the adapters' and the base's, stay as they are inside. Training
+    mode, and adding, loading or deleting an adapter, forget what is kept, and so does leaving. Calls with gradients,
+    compiled ones, and models in which a prompt's keys and values depend on more than the prompt do without.
+
+        with reuse_prompts(model):
+            for batch in requests:
+                model.generate(**batch)
+
+    Args:
+        model: with an input-tuning adapter.
+
+    Raises:
+        ValueError: a model without an input-tuning adapter.
+    """
+    _, layer = named_layer(model)
+    before, layer.prompt_states = layer.prompt_states, {}
+    try:
+        yield
+    finally:
+        layer.prompt_states = before
+
+
+def put_prompt_into_cache(call: BackboneCall, slots: int) -> PromptLayout | None:
+    """Fills the empty cache of a call with the prompts of its rows, each at the right end of `slots` places.
+
+    Returns:
+        How the prompts stand in the cache; None if the call must take the usual way, and nothing was done.
+    """
+    layer, batch = call.layer, call.given.shape[0]
+    if layer.prompt_states is None or not _is_exact(call, slots):
+        return None
+    rows = current_row_adapters(layer)
+    names = (str(layer.enabled_adapter),) * batch if rows is None else tuple(rows.names_of(batch))
+    states = _states(call, tuple(dict.fromkeys(names)), slots)
+    lengths = None if rows is None else rows.lengths_of(batch, call.given.device)
+    if len(set(names)) > 1:
+        distinct = list(dict.fromkeys(names))
+        at = on_device([distinct.index(name) for name in names], states[0][0].device)
+        states = [(keys[at.to(keys.device)], values[at.to(keys.device)]) for keys, values in states]
+    else:
+        states = [(keys.expand(batch, -1, -1, -1), values.expand(batch, -1, -1, -1)) for keys, values in states]
+    for index, (keys, values) in enumerate(states):
+        _put(call.cache, index, keys, values)
+    return PromptLayout(slots, lengths=lengths)
+
+
+def _put(cache: DynamicCache, index: int, keys: Tensor, values: Tensor) -> None:
+    """An empty layer takes keys and values as they are; one with a window keeps count of more."""
+    if index < len(cache.layers) and type(cache.layers[index]) is DynamicLayer:
+        layer = cache.layers[index]
+        layer.lazy_initialization(keys, values)
+        layer.keys, layer.values = keys, values
+    else:
+        cache.update(keys, values, index)
+
+
+def _is_exact(call: BackboneCall, slots: int) -> bool:
+    """Whether the cache would hold what the usual way puts there. Known from shapes and settings: nobody looks."""
+    backbone, traits, cache = call.backbone, call.traits, call.cache
+    arguments, generation = call.arguments, generation_of(call.layer)
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or backbone.training:
+        return False
+    if not traits.is_causal or traits.slack == "right" or traits.first_position:
+        return False
+    if traits.max_positions is not None and slots + call.given.shape[1] > traits.max_positions:
+        return False
+    if any(isinstance(value, Tensor | dict | list) for name, value in arguments.items() if name not in _TEXT):
+        return False  # images, whose places may see each other
+    if type(cache) is not DynamicCache or cache.offloading:
+        return False
+    if not all(type(one) in (DynamicLayer, DynamicSlidingWindowLayer) for one in cache.layers):
+        return False  # a recurrent state is more than keys and values
+    rope = getattr(backbone.config.get_text_config(), "rope_parameters", None) or {}
+    kinds = [rope, *rope.values()]  # of all layers, or a dict for each type of layer
+    if any(isinstance(kind, dict) and kind.get("rope_type") in _LENGTH_DEPENDENT_ROPE for kind in kinds):
+        return False
+    mask, positions = arguments.get("attention_mask"), arguments.get("position_ids")
+    if positions is not None and not (generation is not None and generation.counts_from_zero):
+        return False  # the prompt was computed at positions 0, 1, ...
+    if mask is None:
+        return True
+    # Pads would stand between the prompt and the tokens: in a window they count, and positions must pass over them.
+    return not traits.has_window and (positions is not None or traits.positions_from_mask)
+
+
+def _states(call: BackboneCall, names: tuple[str, ...], slots: int) -> KeysAndValues:
+    """The keys and values of adapters, in their order, each at the right end of its slots."""
+    known = call.layer.prompt_states
+    if (names, slots) not in known:
+        length = {name: call.layer.prompt_length(name) for name in names}
+        parts = {name: _compute(call, name) for name in names if length[name]}
+        first = next(iter(parts.values()))
+        nothing = [(keys[:, :, :0], values[:, :, :0]) for keys, values in first]  # of an adapter without a prompt
+        of_each = [parts.get(name, nothing) for name in names]
+        known[names, slots] = [
+            (_table([keys for keys, _ in layers], slots), _table([values for _, values in layers], slots))
+            for layers in zip(*of_each, strict=True)
+        ]
+    return known[names, slots]
+
+
+def _table(parts: list[Tensor], slots: int) -> Tensor:
+    """`(1, heads, prompt length, dim)` each → `(adapters, heads, slots, dim)`."""
+    return torch.cat([nn.functional.pad(one, (0, 0, slots - one.shape[2], 0)) for one in parts])
+
+
+@torch.no_grad()
+def _compute(call: BackboneCall, name: str) -> KeysAndValues:
+    """Runs one adapter's prompt through the backbone. A cache without the model's configuration keeps all places, also
+    those that a sliding window would drop; its mark says that the input holds all that there is."""
+    layer, length = call.layer, call.layer.prompt_length(name)
+    cache = DynamicCache()
+    mark_cache(cache, CacheMark(PromptLayout(0)))
+    ids = PromptLayout(length).virtual_ids(1, execution_device(layer.base_layer))
+    arguments = {"input_ids": ids, "use_cache": True, str(call.traits.cache): cache}
+    if layer.adapts_input_only:
+        arguments |= {"input_ids": None, "inputs_embeds": layer(ids, is_output=False)}
+    with use_row_adapters(layer, RowAdapters((name,), (length,))):
+        call.backbone(**arguments)
+    return [(one.keys, one.values) for one in cache.layers]

@@ -1,0 +1,84 @@
+"""Giving an object a subclass of its own class, here and now: nothing can go around what the subclass does.
+
+    class Doubled(Extension):
+        def forward(self, *args, **kwargs):
+            return 2 * super().forward(*args, **kwargs)
+
+    extend(module, Doubled)          # type(module).__name__ is what it was
+    unextend(module)
+
+A subclass, because hooks can be passed by: whoever calls `module.forward` gets past a hook. Nothing is kept outside of
+the object, so that it can be copied, pickled, compiled and sharded as before.
+"""
+
+from __future__ import annotations
+
+from functools import cache, update_wrapper
+from types import MethodType
+from typing import Any
+
+
+class Extension:
+    """What an object has more than its class. Its methods call `super()` for what the class does."""
+
+    extended_class: type
+    extensions: tuple[type[Extension], ...]
+
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        """Copies and pickles name the class that was extended, since the subclass cannot be found by its name."""
+        return _empty, (self.extended_class, self.extensions), self.__dict__
+
+
+@cache
+def _subclass(extended: Any, extensions: tuple[type[Extension], ...]) -> type:
+    members = {name: getattr(extended, name) for name in ("__module__", "__qualname__", "__doc__")}
+    members |= {"extended_class": extended, "extensions": extensions}
+    if hasattr(extended, "forward"):  # its signature is read: by Trainer, `generate` and torch.export
+
+        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            return super(subclass, self).forward(*args, **kwargs)
+
+        members["forward"] = update_wrapper(forward, extended.forward)
+    subclass = type(extended.__name__, (*extensions, extended), members)
+    return subclass
+
+
+def _empty(extended: type, extensions: tuple[type[Extension], ...]) -> Any:
+    subclass: Any = _subclass(extended, extensions)
+    return subclass.__new__(subclass)
+
+
+def extend(thing: Any, extension: type[Extension]) -> None:
+    """Adds an extension to an object, in front of those that it has; does nothing if it has it.
+
+    Raises:
+        ValueError: a module that has a `forward` of its own, which would go past the class's.
+    """
+    known = getattr(thing, "extensions", ())
+    if extension not in known:
+        _change_class(thing, _subclass(class_of(thing), (extension, *known)))
+
+
+def unextend(thing: Any) -> None:
+    """Gives an object its own class back; does nothing if it has no extension."""
+    if isinstance(thing, Extension):
+        _change_class(thing, class_of(thing))
+
+
+def class_of(thing: Any) -> Any:
+    """An object's class, without extensions."""
+    return getattr(thing, "extended_class", type(thing))
+
+
+def _change_class(thing: Any, new: Any) -> None:
+    """Accelerate puts a `forward` on a module, which calls the one that it kept as `_old_forward` (since 0.10)."""
+    kept = "_old_forward" if "_old_forward" in thing.__dict__ else "forward"
+    forward = thing.__dict__.get(kept)
+    if forward is not None and not (isinstance(forward, MethodType) and forward.__func__ is type(thing).forward):
+        raise ValueError(
+            f"`forward` of this {type(thing).__name__} was replaced by {forward!r}, which input-tuning cannot extend. "
+            "Add the adapter first, and replace `forward` afterwards."
+        )
+    thing.__class__ = new
+    if forward is not None:
+        thing.__dict__[kept] = MethodType(new.forward, thing)

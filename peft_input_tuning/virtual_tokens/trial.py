@@ -1,0 +1,171 @@
+"""Running a model once while an adapter is added, to see what it does with ids, without leaving a trace on it.
+
+model(ids)                          which tables see ids: the word embedding, and others
+backbone(ids)  ==  backbone(e)?     whether embeddings give what their ids give
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from ..base_weights import base_embedding, execution_device
+from .backbone import forward_parameters
+
+_LENGTH = 2
+_SPECIAL = ("pad", "mask", "bos", "image", "video", "audio")
+
+
+@dataclass(frozen=True)
+class WhatSeesIds:
+    """What a run of a model shows; of one that could not be run, nothing is known.
+
+    Args:
+        embedding: whether the word embedding was asked for the ids' embeddings.
+        others: the tables that were asked for something else by the ids, Gemma 3n's for each layer.
+        takes_embeddings: whether the backbone gives the same for ids and for embeddings that a table could have given.
+    """
+
+    embedding: bool | None = None
+    others: tuple[nn.Embedding, ...] = ()
+    takes_embeddings: bool | None = None
+
+
+@torch.no_grad()
+def what_sees_ids(model: nn.Module, backbone: nn.Module, embedding: nn.Module) -> WhatSeesIds:
+    """Runs a model on a few ids.
+
+    Args:
+        model: with `embedding` somewhere in it.
+        backbone: a part of it, or all.
+        embedding: of words, `(batch, length)` ids → `(batch, length, embedding_dim)`.
+    """
+    if not weights_are_here(model):
+        return WhatSeesIds(others=_tables_beside(backbone, embedding))
+    ids = plain_ids(backbone, embedding, _LENGTH)
+    end = getattr(getattr(backbone, "config", None), "eos_token_id", None)
+    if isinstance(end, int) and 0 <= end < base_embedding(embedding).num_embeddings:
+        ids[:, -1] = end  # classifiers of T5 and BART look for it
+    seen: list[nn.Module] = []
+    with unchanged(model), ExitStack() as stack:
+        for table in (embedding, *_tables_beside(backbone, embedding)):
+            stack.callback(table.register_forward_pre_hook(partial(_note, seen, ids)).remove)
+        runs = _ran(model, ids) or (model is not backbone and _ran(backbone, ids))
+        looked_up = embedding in seen if runs else None
+        takes_embeddings = _takes_embeddings(backbone, embedding, ids) if runs else None
+    others = tuple(table for table in dict.fromkeys(seen) if table is not embedding)
+    return WhatSeesIds(looked_up, others, takes_embeddings)
+
+
+def _tables_beside(backbone: nn.Module, embedding: nn.Module) -> tuple[nn.Embedding, ...]:
+    own = set(embedding.modules())
+    return tuple(one for one in backbone.modules() if isinstance(one, nn.Embedding) and one not in own)
+
+
+def _note(seen: list[nn.Module], ids: Tensor, table: nn.Module, args: tuple) -> None:
+    given = args[0] if args else None
+    if isinstance(given, Tensor) and given.shape[-1:] == ids.shape[-1:] and bool((given == ids).all()):
+        seen.append(table)
+
+
+def _ran(module: nn.Module, ids: Tensor) -> bool:
+    """Whether a module runs on ids alone. One that wants more (images, a second input) says so by an error."""
+    settings: dict[str, Any] = {"use_cache": False, "decoder_input_ids": ids}
+    parameters = forward_parameters(module)
+    try:
+        module(input_ids=ids, **{name: value for name, value in settings.items() if name in parameters})
+    except Exception as error:
+        warnings.warn(
+            f"{type(module).__name__} could not be tried out with a few ids ({type(error).__name__}: {error}). That "
+            "its input goes through the word embedding is taken for granted.",
+            stacklevel=2,
+        )
+        return False
+    return True
+
+
+def _takes_embeddings(backbone: nn.Module, embedding: nn.Module, ids: Tensor) -> bool | None:
+    """Whether embeddings that are no rows of the table, as adapted ones, do what the same rows in the table would do.
+
+    Marian and Pegasus scale what they look up and take embeddings as they are; others look for the ids of embeddings.
+    """
+    if not isinstance(backbone, nn.Module) or "inputs_embeds" not in forward_parameters(backbone):
+        return None
+    settings: dict[str, Any] = {"return_dict": True}
+    if "use_cache" in forward_parameters(backbone):
+        settings["use_cache"] = False
+    moved = 1.5 * embedding(ids)
+    hook = embedding.register_forward_hook(lambda *_: moved)
+    try:
+        expected = _main_output(backbone(input_ids=ids, **settings))
+        found = _main_output(backbone(inputs_embeds=moved, **settings))
+    except Exception as error:
+        warnings.warn(f"{type(backbone).__name__} could not be tried out with embeddings: {error}", stacklevel=2)
+        return None
+    finally:
+        hook.remove()
+    return torch.allclose(found, expected, rtol=0, atol=1e-3 * float(expected.abs().max()), equal_nan=True)
+
+
+def _main_output(output: Any) -> Tensor:
+    return output.last_hidden_state if hasattr(output, "last_hidden_state") else output[0]
+
+
+def weights_are_here(module: nn.Module) -> bool:
+    """Whether a model can be run now: its weights are neither offloaded nor shards of several processes."""
+    return not any(
+        one.is_meta or isinstance(one, DTensor) or hasattr(one, "ds_id")  # ds_id: DeepSpeed's ZeRO-3
+        for one in module.parameters()
+    )
+
+
+def plain_ids(module: nn.Module, embedding: nn.Module, count: int) -> Tensor:
+    """Ids without a special meaning in `module.config`, `(1, count)`; a small vocabulary's repeat."""
+    table = base_embedding(embedding)
+    config = getattr(module, "config", None)
+    special = {getattr(table, "padding_idx", None)}
+    special |= {getattr(config, f"{name}_token_id", None) for name in _SPECIAL}
+    plain = [number for number in range(table.num_embeddings // 2, table.num_embeddings) if number not in special]
+    plain = plain or [0]
+    return torch.tensor([(plain * count)[:count]], device=execution_device(table))
+
+
+@contextmanager
+def unchanged(module: nn.Module) -> Iterator[None]:
+    """Puts a model into eval mode; afterwards modes, attributes, buffers and random numbers are what they were.
+
+    Raises:
+        ValueError: the model has changed its parameters meanwhile.
+    """
+    before = [(one, dict(one.__dict__)) for one in module.modules()]
+    held = [value for _, attributes in before for value in attributes.values() if type(value) in (dict, list, set)]
+    containers = [(value, value.copy()) for value in held]  # what a run adds to them is taken out again
+    buffers = [one for part in module.modules() for one in part._buffers.values() if one is not None]
+    kept = [(buffer, buffer.clone()) for buffer in buffers]
+    versions = [(path, one, one._version) for path, one in module.named_parameters() if not one.is_inference()]
+    devices = {one.device.index for one in module.parameters() if one.device.type == "cuda"}
+    with torch.random.fork_rng(devices=devices):
+        module.eval()
+        try:
+            yield
+        finally:
+            for one, attributes in before:
+                one.__dict__.clear()
+                one.__dict__.update(attributes)
+            for value, copy in containers:
+                value.clear()
+                (value.extend if isinstance(value, list) else value.update)(copy)
+            with torch.no_grad():
+                for buffer, value in kept:
+                    buffer.copy_(value)
+    changed = [path for path, one, version in versions if one._version != version]
+    if changed:
+        raise ValueError(f"{type(module).__name__} changes its weights when it is run: {changed[0]!r}.")

@@ -1,0 +1,63 @@
+"""`WithPrompt`: what a backbone has more than its class. Every call of it goes through here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .backbone import BackboneTraits
+from .cache_mark import CacheMark, enter_backbone, is_empty, leave_backbone, mark_cache, mark_of
+from .call import BackboneCall
+from .checks import check_mask_and_positions, check_one_input
+from .go_on import go_on
+from .layout import PromptLayout
+from .outputs import restore
+from .packed import pack, packed_layout
+from .reuse import put_prompt_into_cache
+from .start import start
+from .subclass import Extension
+
+
+class WithPrompt(Extension):
+    """A backbone whose sequences start with a prompt."""
+
+    input_tuning_traits: BackboneTraits
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        call = BackboneCall(self, self.input_tuning_traits, args, kwargs)  # type: ignore[arg-type]
+        _rewrite(call)
+        enter_backbone(call.cache)
+        try:
+            output = super().forward(**call.arguments)  # type: ignore[misc]
+        finally:
+            leave_backbone(call.cache)
+        return restore(call, output)
+
+
+def _rewrite(call: BackboneCall) -> None:
+    call.add_token_types()
+    mark = mark_of(call.cache)
+    slots = call.layer.slots
+    if mark is not None:
+        if mark.layout.slots:
+            go_on(call, mark)
+    elif slots and call.given is not None:  # without an input the model's own error says it best
+        if is_empty(call.cache):
+            _start(call, slots)
+        else:
+            call.mark = CacheMark(PromptLayout(0))
+
+
+def _start(call: BackboneCall, slots: int) -> None:
+    check_one_input(call.arguments, call.backbone, call.traits)
+    check_mask_and_positions(call.arguments, call.given)
+    packed = packed_layout(call, slots)
+    if packed is not None:
+        pack(call, packed)
+        return
+    layout = put_prompt_into_cache(call, slots)
+    if layout is None:
+        start(call, slots)
+        return
+    mark = CacheMark(layout)
+    mark_cache(call.cache, mark)
+    go_on(call, mark)
