@@ -243,7 +243,6 @@ def test_what_cannot_be_told_apart_is_refused():
     for call in (
         lambda: model(input_ids=row),
         lambda: model.get_base_model().model(input_ids=row),
-        lambda: model.get_base_model().generate(input_ids=row, max_new_tokens=2),
         lambda: model.get_input_embeddings()(row),
     ):
         with pytest.raises(ValueError, match=r'`adapter_scope` is "input".*adapter_scope="all"'):

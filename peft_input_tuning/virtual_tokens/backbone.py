@@ -1,4 +1,4 @@
-"""The backbone of a model: the module in which a batch's masks and positions are made, and what a call has to know of it.
+"""The backbone of a model: the module in which masks and positions are made, and what a call has to know of it.
 
 LlamaModel, GPT2Model, OPTDecoder, BertModel, the encoder of T5 and BART; of a model that takes images too, the module
 under its head (Gemma3Model, Qwen2VLModel), where images get their places. Found through `get_encoder`,
@@ -194,17 +194,17 @@ def check_has_place(model: nn.Module, backbone_path: str | None, embedding_path:
         return
     if backbone_path is None:
         raise ValueError(
-            f"`num_virtual_tokens` is {num_virtual_tokens}, but no part of {type(model).__name__} around its embedding "
-            f"`{embedding_path}` takes `inputs_embeds`, so there is no place for them. Use num_virtual_tokens=0, or a "
+            f"`num_virtual_tokens` is {num_virtual_tokens}, but no part of {type(model).__name__} around its "
+            f"embedding `{embedding_path}` takes `inputs_embeds`, so there is no place for them. Use num_virtual_tokens=0, or a "
             "model of transformers that accepts `inputs_embeds`."
         )
     backbone = model.get_submodule(backbone_path)
     state = _state_argument(backbone)
     if state is not None:
         raise ValueError(
-            f"`num_virtual_tokens` is {num_virtual_tokens}, but {type(backbone).__name__} keeps its past in `{state}`, "
-            "as plain tensors, which cannot say whether a prompt is in them: a generated token looks like a text's "
-            "start. Use num_virtual_tokens=0."
+            f"`num_virtual_tokens` is {num_virtual_tokens}, but {type(backbone).__name__} keeps its past in "
+            f"`{state}`, as plain tensors, which cannot say whether a prompt is in them: a generated token looks like "
+            "the start of a text. Use num_virtual_tokens=0."
         )
 
 

@@ -24,8 +24,8 @@ from transformers import Cache
 from .layout import PromptLayout
 from .subclass import Extension, class_of, extend
 
-# What transformers calls the cache, as an argument and in outputs: since 5.24, and before; the last is what state-space
-# models called theirs. Until 5.40 the older names are understood as well.
+# What transformers calls the cache, as an argument and in outputs: since 5.24, and before; the last is that of
+# state-space models. Until 5.40 the older names are understood as well.
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 
 
@@ -78,7 +78,9 @@ class MarkedCache(MarkedState):
 
     def update(self, *args: Any, **kwargs: Any) -> Any:
         """As the cache's own; a model that does not know of the prompt would count its positions without it."""
-        if self.slots and mark_of(self) is not None:
+        if self.slots and mark_of(self) is None:
+            self.input_tuning_mark = None  # it was emptied, and holds no prompt any more
+        if self.slots:
             raise ValueError(
                 f"The cache holds {self.slots} virtual tokens, and a model without input-tuning goes on from it. Use "
                 "the model that filled it (its adapter may be disabled), or start a new cache."
@@ -98,7 +100,7 @@ def cache_of(call: dict[str, Any]) -> Any:
 
 
 def places_in(cache: Any) -> Any:
-    """Length of a cache, virtual tokens included: an int, or a tensor of caches of a fixed size; None if it has none."""
+    """Length of a cache, virtual tokens included: an int, or a tensor if its size is fixed; None if it has none."""
     if not isinstance(cache, Cache) or (cache.layers and all(cache.is_linear)):
         return None
     return class_of(cache).get_seq_length(cache)
@@ -146,6 +148,10 @@ def mark_of(cache: Any) -> CacheMark | None:
     return mark if places else None
 
 
+def has_fixed_size(cache: Any) -> bool:
+    return isinstance(cache, Cache) and cache.is_compileable
+
+
 def mark_cache(cache: Any, mark: CacheMark | None) -> None:
     """Says of a cache what it holds."""
     cache.input_tuning_mark = mark
@@ -175,7 +181,7 @@ def leave_backbone(cache: Any) -> None:
 
 @contextmanager
 def without_masks(cache: Any) -> Iterator[None]:
-    """`generate` prepares a call on a cache of a fixed size: it leaves the mask as it is, which the backbone widens."""
+    """`generate` prepares a call on a cache of a fixed size: it leaves the mask to the backbone, which widens it."""
     if not isinstance(cache, MarkedCache):
         yield
         return

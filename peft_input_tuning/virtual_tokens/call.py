@@ -19,7 +19,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .backbone import BackboneTraits, find_layer
-from .cache_mark import CacheMark, cache_of
+from .cache_mark import CacheMark, cache_of, has_fixed_size
 from .layout import PackedLayout, PromptLayout
 
 
@@ -71,6 +71,14 @@ class BackboneCall:
             return
         x = self.layer(call["input_ids"]) if call.get("inputs_embeds") is None else call["inputs_embeds"]
         call.update(input_ids=None, inputs_embeds=x + self.layer.unadapted(types), token_type_ids=None)
+
+    def set_mask(self, mask: Tensor | None) -> None:
+        """Of a cache of a fixed size a mask covers all places, as `generate` has it for Bloom."""
+        if mask is None:
+            return
+        if has_fixed_size(self.cache) and mask.shape[1] < self.cache.get_max_length():
+            mask = nn.functional.pad(mask, (0, self.cache.get_max_length() - mask.shape[1]))
+        self.arguments["attention_mask"] = mask
 
     def ask_for_names(self) -> None:
         """Outputs are taken apart by name; a caller who wants a tuple gets it at the end."""

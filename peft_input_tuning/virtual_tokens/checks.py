@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache
 
 from .backbone import BackboneTraits
+from .cache_mark import has_fixed_size
 
 # Arguments with a value for each place of the input that get one for virtual tokens, too.
 TYPES = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
@@ -22,8 +22,8 @@ def check_one_input(call: dict[str, Any], backbone: nn.Module, traits: BackboneT
     name = type(backbone).__name__
     if call.get("input_ids") is not None:
         raise ValueError(
-            f"{name} got `input_ids` and `inputs_embeds` together, and virtual tokens would stand in one of them only. "
-            "Pass one of them, or use num_virtual_tokens=0."
+            f"{name} got `input_ids` and `inputs_embeds`, and virtual tokens would stand in one of them. Pass one of "
+            "them, or use num_virtual_tokens=0."
         )
     if traits.takes_embeddings is False:
         raise ValueError(
@@ -49,9 +49,9 @@ def check_mask_and_positions(call: dict[str, Any], given: Tensor) -> None:
 
 def check_room(cache: Any, places: int) -> None:
     """A cache of a fixed size must hold the virtual tokens, too."""
-    if not isinstance(cache, Cache) or not cache.is_compileable:
+    if not has_fixed_size(cache) or all(cache.is_sliding):
         return
-    room = cache.get_max_length() if not all(cache.is_sliding) else -1
+    room = cache.get_max_length()
     if 0 <= room < places:
         raise ValueError(
             f"The cache is a {type(cache).__name__} of {room} places, and the input and its virtual tokens take "
@@ -140,8 +140,8 @@ def check_not_too_long(call: dict[str, Any], total: int, slots: int, traits: Bac
             return
     raise ValueError(
         f"The input has {total - slots} tokens and the prompt {slots} virtual tokens, together {total}, but the model "
-        f"has only {traits.max_positions} positions. Shorten the input to {traits.max_positions - slots} tokens, or use a "
-        "smaller `num_virtual_tokens`."
+        f"has only {traits.max_positions} positions. Shorten the input to {traits.max_positions - slots} tokens, or "
+        "use a smaller `num_virtual_tokens`."
     )
 
 

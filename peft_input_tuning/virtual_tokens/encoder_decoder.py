@@ -13,7 +13,7 @@ from torch import Tensor
 from ..call_state import current_row_adapters
 from ..layer import InputTuningLayer
 from .backbone import forward_parameters
-from .layout import PromptLayout, count_left_pads
+from .layout import PromptLayout
 from .subclass import Extension
 
 
@@ -80,6 +80,6 @@ def encoder_layout(
     return PromptLayout(
         slots,
         lengths=None if rows is None else rows.lengths_of(hidden.shape[0], hidden.device),
-        pads=None if mask is None else count_left_pads(mask.to(hidden.device)),
+        mask=None if mask is None else mask.to(hidden.device),
         slack=slack,
     )

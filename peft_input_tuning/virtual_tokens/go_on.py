@@ -49,13 +49,13 @@ def _widen_mask(call: BackboneCall, layout: PromptLayout, mark: CacheMark, past:
             return
         # Of a cache of a fixed size, all that it has room for.
         total = past + length if isinstance(past, int) else call.cache.get_max_length() - layout.slots
-        call.arguments["attention_mask"] = layout.join_mask(None, batch, total)
+        call.set_mask(layout.join_mask(None, batch, total))
         return
     if isinstance(past, int):
         check_mask_length(mask, past, length)
         # A chunk that the caller feeds by hand. `generate` looked at its own at the start; at a step nobody looks.
         by_hand = length > 1 and not torch.compiler.is_compiling() and generation is None
-        if by_hand and call.traits.has_window and layout.pads is not None:
+        if by_hand and call.traits.has_window and layout.mask is not None:
             check_no_pads_behind_prompt(count_left_pads(mask), layout.pads)
     if generation is None or mark.mask is None:
         wide = layout.join_mask(mask, batch, mask.shape[1])
@@ -65,4 +65,4 @@ def _widen_mask(call: BackboneCall, layout: PromptLayout, mark: CacheMark, past:
     else:  # `generate` appends ones only
         known = repeat_rows(mark.mask, batch)
         wide = nn.functional.pad(known, (0, layout.slots + mask.shape[1] - known.shape[1]), value=1)
-    call.arguments["attention_mask"] = wide
+    call.set_mask(wide)

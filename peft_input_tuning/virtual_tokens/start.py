@@ -11,11 +11,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..call_state import current_row_adapters
+from ..call_state import current_row_adapters, generation_of
 from .cache_mark import CacheMark
 from .call import BackboneCall
 from .checks import TYPES, check_mixed_lengths, check_not_too_long, check_other_arguments, check_room
-from .layout import PromptLayout, count_left_pads
+from .layout import PromptLayout
 
 IGNORED = -100  # the label of a token that has none, in all of transformers
 OF_PACKED_ROWS = ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
@@ -35,7 +35,7 @@ def start(call: BackboneCall, slots: int) -> None:
     layout = PromptLayout(
         slots,
         lengths=None if rows is None else rows.lengths_of(batch, device),
-        pads=None if mask is None else count_left_pads(mask),
+        mask=mask,
         slack=traits.slack,
     )
     if layout.lengths is not None:
@@ -43,10 +43,11 @@ def start(call: BackboneCall, slots: int) -> None:
     positions = arguments.get("position_ids")
     positions = _default_positions(call, layout) if positions is None else positions
     if positions is not None:
-        arguments["position_ids"] = layout.join_positions(positions.to(device))
+        generation = generation_of(call.layer)
+        from_zero = generation is not None and generation.counts_from_zero
+        arguments["position_ids"] = layout.join_positions(positions.to(device), from_zero)
     wide = layout.join_mask(mask, batch, length)
-    if wide is not None:
-        arguments["attention_mask"] = wide
+    call.set_mask(wide)
     check_not_too_long(arguments, slots + length, slots, traits)
     for name, fill in (*((name, 0) for name in TYPES), ("labels", IGNORED)):
         if arguments.get(name) is not None:

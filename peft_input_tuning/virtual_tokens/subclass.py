@@ -14,7 +14,7 @@ the object, so that it can be copied, pickled, compiled and sharded as before.
 from __future__ import annotations
 
 from functools import cache, update_wrapper
-from types import MethodType
+from types import FunctionType, MethodType
 from typing import Any
 
 
@@ -32,15 +32,28 @@ class Extension:
 @cache
 def _subclass(extended: Any, extensions: tuple[type[Extension], ...]) -> type:
     members = {name: getattr(extended, name) for name in ("__module__", "__qualname__", "__doc__")}
-    members |= {"extended_class": extended, "extensions": extensions}
-    if hasattr(extended, "forward"):  # its signature is read: by Trainer, `generate` and torch.export
-
-        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-            return super(subclass, self).forward(*args, **kwargs)
-
-        members["forward"] = update_wrapper(forward, extended.forward)
     subclass = type(extended.__name__, (*extensions, extended), members)
+    subclass.extended_class, subclass.extensions = extended, extensions  # type: ignore[attr-defined]
+    for name in _methods(extensions):
+        if hasattr(extended, name):
+            setattr(subclass, name, _with_signature(subclass, name, getattr(extended, name)))
     return subclass
+
+
+def _methods(extensions: tuple[type[Extension], ...]) -> set[str]:
+    parts = {part for extension in extensions for part in extension.__mro__ if issubclass(part, Extension)}
+    return {name for part in parts for name, value in vars(part).items() if isinstance(value, FunctionType)} - {
+        "__reduce_ex__"
+    }
+
+
+def _with_signature(subclass: type, name: str, method: Any) -> Any:
+    """A method of the subclass with the signature of the class's, which Trainer, `generate` and torch.export read."""
+
+    def forwarded(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return getattr(super(subclass, self), name)(*args, **kwargs)
+
+    return update_wrapper(forwarded, method)
 
 
 def _empty(extended: type, extensions: tuple[type[Extension], ...]) -> Any:
