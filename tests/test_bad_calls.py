@@ -9,7 +9,7 @@ from peft import get_peft_model
 
 from adapters import adapted, add, config
 from device import DEVICE
-from families import DECODERS, FAMILIES, UNPADDED_STATIC_CACHE, build, ids, padded
+from families import DECODERS, FAMILIES, build, ids, padded
 
 llama, gpt2, opt, bart, t5, bert, roberta = (
     FAMILIES[name] for name in ("llama", "gpt2", "opt", "bart", "t5", "bert", "roberta")

@@ -26,6 +26,10 @@ def batches(count: int):
         yield slots, length, lengths, [chooser.randint(0, length - 1) for _ in range(batch)]
 
 
+def mask_with(pads: list[int], length: int) -> torch.Tensor:
+    return (torch.arange(length, device=DEVICE) >= column(pads)).long()
+
+
 def column(values: list[int]) -> torch.Tensor:
     return torch.tensor(values, device=DEVICE)[:, None]
 
@@ -34,7 +38,7 @@ def column(values: list[int]) -> torch.Tensor:
 def test_join_equals_a_loop_over_rows(slack):
     for slots, length, lengths, pads in batches(60):
         batch = len(lengths)
-        layout = PromptLayout(slots, column(lengths), column(pads), slack)
+        layout = PromptLayout(slots, column(lengths), mask_with(pads, length), slack)
         x = torch.arange(batch * length, device=DEVICE).view(batch, length) + 1
         prompt = torch.zeros(batch, slots, dtype=torch.long, device=DEVICE)
         for row, k in enumerate(lengths):
@@ -58,14 +62,14 @@ def test_mask_and_positions_equal_a_loop_over_rows(slack):
             mask[row, :p] = 0
             positions[row, p:] = torch.arange(length - p, device=DEVICE) + 5
         assert count_left_pads(mask).flatten().tolist() == pads
-        layout = PromptLayout(slots, column(lengths), count_left_pads(mask), slack)
+        layout = PromptLayout(slots, column(lengths), mask, slack)
         joined_mask = layout.join_mask(mask, batch, length)
         joined = layout.join_positions(positions)
         for row, (k, p) in enumerate(zip(lengths, pads, strict=True)):
             want_mask = naive_row([1] * k, [0] * p, [1] * (length - p), slots, slack, 0)
             assert joined_mask[row].tolist() == want_mask
             want = naive_row(
-                [5 + i for i in range(k)], [0] * p, [5 + k + i for i in range(length - p)], slots, slack, None
+                [5 + i for i in range(k)], [None] * p, [5 + k + i for i in range(length - p)], slots, slack, None
             )
             assert [w for w in want if w is not None] == [
                 value for value, w in zip(joined[row].tolist(), want, strict=True) if w is not None
@@ -76,7 +80,7 @@ def test_mask_and_positions_equal_a_loop_over_rows(slack):
 def test_remove_gives_tokens_back_at_their_places(slack):
     for slots, length, lengths, pads in batches(60):
         batch = len(lengths)
-        layout = PromptLayout(slots, column(lengths), column(pads), slack)
+        layout = PromptLayout(slots, column(lengths), mask_with(pads, length), slack)
         x = torch.randn(batch, length, 2, device=DEVICE)
         back = layout.remove(layout.join(torch.randn(batch, slots, 2, device=DEVICE), x))
         for row, p in enumerate(pads):
@@ -89,7 +93,7 @@ def test_padded_rows_with_prompts_of_one_length(dtype):
         mask = torch.ones(len(pads), length, dtype=dtype, device=DEVICE)
         for row, p in enumerate(pads):
             mask[row, :p] = 0
-        layout = PromptLayout(slots, pads=count_left_pads(mask))
+        layout = PromptLayout(slots, mask=mask)
         x = torch.arange(len(pads) * length, device=DEVICE).view(len(pads), length) + 1
         prompt = -torch.arange(1, slots + 1, device=DEVICE).expand(len(pads), -1)
         joined, joined_mask = layout.join(prompt, x), layout.join_mask(mask, len(pads), length)

@@ -195,8 +195,8 @@ def check_has_place(model: nn.Module, backbone_path: str | None, embedding_path:
     if backbone_path is None:
         raise ValueError(
             f"`num_virtual_tokens` is {num_virtual_tokens}, but no part of {type(model).__name__} around its "
-            f"embedding `{embedding_path}` takes `inputs_embeds`, so there is no place for them. Use num_virtual_tokens=0, or a "
-            "model of transformers that accepts `inputs_embeds`."
+            f"embedding `{embedding_path}` takes `inputs_embeds`, so there is no place for them. Use "
+            "num_virtual_tokens=0, or a model of transformers that accepts `inputs_embeds`."
         )
     backbone = model.get_submodule(backbone_path)
     state = _state_argument(backbone)

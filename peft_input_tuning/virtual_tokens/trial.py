@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..base_weights import base_embedding, execution_device
 from .backbone import forward_parameters
@@ -50,19 +51,21 @@ def what_sees_ids(model: nn.Module, backbone: nn.Module, embedding: nn.Module) -
     """
     if not weights_are_here(model):
         return WhatSeesIds(others=_tables_beside(backbone, embedding))
-    ids = plain_ids(backbone, embedding, _LENGTH)
+    plain = plain_ids(backbone, embedding, _LENGTH)
     end = getattr(getattr(backbone, "config", None), "eos_token_id", None)
+    ids = plain
     if isinstance(end, int) and 0 <= end < base_embedding(embedding).num_embeddings:
-        ids[:, -1] = end  # classifiers of T5 and BART look for it
-    seen: list[nn.Module] = []
+        ids = torch.cat([plain, torch.full_like(plain[:, :1], end)], dim=1)  # classifiers of T5 and BART look for it
+    asked: list[nn.Module] = []
+    others: list[nn.Embedding] = []
     with unchanged(model), ExitStack() as stack:
-        for table in (embedding, *_tables_beside(backbone, embedding)):
-            stack.callback(table.register_forward_pre_hook(partial(_note, seen, ids)).remove)
+        stack.callback(embedding.register_forward_pre_hook(lambda *_: asked.append(embedding)).remove)
+        for table in _tables_beside(backbone, embedding):
+            stack.callback(table.register_forward_pre_hook(partial(_note, others, plain)).remove)
         runs = _ran(model, ids) or (model is not backbone and _ran(backbone, ids))
-        looked_up = embedding in seen if runs else None
+        looked_up = bool(asked) if runs else None
         takes_embeddings = _takes_embeddings(backbone, embedding, ids) if runs else None
-    others = tuple(table for table in dict.fromkeys(seen) if table is not embedding)
-    return WhatSeesIds(looked_up, others, takes_embeddings)
+    return WhatSeesIds(looked_up, tuple(dict.fromkeys(others)), takes_embeddings)
 
 
 def _tables_beside(backbone: nn.Module, embedding: nn.Module) -> tuple[nn.Embedding, ...]:
@@ -70,10 +73,11 @@ def _tables_beside(backbone: nn.Module, embedding: nn.Module) -> tuple[nn.Embedd
     return tuple(one for one in backbone.modules() if isinstance(one, nn.Embedding) and one not in own)
 
 
-def _note(seen: list[nn.Module], ids: Tensor, table: nn.Module, args: tuple) -> None:
+def _note(others: list[nn.Module], ids: Tensor, table: nn.Module, args: tuple) -> None:
+    """Of numbers from the upper half of the vocabulary, so that they are no positions or types."""
     given = args[0] if args else None
-    if isinstance(given, Tensor) and given.shape[-1:] == ids.shape[-1:] and bool((given == ids).all()):
-        seen.append(table)
+    if isinstance(given, Tensor) and not given.is_floating_point() and bool(torch.isin(ids, given).all()):
+        others.append(table)
 
 
 def _ran(module: nn.Module, ids: Tensor) -> bool:
@@ -140,22 +144,20 @@ def plain_ids(module: nn.Module, embedding: nn.Module, count: int) -> Tensor:
 
 @contextmanager
 def unchanged(module: nn.Module) -> Iterator[None]:
-    """Puts a model into eval mode; afterwards modes, attributes, buffers and random numbers are what they were.
+    """Puts a model into eval mode; afterwards modes, attributes, parameters, buffers and random numbers are as before.
 
-    Raises:
-        ValueError: the model has changed its parameters meanwhile.
+    RWKV divides weights by powers of two when it is run; NLLB's experts take another capacity.
     """
     before = [(one, dict(one.__dict__)) for one in module.modules()]
     held = [value for _, attributes in before for value in attributes.values() if type(value) in (dict, list, set)]
     containers = [(value, value.copy()) for value in held]  # what a run adds to them is taken out again
-    buffers = [one for part in module.modules() for one in part._buffers.values() if one is not None]
-    kept = [(buffer, buffer.clone()) for buffer in buffers]
-    versions = [(path, one, one._version) for path, one in module.named_parameters() if not one.is_inference()]
     devices = {one.device.index for one in module.parameters() if one.device.type == "cuda"}
+    writes = _Writes()
     with torch.random.fork_rng(devices=devices):
         module.eval()
         try:
-            yield
+            with writes:
+                yield
         finally:
             for one, attributes in before:
                 one.__dict__.clear()
@@ -163,9 +165,37 @@ def unchanged(module: nn.Module) -> Iterator[None]:
             for value, copy in containers:
                 value.clear()
                 (value.extend if isinstance(value, list) else value.update)(copy)
-            with torch.no_grad():
-                for buffer, value in kept:
-                    buffer.copy_(value)
-    changed = [path for path, one, version in versions if one._version != version]
-    if changed:
-        raise ValueError(f"{type(module).__name__} changes its weights when it is run: {changed[0]!r}.")
+            writes.undo([*module.parameters(), *module.buffers()])
+
+
+class _Writes(TorchDispatchMode):
+    """Keeps what stood in a tensor before it was written to in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._before: dict[tuple, tuple[Tensor, Tensor]] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        for argument, value in zip(function._schema.arguments, args, strict=False):
+            self._keep(argument, value)
+        for argument in function._schema.arguments:
+            self._keep(argument, kwargs.get(argument.name))
+        return function(*args, **kwargs)
+
+    def _keep(self, argument: Any, value: Any) -> None:
+        if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, Tensor):
+            part = (_place(value), value.storage_offset(), value.shape, value.stride())
+            if part not in self._before:
+                self._before[part] = value, value.clone()
+
+    @torch.no_grad()
+    def undo(self, tensors: list[Tensor]) -> None:
+        ours = {_place(tensor) for tensor in tensors}
+        for tensor, value in reversed(self._before.values()):
+            if _place(tensor) in ours:
+                tensor.copy_(value)
+
+
+def _place(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
