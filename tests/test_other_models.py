@@ -183,7 +183,8 @@ def test_a_model_that_changes_its_weights_when_it_runs_is_put_back():
 def test_embeddings_of_the_caller_are_refused_if_they_do_not_do_what_ids_do(name):
     base = IDS_ONLY[name]()
     model, _ = adapted_to(base)
-    backbone = model.get_base_model().get_encoder() if base.config.is_encoder_decoder else model.get_base_model().model
+    inner = model.get_base_model()
+    backbone = inner.get_encoder() if base.config.is_encoder_decoder else inner.model
     x = model.get_input_embeddings()(ids(1, 7))
     with pytest.raises(ValueError, match=r"does more with ids than look up.*Pass `input_ids`"):
         backbone(inputs_embeds=x)
@@ -196,7 +197,7 @@ def test_such_a_model_does_not_tell_input_from_output():
     assert all(module.training for module in base.modules())
 
 
-# ---- models that keep a state instead of, or beside, keys and values -------------------------------------------------
+# ---- models that keep a state instead of, or beside, keys and values ------------------------------------------------
 
 
 def mamba():
@@ -219,7 +220,7 @@ def minimax():
 
 
 def xlstm():
-    settings = {"num_heads": 4, "num_blocks": 2, "num_hidden_layers": 2, "mlstm_round_up_to_multiple_of": 8}
+    settings = {"num_heads": 4, "num_blocks": 2, "num_hidden_layers": 2, "qk_dim_factor": 1.0}
     return built(t.xLSTMForCausalLM, t.xLSTMConfig(**SMALL, hidden_size=64, **settings, mode="inference"))
 
 

@@ -165,4 +165,4 @@ def test_a_model_that_cannot_be_tried_out_is_warned_of(newer):
 
 
 def _path_of_backbone(model: nn.Module) -> str:
-    return "base_model.model." + model.base_model._backbone_paths[0]
+    return "base_model.model." + model.base_model.backbone_path

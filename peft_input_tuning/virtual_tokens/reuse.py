@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from ..base_weights import execution_device
 from ..call_state import RowAdapters, current_row_adapters, generation_of, on_device, use_row_adapters
 from ..layer import named_layer
 from .cache_mark import CacheMark, mark_cache
 from .call import BackboneCall
 from .layout import PromptLayout
+from .trial import plain_ids, same_but_for_rounding
 
 KeysAndValues = list[tuple[Tensor, Tensor]]  # a layer's `(adapters, heads, slots, head dim)` each
 _TEXT = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
@@ -51,7 +51,8 @@ def reuse_prompts(model: nn.Module) -> Iterator[None]:
         ValueError: a model without an input-tuning adapter.
     """
     _, layer = named_layer(model)
-    before, layer.prompt_states = layer.prompt_states, {}
+    before = layer.prompt_states
+    layer.prompt_states = {} if before is None else before
     try:
         yield
     finally:
@@ -70,6 +71,8 @@ def put_prompt_into_cache(call: BackboneCall, slots: int) -> PromptLayout | None
     rows = current_row_adapters(layer)
     names = (str(layer.enabled_adapter),) * batch if rows is None else tuple(rows.names_of(batch))
     states = _states(call, tuple(dict.fromkeys(names)), slots)
+    if states is None:
+        return None
     lengths = None if rows is None else rows.lengths_of(batch, call.given.device)
     if len(set(names)) > 1:
         distinct = list(dict.fromkeys(names))
@@ -98,7 +101,7 @@ def _is_exact(call: BackboneCall, slots: int) -> bool:
     arguments, generation = call.arguments, generation_of(call.layer)
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or backbone.training:
         return False
-    if not traits.is_causal or traits.slack == "right" or traits.first_position:
+    if traits.slack == "right" or traits.first_position:
         return False
     if traits.max_positions is not None and slots + call.given.shape[1] > traits.max_positions:
         return False
@@ -121,20 +124,23 @@ def _is_exact(call: BackboneCall, slots: int) -> bool:
     return not traits.has_window and (positions is not None or traits.positions_from_mask)
 
 
-def _states(call: BackboneCall, names: tuple[str, ...], slots: int) -> KeysAndValues:
-    """The keys and values of adapters, in their order, each at the right end of its slots."""
+def _states(call: BackboneCall, names: tuple[str, ...], slots: int) -> KeysAndValues | None:
+    """The keys and values of adapters, in their order, each at the right end of its slots; None if they depend on what
+    follows the prompt."""
     known = call.layer.prompt_states
     if (names, slots) not in known:
-        length = {name: call.layer.prompt_length(name) for name in names}
-        parts = {name: _compute(call, name) for name in names if length[name]}
-        first = next(iter(parts.values()))
-        nothing = [(keys[:, :, :0], values[:, :, :0]) for keys, values in first]  # of an adapter without a prompt
-        of_each = [parts.get(name, nothing) for name in names]
-        known[names, slots] = [
-            (_table([keys for keys, _ in layers], slots), _table([values for _, values in layers], slots))
-            for layers in zip(*of_each, strict=True)
-        ]
+        parts = {name: _compute(call, name) for name in names if call.layer.prompt_length(name)}
+        known[names, slots] = None if None in parts.values() else _tables(parts, names, slots)
     return known[names, slots]
+
+
+def _tables(parts: dict[str, KeysAndValues], names: tuple[str, ...], slots: int) -> KeysAndValues:
+    nothing = [(keys[:, :, :0], values[:, :, :0]) for keys, values in next(iter(parts.values()))]
+    of_each = [parts.get(name, nothing) for name in names]  # nothing of an adapter without a prompt
+    return [
+        (_table([keys for keys, _ in layers], slots), _table([values for _, values in layers], slots))
+        for layers in zip(*of_each, strict=True)
+    ]
 
 
 def _table(parts: list[Tensor], slots: int) -> Tensor:
@@ -143,16 +149,27 @@ def _table(parts: list[Tensor], slots: int) -> Tensor:
 
 
 @torch.no_grad()
-def _compute(call: BackboneCall, name: str) -> KeysAndValues:
-    """Runs one adapter's prompt through the backbone. A cache without the model's configuration keeps all places, also
-    those that a sliding window would drop; its mark says that the input holds all that there is."""
-    layer, length = call.layer, call.layer.prompt_length(name)
-    cache = DynamicCache()
+def _compute(call: BackboneCall, name: str) -> KeysAndValues | None:
+    """One adapter's keys and values, computed without anything behind the prompt and, to compare, with a few words."""
+    length = call.layer.prompt_length(name)
+    words = plain_ids(call.backbone, call.layer, 2)
+    virtual = PromptLayout(length).virtual_ids(1, words.device)
+    alone, followed = _run(call, name, virtual), _run(call, name, torch.cat([virtual, words], dim=1))
+    for states, longer in zip(alone, followed, strict=True):
+        for one, other in zip(states, longer, strict=True):
+            if not same_but_for_rounding(other[:, :, :length], one):
+                return None
+    return alone
+
+
+def _run(call: BackboneCall, name: str, ids: Tensor) -> KeysAndValues:
+    """A cache without the model's configuration keeps all places, also those that a sliding window would drop. Its
+    mark says that the input holds all that there is."""
+    layer, cache = call.layer, DynamicCache()
     mark_cache(cache, CacheMark(PromptLayout(0)))
-    ids = PromptLayout(length).virtual_ids(1, execution_device(layer.base_layer))
     arguments = {"input_ids": ids, "use_cache": True, str(call.traits.cache): cache}
-    if layer.adapts_input_only:
-        arguments |= {"input_ids": None, "inputs_embeds": layer(ids, is_output=False)}
-    with use_row_adapters(layer, RowAdapters((name,), (length,))):
+    with use_row_adapters(layer, RowAdapters((name,), (layer.prompt_length(name),))):
+        if layer.adapts_input_only:
+            arguments |= {"input_ids": None, "inputs_embeds": layer(ids, is_output=False)}
         call.backbone(**arguments)
     return [(one.keys, one.values) for one in cache.layers]
