@@ -194,7 +194,7 @@ class InputTuningModel(BaseTuner):
     ) -> dict[str, Tensor]:
         """Hook of PEFT (>= 0.21) between reading a file and using it: refuses files that do not fit."""
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        return checked_state_dict(model, adapter_name, remapped)
+        return checked_state_dict(model, config, adapter_name, remapped)
 
     # ---- calls --------------------------------------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ ORDER = (
     "version tested_versions registration output",
     "base_weights call_state modules pending_weights model_card",
     "config prompt_start merging",
-    "layer",
+    "layer saved_config",
     "virtual_tokens checkpoint optimizer prompt_tuning",
     "model",
     "export inspection",
