@@ -196,6 +196,10 @@ class InputTuningModel(BaseTuner):
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         return checked_state_dict(model, config, adapter_name, remapped)
 
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        with self.layer.small_places(adapter_name):
+            super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+
     # ---- calls --------------------------------------------------------------------------------------------------
 
     @contextmanager
