@@ -28,6 +28,7 @@ from .call_state import BASE, RowAdapters, current_row_adapters, generating, pro
 from .checkpoint import checked_state_dict
 from .config import InputTuningConfig
 from .layer import InputTuningLayer
+from .prompt_embeds import INSTEAD_OF_PROMPT_TUNING, OF_PROMPT_TUNING
 from .tested_versions import newer_than_tested
 from .virtual_tokens.backbone import find_backbone, has_window, refuse_changed_embedding, refuse_models_without_place
 from .virtual_tokens.cache_check import check_cached_equals_uncached
@@ -149,6 +150,19 @@ class InputTuningModel(BaseTuner):
     def layer(self) -> InputTuningLayer:
         """The wrapped embedding."""
         return self.model.get_submodule(self.embedding_path)
+
+    @property
+    def word_embeddings(self) -> InputTuningLayer:
+        """The wrapped embedding, under the name that `PeftModel` has for prompt-tuning."""
+        return self.layer
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError as error:
+            if name in OF_PROMPT_TUNING:
+                raise AttributeError(INSTEAD_OF_PROMPT_TUNING.format(name=name)) from error
+            raise
 
     # ---- switching, unloading, merging --------------------------------------------------------------------------
 
