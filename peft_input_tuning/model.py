@@ -38,6 +38,7 @@ from .virtual_tokens.layout import count_left_pads
 from .virtual_tokens.refusals import refuse_mask_of_other_length, refuse_pads_behind_prompt
 from .virtual_tokens.scope import input_of_generate, tells_input_from_output
 from .virtual_tokens.static_cache import generation_setting, input_with_prompt, mask_of_ids, uses_static_cache
+from .weighted import check_arguments, weighted_adapter
 
 MAX_HIDDEN_RATIO = 64  # an input-adapter wider than this many embeddings is a mistake, not a choice
 
@@ -199,6 +200,32 @@ class InputTuningModel(BaseTuner):
             f"`new_num_tokens` is {new_num_tokens}, but the embedding ({self.layer.num_embeddings} tokens) cannot be "
             "resized once input-tuning wraps it. Resize the base model first, then call get_peft_model."
         )
+
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "linear"
+    ) -> None:
+        """Adds an adapter that is exactly the weighted sum of others, as PEFT's LoRA does (`weighted.py`).
+
+        Args:
+            adapters: their names; prompts of one length, one activation, one scope, biases in all or in none.
+            weights: a number for each of them, negative ones too.
+            adapter_name: the new adapter's name. It is not activated.
+            combination_type: "linear" for adapters of equal W1 (or without input-adapter); "cat" puts their hidden
+                units beside each other.
+
+        Raises:
+            ValueError: adapters whose sum is no adapter; names the difference, and nothing is added.
+        """
+        check_arguments(self.peft_config, adapters, weights, adapter_name, combination_type)
+        config, values = weighted_adapter(self.layer, self.peft_config, adapters, weights, combination_type)
+        self.peft_config[adapter_name] = config
+        try:
+            self.inject_adapter(self.model, adapter_name)
+        except BaseException:
+            del self.peft_config[adapter_name]
+            raise
+        for key, parameter in self.layer.named_adapter_parameters(adapter_name):
+            parameter.data = values[key]
 
     # ---- files --------------------------------------------------------------------------------------------------
 

@@ -22,7 +22,7 @@ ORDER = (
     "base_weights call_state modules pending_weights model_card",
     "config prompt_start merging",
     "layer saved_config",
-    "virtual_tokens checkpoint optimizer prompt_embeds prompt_tuning",
+    "virtual_tokens checkpoint optimizer prompt_embeds prompt_tuning weighted",
     "model",
     "export inspection",
     "__init__",
