@@ -119,10 +119,10 @@ def _input_adapter(
     for key in shared + (hidden if combination_type == "linear" else []):
         for name, (other, _) in zip(names, parameters, strict=True):
             if not torch.equal(other[key], first[key]):
-                remedy = "" if key in shared else 'Use combination_type="cat", which keeps each one\'s hidden units. '
+                remedy = INSTEAD if key in shared else 'combination_type="cat" keeps the hidden units of each.'
                 raise ValueError(
                     f"`adapters` has {names[0]!r} and {name!r}, whose `{key}` is not the same: their sum is no "
-                    f"adapter of the same size. {remedy}{INSTEAD}"
+                    f"adapter of the same size. {remedy}"
                 )
     values = {key: first[key].clone() for key in shared}
     for key in first:
