@@ -112,8 +112,8 @@ class InputTuningLayer(MergeableTable, PendingWeights):
     def update_layer(self, adapter_name: str, config: InputTuningConfig, input_only: bool = False) -> None:
         """Adds an adapter with its first weights; `input_only` for one that leaves the output's tokens alone.
 
-        An adapter that will be read from a file gets NaN instead: what the file does not hold is then noticed at the
-        first use, not silently random.
+        An adapter that will be read from a file gets NaN instead (`pending_weights.py`): what the file does not hold
+        is then noticed at the first use, not silently random.
         """
         width = self.embedding_dim
         hidden = 2 * width if config.adapter_hidden_dim is None else config.adapter_hidden_dim
@@ -136,12 +136,13 @@ class InputTuningLayer(MergeableTable, PendingWeights):
         for container in (*self.adapter_layer_names, *self.other_param_names):
             if adapter_name in getattr(self, container):
                 del getattr(self, container)[adapter_name]
+        device = "meta" if from_file else None  # no memory for what the file may not hold
         if config.num_virtual_tokens:
             scale = cast(float, config.prompt_scale)  # the configuration has put a number for None
-            self.input_tuning_prompt[adapter_name] = SoftPrompt(config.num_virtual_tokens, width, scale)
+            self.input_tuning_prompt[adapter_name] = SoftPrompt(config.num_virtual_tokens, width, scale, device)
         if hidden:
-            self.input_tuning_fc1[adapter_name] = InputDtypeLinear(width, hidden, bias=config.adapter_bias)
-            self.input_tuning_fc2[adapter_name] = InputDtypeLinear(hidden, width, bias=config.adapter_bias)
+            self.input_tuning_fc1[adapter_name] = InputDtypeLinear(width, hidden, config.adapter_bias, device)
+            self.input_tuning_fc2[adapter_name] = InputDtypeLinear(hidden, width, config.adapter_bias, device)
             self.input_tuning_activation[adapter_name] = ACT2FN[config.adapter_activation]
             self.input_tuning_dropout[adapter_name] = nn.Dropout(config.adapter_dropout)
         self.forget_prompt_states()
@@ -152,33 +153,21 @@ class InputTuningLayer(MergeableTable, PendingWeights):
             self.input_only.discard(adapter_name)
         if from_file or (prompt is not None and prompt.is_meta):  # a base on "meta" has no embeddings to start from
             self.pending.add(adapter_name)
+        if from_file:
+            self.hold_places(adapter_name, execution_device(self.base_layer))
         self._reset_adapter(adapter_name, prompt, config.init_weights)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     @torch.no_grad()
     def _reset_adapter(self, name: str, prompt: Tensor | None, zero_start: bool) -> None:
-        parameters = [p for _, p in self.named_adapter_parameters(name)]
-        if any(p.is_meta for p in parameters):
-            return  # low_cpu_mem_usage: the file's tensors take the place of these
-        if name in self.pending:
-            for parameter in parameters:
-                parameter.fill_(float("nan"))
-            return
+        if name in self.pending or any(p.is_meta for _, p in self.named_adapter_parameters(name)):
+            return  # a file's tensors take the place of these
         if prompt is not None:
             self.input_tuning_prompt[name].start_from(prompt)
         if name in self.input_tuning_fc2 and zero_start:
             for parameter in self.input_tuning_fc2[name].parameters():
                 parameter.zero_()
-
-    def named_adapter_parameters(self, name: str) -> list[tuple[str, nn.Parameter]]:
-        """The parameters of one adapter, as `("input_tuning_fc1.weight", parameter)`."""
-        return [
-            (f"{container}.{key}", parameter)
-            for container in self.adapter_layer_names
-            if name in getattr(self, container)
-            for key, parameter in getattr(self, container)[name].named_parameters()
-        ]
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
@@ -197,7 +186,8 @@ class InputTuningLayer(MergeableTable, PendingWeights):
         super().delete_adapter(adapter_name)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        super()._move_adapter_to_device_of_base_layer(adapter_name, device or execution_device(self.base_layer))
+        with self.small_places(adapter_name):
+            super()._move_adapter_to_device_of_base_layer(adapter_name, device or execution_device(self.base_layer))
 
     def train(self, mode: bool = True) -> InputTuningLayer:
         if mode:

@@ -21,6 +21,7 @@ from .call_state import BASE
 from .checkpoint import checked_state_dict
 from .config import InputTuningConfig
 from .layer import InputTuningLayer
+from .prompt_embeds import INSTEAD_OF_PROMPT_TUNING, OF_PROMPT_TUNING
 from .tested_versions import newer_than_tested
 from .virtual_tokens.backbone import check_has_place, find_backbone, find_embedding, refuse_changed_embedding
 from .virtual_tokens.cache_check import check_cached_equals_uncached
@@ -28,6 +29,7 @@ from .virtual_tokens.install import install, uninstall
 from .virtual_tokens.mixed_batch import mixed_batch
 from .virtual_tokens.scope import tells_input_from_output
 from .virtual_tokens.trial import WhatSeesIds, what_sees_ids
+from .weighted import check_arguments, weighted_adapter
 
 MAX_HIDDEN_RATIO = 64  # an input-adapter wider than this many embeddings is a mistake, not a choice
 
@@ -161,6 +163,19 @@ class InputTuningModel(BaseTuner):
         """The wrapped embedding."""
         return self.model.get_submodule(self.embedding_path)
 
+    @property
+    def word_embeddings(self) -> InputTuningLayer:
+        """The wrapped embedding, under the name that `PeftModel` has for prompt-tuning."""
+        return self.layer
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError as error:
+            if name in OF_PROMPT_TUNING:
+                raise AttributeError(INSTEAD_OF_PROMPT_TUNING.format(name=name)) from error
+            raise
+
     # ---- switching, unloading, merging --------------------------------------------------------------------------
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
@@ -197,6 +212,32 @@ class InputTuningModel(BaseTuner):
             "resized once input-tuning wraps it. Resize the base model first, then call get_peft_model."
         )
 
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "linear"
+    ) -> None:
+        """Adds an adapter that is exactly the weighted sum of others, as PEFT's LoRA does (`weighted.py`).
+
+        Args:
+            adapters: their names; prompts of one length, one activation, one scope, biases in all or in none.
+            weights: a number for each of them, negative ones too.
+            adapter_name: the new adapter's name. It is not activated.
+            combination_type: "linear" for adapters of equal W1 (or without input-adapter); "cat" puts their hidden
+                units beside each other.
+
+        Raises:
+            ValueError: adapters whose sum is no adapter; names the difference, and nothing is added.
+        """
+        check_arguments(self.peft_config, adapters, weights, adapter_name, combination_type)
+        config, values = weighted_adapter(self.layer, self.peft_config, adapters, weights, combination_type)
+        self.peft_config[adapter_name] = config
+        try:
+            self.inject_adapter(self.model, adapter_name)
+        except BaseException:
+            del self.peft_config[adapter_name]
+            raise
+        for key, parameter in self.layer.named_adapter_parameters(adapter_name):
+            parameter.data = values[key]
+
     # ---- files --------------------------------------------------------------------------------------------------
 
     @classmethod
@@ -205,7 +246,11 @@ class InputTuningModel(BaseTuner):
     ) -> dict[str, Tensor]:
         """Hook of PEFT (>= 0.21) between reading a file and using it: refuses files that do not fit."""
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        return checked_state_dict(model, adapter_name, remapped)
+        return checked_state_dict(model, config, adapter_name, remapped)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        with self.layer.small_places(adapter_name):
+            super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
 
     # ---- calls --------------------------------------------------------------------------------------------------
 

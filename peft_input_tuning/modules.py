@@ -30,12 +30,15 @@ class SoftPrompt(nn.Module):
         num_virtual_tokens: number of rows, >= 1.
         embedding_dim: size of the word embeddings.
         scale: what the parameter is multiplied by.
+        device: where the parameter is made, as in torch's own modules.
     """
 
-    def __init__(self, num_virtual_tokens: int, embedding_dim: int, scale: float = 1.0) -> None:
+    def __init__(
+        self, num_virtual_tokens: int, embedding_dim: int, scale: float = 1.0, device: str | None = None
+    ) -> None:
         super().__init__()
         self.scale = scale
-        self.weight = nn.Parameter(torch.empty(num_virtual_tokens, embedding_dim))
+        self.weight = nn.Parameter(torch.empty(num_virtual_tokens, embedding_dim, device=device))
 
     @torch.no_grad()
     def start_from(self, prompt: Tensor) -> None:
