@@ -17,6 +17,7 @@ from threading import Lock
 from typing import Any
 
 import torch
+from peft import PeftModel
 from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import AuxiliaryTrainingWrapper
@@ -25,11 +26,18 @@ from transformers import GenerationMixin
 
 from .base_weights import base_embedding, check_can_be_saved, keep_unpacked
 from .call_state import BASE, RowAdapters, current_row_adapters, generating, prompt_in_place, use_row_adapters
-from .checkpoint import checked_state_dict
+from .checkpoint import checked_state_dict, under_as_many_peft_models
 from .config import InputTuningConfig
 from .layer import InputTuningLayer
+from .nesting import Configurations, check_inner_reads_ids, check_is_only_owner, own_modules, plain_model
 from .tested_versions import newer_than_tested
-from .virtual_tokens.backbone import find_backbone, has_window, refuse_changed_embedding, refuse_models_without_place
+from .virtual_tokens.backbone import (
+    find_backbone,
+    has_window,
+    path_of,
+    refuse_changed_embedding,
+    refuse_models_without_place,
+)
 from .virtual_tokens.cache_check import check_cached_equals_uncached
 from .virtual_tokens.cache_mark import cache_of, mark_cache, mark_of
 from .virtual_tokens.hooks import install_hooks, remove_hooks
@@ -45,13 +53,37 @@ class InputTuningModel(BaseTuner):
     """The tuner that `get_peft_model` makes of a model and an `InputTuningConfig`.
 
     Args:
-        model: a model of transformers (or any module with `get_input_embeddings` around one).
+        model: a model of transformers (or any module with `get_input_embeddings` around one), or a `PeftModel` with
+            another method's adapters, which are frozen then and stay as they are (`nesting.py`).
         peft_config: the configuration, or a dict of one for each adapter.
         adapter_name: the adapter's name.
     """
 
     prefix = "input_tuning_"
     tuner_layer_cls = InputTuningLayer
+    peft_config: dict[str, PeftConfig]
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig | dict[str, PeftConfig],
+        adapter_name: str,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        of_peft_model = isinstance(peft_config, dict)  # transformers passes one configuration
+        check_is_only_owner(model, adapter_name, of_peft_model)
+        check_inner_reads_ids(model)
+        inner = model.peft_config if isinstance(model, PeftModel) else None
+        super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+        if of_peft_model:
+            self.peft_config = Configurations(self.peft_config)
+            self.model.peft_config = self.peft_config if inner is None else inner
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "peft_config" and isinstance(self._modules.get("model"), PeftModel):
+            raise AttributeError(name)  # the inner model's, in which PEFT would put ours
+        return super().__getattr__(name)
 
     # ---- injection ----------------------------------------------------------------------------------------------
 
@@ -60,10 +92,11 @@ class InputTuningModel(BaseTuner):
         super()._check_new_adapter_config(config)
         if not isinstance(config, InputTuningConfig):
             raise ValueError(f"`peft_config` must be an InputTuningConfig, got {type(config).__name__}.")
-        backbone_path, embedding_path = find_backbone(self.model)
-        backbone = self.model.get_submodule(backbone_path)
+        plain = plain_model(self.model)
+        backbone_path, embedding_path = find_backbone(plain)
+        backbone = plain.get_submodule(backbone_path)
         embedding = backbone.get_submodule(embedding_path)
-        self.embedding_path = ".".join(filter(None, (backbone_path, embedding_path)))
+        self.embedding_path = ".".join(filter(None, (path_of(self.model, plain), backbone_path, embedding_path)))
         self._backbone_paths = backbone_path, embedding_path
         if not isinstance(embedding, InputTuningLayer) and _holds_our_layer(embedding):
             refuse_changed_embedding(backbone, embedding_path, embedding)
@@ -73,15 +106,17 @@ class InputTuningModel(BaseTuner):
             config, base_embedding(embedding).embedding_dim, getattr(backbone.config, "max_position_embeddings", None)
         )
         keep_unpacked(self.model)  # before the model is run
-        input_only = config.adapter_scope == "input" and tells_input_from_output(self.model)
+        input_only = config.adapter_scope == "input" and tells_input_from_output(plain)
         refuse_models_without_place(backbone, embedding, config.num_virtual_tokens, input_only)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         _check_adapter_name(adapter_name)
         trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        if isinstance(model, PeftModel) and not _holds_our_layer(model):
+            model.requires_grad_(False)  # what the inner adapters learned now would not be saved with the outer one
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
-            install_hooks(model, *self._backbone_paths)
+            install_hooks(plain_model(model), *self._backbone_paths)
             self._try_cache_out(model, adapter_name)
         except BaseException:
             self._share_embedding_again(model)
@@ -95,7 +130,7 @@ class InputTuningModel(BaseTuner):
         if not newer_than_tested() or not self.layer.prompt_length(adapter_name):
             return
         try:
-            check_cached_equals_uncached(model.get_submodule(self._backbone_paths[0]), self.layer)
+            check_cached_equals_uncached(plain_model(model).get_submodule(self._backbone_paths[0]), self.layer)
         except BaseException:
             self.layer.delete_adapter(adapter_name)
             if not self.layer.adapter_names:
@@ -133,7 +168,7 @@ class InputTuningModel(BaseTuner):
     def _create_and_replace(
         self, peft_config, adapter_name, target, target_name, parent, current_key, parameter_name=None
     ) -> None:
-        input_only = peft_config.adapter_scope == "input" and tells_input_from_output(self.model)
+        input_only = peft_config.adapter_scope == "input" and tells_input_from_output(plain_model(self.model))
         if isinstance(target, InputTuningLayer):
             target.update_layer(adapter_name, peft_config, input_only)
             return
@@ -159,6 +194,24 @@ class InputTuningModel(BaseTuner):
             raise ValueError(f"Unknown adapter {unknown[0]!r}. Known: {sorted(self.peft_config)}.")
         super().set_adapter(adapter_name, inference_mode=inference_mode)
 
+    def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        """Called by PEFT (>= 0.18) to disable and to enable: ours only, as prompt-tuning does, and not the layers of
+        other methods inside or around."""
+        for _, module in own_modules(self.model, self.peft_config):
+            module.enable_adapters(enabled)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        if isinstance(self.model, PeftModel):
+            self.layer.merge(safe_merge, adapter_names)
+        else:
+            super().merge_adapter(adapter_names, safe_merge)
+
+    def unmerge_adapter(self) -> None:
+        if isinstance(self.model, PeftModel):
+            self.layer.unmerge()
+        else:
+            super().unmerge_adapter()
+
     def _check_merge_allowed(self) -> None:
         """PEFT warns of tied embeddings here. Merging unties ours (`InputTuningLayer.merge`)."""
 
@@ -171,11 +224,24 @@ class InputTuningModel(BaseTuner):
     ) -> nn.Module:
         if merge:
             self.layer.check_mergeable(adapter_names)  # before any module is unloaded
-        model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        if isinstance(self.model, PeftModel):
+            model = self._unload_outer(self.model, merge, safe_merge, adapter_names)
+        else:
+            model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         remove_hooks(model)
         if not merge:
             self._share_embedding_again(model)
         return model
+
+    def _unload_outer(
+        self, inner: PeftModel, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> PeftModel:
+        """Gives the inner `PeftModel` back; PEFT would unload, and merge, its adapters too."""
+        for path, module in own_modules(inner, self.peft_config):
+            parent, _, name = path.rpartition(".")
+            unloaded = module.unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
+            setattr(inner.get_submodule(parent), name, unloaded)
+        return inner
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Module:
         """The embedding is wrapped now, so only a resize that changes nothing is possible."""
@@ -189,10 +255,17 @@ class InputTuningModel(BaseTuner):
     # ---- files --------------------------------------------------------------------------------------------------
 
     @classmethod
+    def _get_adapter_state_dict(cls, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Hook of PEFT (>= 0.21) that chooses what is saved: all methods' layers with an adapter of this name."""
+        found = super()._get_adapter_state_dict(*args, **kwargs)
+        return {key: tensor for key, tensor in found.items() if f".{cls.prefix}" in key}
+
+    @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """Hook of PEFT (>= 0.21) between reading a file and using it: refuses files that do not fit."""
+        state_dict = under_as_many_peft_models(model, state_dict)
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         return checked_state_dict(model, adapter_name, remapped)
 
@@ -250,11 +323,11 @@ class InputTuningModel(BaseTuner):
             mark_cache(cache, replace(mark, mask=None))  # of an earlier call, whose mask may have been another
             if mark.layout.slots and ids is not None and mask is not None and mask.shape[1] > ids.shape[1]:
                 refuse_mask_of_other_length(mask, cache.get_seq_length(), ids.shape[1])
-        layer = self.layer
+        layer, plain = self.layer, plain_model(self.model)
         rows = current_row_adapters(layer)
-        chunk = generation_setting(self.model, kwargs, "prefill_chunk_size")
-        if chunk and layer.slots and has_window(self.model.get_submodule(self._backbone_paths[0])):
-            mask = mask_of_ids(self.model, ids, kwargs) if mask is None else mask
+        chunk = generation_setting(plain, kwargs, "prefill_chunk_size")
+        if chunk and layer.slots and has_window(plain.get_submodule(self._backbone_paths[0])):
+            mask = mask_of_ids(plain, ids, kwargs) if mask is None else mask
             if mask is not None:
                 refuse_pads_behind_prompt(count_left_pads(mask), chunk)
         with ExitStack() as stack:
@@ -263,8 +336,8 @@ class InputTuningModel(BaseTuner):
                 stack.enter_context(use_row_adapters(layer, replace(rows, in_generate=True)))
             if layer.adapts_input_only:
                 stack.enter_context(input_of_generate(layer, ids, mask, cache))
-            if uses_static_cache(self.model, kwargs):
-                prepared = input_with_prompt(self.model, layer, kwargs)
+            if uses_static_cache(plain, kwargs):
+                prepared = input_with_prompt(plain, layer, kwargs)
                 if prepared is not None:
                     stack.enter_context(prompt_in_place(layer))
                     kwargs = prepared

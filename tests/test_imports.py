@@ -22,7 +22,7 @@ ORDER = (
     "base_weights call_state modules pending_weights model_card",
     "config prompt_start merging",
     "layer",
-    "virtual_tokens checkpoint optimizer prompt_tuning",
+    "virtual_tokens checkpoint nesting optimizer prompt_tuning",
     "model",
     "export inspection",
     "__init__",
