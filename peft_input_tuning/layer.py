@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.activations import ACT2FN
 
-from .base_weights import execution_device
+from .base_weights import base_embedding, execution_device
 from .call_state import BASE, RowAdapters, current_row_adapters, on_device
 from .config import InputTuningConfig
 from .merging import MergeableTable
@@ -61,6 +61,10 @@ class InputTuningLayer(MergeableTable, PendingWeights):
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles compute their prompts' states again."""
         return {**self.__dict__, "prompt_states": {}}
+
+    def get_base_layer(self) -> nn.Module:
+        """The table itself, under what other methods put around it; PEFT stops at their `AuxiliaryTrainingWrapper`."""
+        return base_embedding(self.base_layer)
 
     @property
     def embedding_dim(self) -> int:

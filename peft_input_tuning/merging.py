@@ -116,7 +116,7 @@ class MergeableTable(nn.Module, BaseTunerLayer):
                     f"tokens are not weights of the base. {INSTEAD_OF_MERGING}"
                 )
             self.check_weights_have_come(name)
-        if self.weight.is_meta or is_quantized(self.weight) or isinstance(self.base_layer, BaseTunerLayer):
+        if self.weight.is_meta or is_quantized(self.weight) or self.base_layer is not self.get_base_layer():
             raise ValueError(
                 "The embedding is quantized, offloaded, or has an adapter of another method: nothing can be merged "
                 "into it. Load the base model in its own dtype on one device, with this adapter alone."

@@ -29,7 +29,15 @@ from .call_state import BASE, RowAdapters, current_row_adapters, generating, pro
 from .checkpoint import checked_state_dict, under_as_many_peft_models
 from .config import InputTuningConfig
 from .layer import InputTuningLayer
-from .nesting import Configurations, check_inner_reads_ids, check_is_only_owner, own_modules, plain_model
+from .nesting import (
+    Configurations,
+    check_inner_reads_ids,
+    check_is_only_owner,
+    check_trained_modules_inside,
+    own_modules,
+    plain_model,
+    without_trained_modules_inside,
+)
 from .tested_versions import newer_than_tested
 from .virtual_tokens.backbone import (
     find_backbone,
@@ -100,6 +108,8 @@ class InputTuningModel(BaseTuner):
         self._backbone_paths = backbone_path, embedding_path
         if not isinstance(embedding, InputTuningLayer) and _holds_our_layer(embedding):
             refuse_changed_embedding(backbone, embedding_path, embedding)
+        name = next(name for name, one in self.peft_config.items() if one is config)
+        check_trained_modules_inside(self.model, name, embedding)
         _check_modules_to_save(config, self.model, self.embedding_path)
         check_can_be_saved(base_embedding(embedding))
         _check_sizes(
@@ -266,6 +276,7 @@ class InputTuningModel(BaseTuner):
     ) -> dict[str, Tensor]:
         """Hook of PEFT (>= 0.21) between reading a file and using it: refuses files that do not fit."""
         state_dict = under_as_many_peft_models(model, state_dict)
+        state_dict = without_trained_modules_inside(model, config, state_dict)
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         return checked_state_dict(model, adapter_name, remapped)
 

@@ -12,11 +12,14 @@ from __future__ import annotations
 from typing import Any
 
 from peft import PeftConfig, PeftModel
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.utils import AuxiliaryTrainingWrapper
-from torch import nn
+from torch import Tensor, nn
 
 from .config import InputTuningConfig
 from .layer import InputTuningLayer
+
+_TRAINED_BESIDE = (AuxiliaryTrainingWrapper, TrainableTokensLayer)
 
 
 def plain_model(model: nn.Module) -> nn.Module:
@@ -75,6 +78,49 @@ def check_inner_reads_ids(model: nn.Module) -> None:
                 "get_peft_model with the base model (`get_base_model()`)."
             )
         model = model.get_base_model()
+
+
+def check_trained_modules_inside(model: nn.Module, adapter_name: str, embedding: nn.Module) -> None:
+    """Tokens or whole modules that another method's adapter trains beside its layers are found by its name alone (PEFT
+    0.21): an adapter of another name switches them off, or cannot be saved.
+
+    Args:
+        model: what gets the adapter; a `PeftModel` has the other one inside.
+        adapter_name: the new adapter's name.
+        embedding: of words, with what is around it.
+    """
+    if not isinstance(model, PeftModel):
+        wrapped = [type(one).__name__ for one in embedding.modules() if isinstance(one, _TRAINED_BESIDE)]
+        if wrapped:
+            raise ValueError(
+                f"The embedding of `model` is in a {wrapped[0]}: another adapter trains words, and PEFT cannot have a "
+                "second one active beside it. Give that adapter to get_peft_model first, and the model that it "
+                "returns to get_peft_model with the InputTuningConfig, both under one `adapter_name`."
+            )
+        return
+    for path, module in model.named_modules():
+        if not isinstance(module, AuxiliaryTrainingWrapper) or adapter_name in module._adapters:
+            continue
+        others = sorted(module._adapters & model.peft_config.keys())
+        if others:
+            raise ValueError(
+                f"`adapter_name` is {adapter_name!r}, but adapter {others[0]!r} inside trains `{path}`, which PEFT "
+                f"switches off for an adapter of another name. Use adapter_name={others[0]!r}."
+            )
+
+
+def without_trained_modules_inside(
+    model: nn.Module, config: PeftConfig, state_dict: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """What an adapter's file holds without the modules that are not its own: PEFT saves those of an adapter inside
+    that has its name with it, and would write them over that one's."""
+    own = tuple(getattr(config, "modules_to_save", None) or ())
+    others = tuple(
+        f"{path}."
+        for path, module in model.named_modules()
+        if isinstance(module, AuxiliaryTrainingWrapper) and not path.endswith(own)
+    )
+    return {key: tensor for key, tensor in state_dict.items() if not key.startswith(others)}
 
 
 def check_is_only_owner(model: nn.Module, adapter_name: str, has_own_model: bool) -> None:

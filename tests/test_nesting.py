@@ -6,7 +6,14 @@ import copy
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model, inject_adapter_in_model
+from peft import (
+    LoraConfig,
+    PeftModel,
+    PromptTuningConfig,
+    TrainableTokensConfig,
+    get_peft_model,
+    inject_adapter_in_model,
+)
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch import nn
@@ -310,3 +317,122 @@ def test_after_deleting_its_last_adapter_the_base_is_free():
     second = get_peft_model(base, config(LLAMA)).eval()
     randomize(second)
     assert_close(output(second), want_of(build(LLAMA), adapter_weights(second)), **TOLERANCE)
+
+
+# ---- words and modules that another adapter trains beside its layers ------------------------------------------------
+
+WORDS = {
+    "trainable_token_indices": lambda: lora(trainable_token_indices=[90, 91]),
+    "modules_to_save": lambda: lora(modules_to_save=["embed_tokens"]),
+    "TrainableTokens": lambda: TrainableTokensConfig(
+        token_indices=[90, 91], target_modules=["embed_tokens"], task_type="CAUSAL_LM"
+    ),
+}
+each_way = pytest.mark.parametrize("words", WORDS.values(), ids=WORDS)
+ROW = torch.tensor([5, 90, 7, 91, 8, 9])
+
+
+def with_trained_words(words) -> PeftModel:
+    base = build(LLAMA)
+    torch.manual_seed(5)
+    model = get_peft_model(base, words()).eval()
+    for name, parameter in model.named_parameters():
+        if "trainable_tokens_delta" in name or "embed_tokens.modules_to_save" in name:
+            parameter.data.normal_(generator=torch.Generator().manual_seed(3))
+    return model
+
+
+@torch.no_grad()
+def of_row(model: nn.Module, row: torch.Tensor = ROW) -> torch.Tensor:
+    return model(input_ids=row[None].to(model.device)).logits[0]
+
+
+@each_way
+def test_trained_words_inside_are_adapted(words):
+    inner = with_trained_words(words)
+    base = copy.deepcopy(inner).get_base_model()
+    assert not torch.allclose(of_row(base), of_row(build(LLAMA)))
+    model = get_peft_model(inner, config(LLAMA)).eval()
+    randomize(model)
+    weights = adapter_weights(model)
+    assert_close(of_row(model), row_output(base, weights, ROW), **TOLERANCE)
+    found = model.generate(input_ids=ROW[None].to(model.device), max_new_tokens=3, do_sample=False)[0, 6:]
+    assert found.tolist() == greedy(base, weights, ROW.to(model.device), 3).tolist()
+    with model.disable_adapter():
+        assert_close(of_row(model), of_row(base), **TOLERANCE)
+    assert model.unload() is inner
+    assert torch.equal(of_row(inner), of_row(base))
+
+
+@each_way
+def test_trained_words_inside_are_saved_and_loaded_with_their_adapter(words, tmp_path):
+    inner = with_trained_words(words)
+    inner.save_pretrained(tmp_path / "inner")
+    model = get_peft_model(inner, config(LLAMA)).eval()
+    randomize(model)
+    model.save_pretrained(tmp_path / "outer")
+    again = PeftModel.from_pretrained(build(LLAMA), tmp_path / "inner")
+    again = PeftModel.from_pretrained(again, tmp_path / "outer").eval()
+    assert torch.equal(of_row(again), of_row(model))
+
+
+@each_way
+def test_loading_leaves_the_words_of_the_adapter_inside_alone(words, tmp_path):
+    model = get_peft_model(with_trained_words(words), config(LLAMA))
+    model.save_pretrained(tmp_path)
+    other = with_trained_words(words)
+    for name, parameter in other.named_parameters():
+        if "trainable_tokens_delta" in name or "embed_tokens.modules_to_save" in name:
+            parameter.data.mul_(2)
+    want = of_row(other)
+    again = PeftModel.from_pretrained(other, tmp_path).eval()
+    with again.disable_adapter():
+        assert torch.equal(of_row(again), want)
+
+
+@pytest.mark.parametrize("words", list(WORDS.values())[:2], ids=list(WORDS)[:2])
+def test_another_name_than_that_of_trained_words_is_refused(words):
+    inner = with_trained_words(words)
+    want = of_row(inner)
+    with pytest.raises(
+        ValueError, match=r"`adapter_name` is 'it', but adapter 'default' inside trains `.*embed_tokens"
+    ):
+        get_peft_model(inner, config(LLAMA), adapter_name="it")
+    assert torch.equal(of_row(inner), want)
+
+
+@each_way
+def test_beside_an_adapter_of_transformers_that_trains_words_it_is_refused(words):
+    model = build(LLAMA)
+    model.add_adapter(words(), "words")
+    want = of_row(model)
+    with pytest.raises(ValueError, match=r"The embedding of `model` is in a .*get_peft_model"):
+        model.add_adapter(config(), "it")
+    assert torch.equal(of_row(model), want)
+    assert not any(isinstance(module, InputTuningLayer) for module in model.modules())
+
+
+def with_trained_head() -> PeftModel:
+    settings = LoraConfig(target_modules=["q_proj"], init_lora_weights=False, task_type="SEQ_CLS")
+    model = get_peft_model(build(LLAMA, "seq_cls"), settings).eval()
+    torch.nn.init.normal_(model.get_base_model().score.modules_to_save["default"].weight)
+    return model
+
+
+def test_a_head_that_both_train_is_one_under_one_name(tmp_path):
+    inner = with_trained_head()
+    base = copy.deepcopy(inner).get_base_model()
+    model = get_peft_model(inner, config(task_type="SEQ_CLS")).eval()
+    randomize(model)
+    assert_close(output(model), want_of(base, adapter_weights(model)), **TOLERANCE)
+    head = inner.get_base_model().score.modules_to_save["default"].weight
+    assert head.requires_grad
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(with_trained_head(), tmp_path).eval()
+    found = again.get_base_model().get_base_model().score.modules_to_save["default"].weight
+    assert torch.equal(found, head)
+
+
+def test_a_head_that_both_train_under_two_names_is_refused():
+    with pytest.raises(ValueError, match=r"adapter 'default' inside trains `base_model.model.score`"):
+        get_peft_model(with_trained_head(), config(task_type="SEQ_CLS"), adapter_name="it")
