@@ -299,8 +299,11 @@ class InputTuningLayer(MergeableTable, PendingWeights):
     # ---- being the embedding for the rest of the world ------------------------------------------------------------
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """`tie_weights()` of T5 and BART assigns to `.weight`: that is the base layer's."""
-        if name == "weight":
+        """`tie_weights()` of T5 and BART assigns to `.weight`: that is the base layer's, of which a merged adapter
+        has put its own aside."""
+        if name == "weight" and self.merged:
+            self._unmerged_weight = (cast(nn.Parameter, param),)
+        elif name == "weight":
             self.get_base_layer().register_parameter(name, param)
         else:
             super().register_parameter(name, param)

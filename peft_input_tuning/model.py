@@ -39,6 +39,7 @@ from .nesting import (
     without_trained_modules_inside,
 )
 from .tested_versions import newer_than_tested
+from .tied_tables import keep_merged_table
 from .virtual_tokens.backbone import (
     find_backbone,
     has_window,
@@ -211,6 +212,12 @@ class InputTuningModel(BaseTuner):
             module.enable_adapters(enabled)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """As PEFT does; around a `PeftModel` without merging the adapters inside.
+
+        Raises:
+            ValueError: the adapter has virtual tokens, or another one that has is active.
+        """
+        self.layer.check_active_beside(adapter_names)
         if isinstance(self.model, PeftModel):
             self.layer.merge(safe_merge, adapter_names)
         else:
@@ -232,14 +239,17 @@ class InputTuningModel(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
+        layer = self.layer
         if merge:
-            self.layer.check_mergeable(adapter_names)  # before any module is unloaded
+            layer.check_mergeable(adapter_names)  # before any module is unloaded
         if isinstance(self.model, PeftModel):
             model = self._unload_outer(self.model, merge, safe_merge, adapter_names)
         else:
             model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         remove_hooks(model)
-        if not merge:
+        if layer.merged:
+            keep_merged_table(plain_model(model), ".".join(filter(None, self._backbone_paths)))
+        else:
             self._share_embedding_again(model)
         return model
 

@@ -59,7 +59,7 @@ class Configurations(dict):
             raise ValueError(
                 f"`adapter_name` is {name!r}, the name of an input-tuning adapter of the model inside, whose "
                 f"configuration the {type(config).__name__} would replace. Pass another: "
-                f"get_peft_model(model, config, adapter_name={config.peft_type.lower()!r})."
+                'get_peft_model(model, config, adapter_name="outer").'
             )
         super().__setitem__(name, config)
 

@@ -61,7 +61,7 @@ def inside_lora() -> tuple[PeftModel, PeftModel, nn.Module, dict]:
     """LoRA around input-tuning, what is inside, the base with LoRA alone, and the adapter's weights."""
     inner, _, weights = adapted(LLAMA)
     torch.manual_seed(5)
-    outer = get_peft_model(inner, lora(), adapter_name="lora").eval()
+    outer = get_peft_model(inner, lora(), adapter_name="outer").eval()
     return outer, inner, merged_lora(), weights
 
 
@@ -259,16 +259,16 @@ def test_inside_lora_disabling_input_tuning_leaves_lora():
 def test_inside_lora_saved_and_loaded(tmp_path):
     outer, _, base, weights = inside_lora()
     outer.save_pretrained(tmp_path)
-    assert all("lora_" in key for key in load_file(tmp_path / "lora" / "adapter_model.safetensors"))
+    assert all("lora_" in key for key in load_file(tmp_path / "outer" / "adapter_model.safetensors"))
     again = PeftModel.from_pretrained(build(LLAMA), tmp_path)
-    again = PeftModel.from_pretrained(again, tmp_path / "lora", adapter_name="lora").eval()
+    again = PeftModel.from_pretrained(again, tmp_path / "outer", adapter_name="outer").eval()
     assert_close(output(again), want_of(base, weights), **TOLERANCE)
 
 
 def test_inside_lora_of_the_same_name_is_refused_before_anything_changes():
     inner, _, _ = adapted(LLAMA)
     want = output(inner)
-    with pytest.raises(ValueError, match=r"`adapter_name` is 'default'.*LoraConfig.*adapter_name='lora'"):
+    with pytest.raises(ValueError, match=r'`adapter_name` is .default.*LoraConfig.*adapter_name="outer"'):
         get_peft_model(inner, lora())
     assert torch.equal(output(inner), want)
     assert [type(one).__name__ for one in inner.peft_config.values()] == ["InputTuningConfig"]
