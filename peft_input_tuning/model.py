@@ -62,8 +62,9 @@ class InputTuningModel(BaseTuner):
     """The tuner that `get_peft_model` makes of a model and an `InputTuningConfig`.
 
     Args:
-        model: a model of transformers (or any module with `get_input_embeddings` around one), or a `PeftModel` with
-            another method's adapters, which are frozen then and stay as they are (`nesting.py`).
+        model: a model of transformers (or any module with `get_input_embeddings` around one); without virtual tokens
+            any module with `get_input_embeddings`; or a `PeftModel` with another method's adapters, which are frozen
+            then and stay as they are (`nesting.py`).
         peft_config: the configuration, or a dict of one for each adapter.
         adapter_name: the adapter's name.
     """
@@ -102,8 +103,9 @@ class InputTuningModel(BaseTuner):
         if not isinstance(config, InputTuningConfig):
             raise ValueError(f"`peft_config` must be an InputTuningConfig, got {type(config).__name__}.")
         plain = plain_model(self.model)
-        backbone_path, embedding_path = find_backbone(plain)
-        backbone = plain.get_submodule(backbone_path)
+        input_only = config.adapter_scope == "input" and tells_input_from_output(plain)
+        backbone_path, embedding_path = find_backbone(plain, bool(config.num_virtual_tokens) or input_only)
+        backbone = plain.get_submodule(backbone_path or "")
         embedding = backbone.get_submodule(embedding_path)
         self.embedding_path = ".".join(filter(None, (path_of(self.model, plain), backbone_path, embedding_path)))
         self._backbone_paths = backbone_path, embedding_path
@@ -113,11 +115,9 @@ class InputTuningModel(BaseTuner):
         check_trained_modules_inside(self.model, name, embedding)
         _check_modules_to_save(config, self.model, self.embedding_path)
         check_can_be_saved(base_embedding(embedding))
-        _check_sizes(
-            config, base_embedding(embedding).embedding_dim, getattr(backbone.config, "max_position_embeddings", None)
-        )
+        max_positions = getattr(getattr(backbone, "config", None), "max_position_embeddings", None)
+        _check_sizes(config, base_embedding(embedding).embedding_dim, max_positions)
         keep_unpacked(self.model)  # before the model is run
-        input_only = config.adapter_scope == "input" and tells_input_from_output(plain)
         refuse_models_without_place(backbone, embedding, config.num_virtual_tokens, input_only)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -127,7 +127,9 @@ class InputTuningModel(BaseTuner):
             model.requires_grad_(False)  # what the inner adapters learned now would not be saved with the outer one
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
-            install_hooks(plain_model(model), *self._backbone_paths)
+            backbone_path, embedding_path = self._backbone_paths
+            if backbone_path is not None:
+                install_hooks(plain_model(model), backbone_path, embedding_path)
             self._try_cache_out(model, adapter_name)
         except BaseException:
             self._share_embedding_again(model)
@@ -141,7 +143,7 @@ class InputTuningModel(BaseTuner):
         if not newer_than_tested() or not self.layer.prompt_length(adapter_name):
             return
         try:
-            check_cached_equals_uncached(plain_model(model).get_submodule(self._backbone_paths[0]), self.layer)
+            check_cached_equals_uncached(plain_model(model).get_submodule(self._backbone_paths[0] or ""), self.layer)
         except BaseException:
             self.layer.delete_adapter(adapter_name)
             if not self.layer.adapter_names:
@@ -347,7 +349,7 @@ class InputTuningModel(BaseTuner):
         layer, plain = self.layer, plain_model(self.model)
         rows = current_row_adapters(layer)
         chunk = generation_setting(plain, kwargs, "prefill_chunk_size")
-        if chunk and layer.slots and has_window(plain.get_submodule(self._backbone_paths[0])):
+        if chunk and layer.slots and has_window(plain.get_submodule(self._backbone_paths[0] or "")):
             mask = mask_of_ids(plain, ids, kwargs) if mask is None else mask
             if mask is not None:
                 refuse_pads_behind_prompt(count_left_pads(mask), chunk)

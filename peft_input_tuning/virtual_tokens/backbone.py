@@ -77,8 +77,11 @@ def path_of(model: nn.Module, wanted: nn.Module) -> str:
     raise ValueError(f"{type(wanted).__name__} is not a part of {type(model).__name__}.")
 
 
-def find_backbone(model: nn.Module) -> tuple[str, str]:
+def find_backbone(model: nn.Module, needs_place: bool = True) -> tuple[str | None, str]:
     """Paths of the backbone in the model and of the word embedding in the backbone.
+
+    Without `needs_place` a model may have no backbone (None, and the embedding's path in the model): an adapter
+    without virtual tokens needs the embedding alone. Of an encoder-decoder nothing would tell which part reads it.
 
     Raises:
         ValueError: the model has no token embedding, or no module that takes `inputs_embeds`.
@@ -93,9 +96,12 @@ def find_backbone(model: nn.Module) -> tuple[str, str]:
         parent = parent.rpartition(".")[0]
         if consumes_embeddings(model.get_submodule(parent)):
             return parent, path[len(parent) + 1 :] if parent else path
+    if not needs_place and not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return None, path
     raise ValueError(
         f"No part of {type(model).__name__} around its embedding `{path}` takes `inputs_embeds`, so there is no place "
-        "for virtual tokens. Input-tuning needs a model of transformers that accepts `inputs_embeds`."
+        "for virtual tokens. Input-tuning needs a model of transformers that accepts `inputs_embeds`, or "
+        "num_virtual_tokens=0."
     )
 
 
@@ -108,7 +114,8 @@ def _word_embedding(model: nn.Module) -> nn.Module:
     if not isinstance(getattr(table, "weight", None), Tensor) or not hasattr(table, "num_embeddings"):
         raise ValueError(
             f"{type(model).__name__} has no token embedding: `get_input_embeddings()` gave "
-            f"{type(embedding).__name__}. Input-tuning needs a text model of transformers."
+            f"{type(embedding).__name__}. Input-tuning needs a text model of transformers, or, with "
+            "num_virtual_tokens=0, any module whose `get_input_embeddings()` gives its nn.Embedding."
         )
     return embedding
 
