@@ -37,7 +37,7 @@ def keep_merged_table(model: nn.Module, embedding_path: str) -> None:
     if getattr(model, "resize_token_embeddings", None) is _refuse_to_resize:
         warnings.warn(
             "The encoder has an embedding of its own now, with the input-adapter in it. This model keeps it, and so "
-            "does a file that save_pretrained writes. A new model of its class ties it to the decoder's, and loses it: "
+            "does a file that save_pretrained writes. A new model of its class ties it to the decoder's and loses it: "
             "after `load_state_dict`, and after from_pretrained with `tie_weights()` or `resize_token_embeddings`.",
             stacklevel=4,
         )
