@@ -48,6 +48,20 @@ def checked_state_dict(
         raise
 
 
+def under_as_many_peft_models(model: nn.Module, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a file under the names that they have in `model`, which may have more or fewer `PeftModel`s
+    around it than the model that was saved: LoRA inside, or merged."""
+    path, _ = named_layer(model)
+    depth = max(1, (len(path) - len(_without_prefixes(path))) // len(PEFT_PREFIX))
+    return {PEFT_PREFIX * depth + _without_prefixes(key): tensor for key, tensor in state_dict.items()}
+
+
+def _without_prefixes(path: str) -> str:
+    while path.startswith(PEFT_PREFIX):
+        path = path.removeprefix(PEFT_PREFIX)
+    return path
+
+
 def _check(
     model: nn.Module, path: str, layer: InputTuningLayer, name: str, state_dict: dict[str, Tensor]
 ) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from .base_weights import execution_device
+from .base_weights import base_embedding, execution_device
 from .call_state import BASE, RowAdapters, current_row_adapters, on_device
 from .config import InputTuningConfig
 from .merging import MergeableTable
@@ -59,6 +59,10 @@ class InputTuningLayer(MergeableTable, PendingWeights):
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles keep no prompts' states."""
         return {**self.__dict__, "prompt_states": None}
+
+    def get_base_layer(self) -> nn.Module:
+        """The table itself, under what other methods put around it; PEFT stops at their `AuxiliaryTrainingWrapper`."""
+        return base_embedding(self.base_layer)
 
     @property
     def embedding_dim(self) -> int:
@@ -289,8 +293,11 @@ class InputTuningLayer(MergeableTable, PendingWeights):
     # ---- being the embedding for the rest of the world ------------------------------------------------------------
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """`tie_weights()` of T5 and BART assigns to `.weight`: that is the base layer's."""
-        if name == "weight":
+        """`tie_weights()` of T5 and BART assigns to `.weight`: that is the base layer's, of which a merged adapter
+        has put its own aside."""
+        if name == "weight" and self.merged:
+            self._unmerged_weight = (cast(nn.Parameter, param),)
+        elif name == "weight":
             self.get_base_layer().register_parameter(name, param)
         else:
             super().register_parameter(name, param)

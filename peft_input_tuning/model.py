@@ -12,18 +12,35 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from peft import PeftModel
 from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 from .base_weights import base_embedding, check_can_be_saved, keep_unpacked
 from .call_state import BASE
-from .checkpoint import checked_state_dict
+from .checkpoint import checked_state_dict, under_as_many_peft_models
 from .config import InputTuningConfig
 from .layer import InputTuningLayer
+from .nesting import (
+    Configurations,
+    check_inner_reads_ids,
+    check_is_only_owner,
+    check_trained_modules_inside,
+    own_modules,
+    plain_model,
+    without_trained_modules_inside,
+)
 from .prompt_embeds import INSTEAD_OF_PROMPT_TUNING, OF_PROMPT_TUNING
 from .tested_versions import newer_than_tested
-from .virtual_tokens.backbone import check_has_place, find_backbone, find_embedding, refuse_changed_embedding
+from .tied_tables import keep_merged_table
+from .virtual_tokens.backbone import (
+    check_has_place,
+    find_backbone,
+    find_embedding,
+    path_of,
+    refuse_changed_embedding,
+)
 from .virtual_tokens.cache_check import check_cached_equals_uncached
 from .virtual_tokens.install import install, uninstall
 from .virtual_tokens.mixed_batch import mixed_batch
@@ -38,13 +55,43 @@ class InputTuningModel(BaseTuner):
     """The tuner that `get_peft_model` makes of a model and an `InputTuningConfig`.
 
     Args:
-        model: a model of transformers (or any module with `get_input_embeddings` around one).
+        model: a model of transformers (or any module with `get_input_embeddings` around one); without virtual tokens
+            any module with `get_input_embeddings`; or a `PeftModel` with another method's adapters, which are frozen
+            then and stay as they are (`nesting.py`).
         peft_config: the configuration, or a dict of one for each adapter.
         adapter_name: the adapter's name.
     """
 
     prefix = "input_tuning_"
     tuner_layer_cls = InputTuningLayer
+    peft_config: dict[str, PeftConfig]
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig | dict[str, PeftConfig],
+        adapter_name: str,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        of_peft_model = isinstance(peft_config, dict)  # transformers passes one configuration
+        check_is_only_owner(model, adapter_name, of_peft_model)
+        check_inner_reads_ids(model)
+        inner = model.peft_config if isinstance(model, PeftModel) else None
+        super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+        if of_peft_model:
+            self.peft_config = Configurations(self.peft_config)
+            self.model.peft_config = self.peft_config if inner is None else inner
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "peft_config" and isinstance(self._modules.get("model"), PeftModel):
+            raise AttributeError(name)  # the inner model's, in which PEFT would put ours
+        try:
+            return super().__getattr__(name)
+        except AttributeError as error:
+            if name in OF_PROMPT_TUNING:
+                raise AttributeError(INSTEAD_OF_PROMPT_TUNING.format(name=name)) from error
+            raise
 
     # ---- injection ----------------------------------------------------------------------------------------------
 
@@ -53,36 +100,40 @@ class InputTuningModel(BaseTuner):
         super()._check_new_adapter_config(config)
         if not isinstance(config, InputTuningConfig):
             raise ValueError(f"`peft_config` must be an InputTuningConfig, got {type(config).__name__}.")
-        model = self.model
-        self.embedding_path = find_embedding(model)
-        self.backbone_path = find_backbone(model, self.embedding_path)
-        embedding = model.get_submodule(self.embedding_path)
-        backbone = model if self.backbone_path is None else model.get_submodule(self.backbone_path)
+        model = plain_model(self.model)
+        self._embedding_inside = find_embedding(model)
+        self._backbone_inside = find_backbone(model, self._embedding_inside)
+        self.embedding_path = ".".join(filter(None, (path_of(self.model, model), self._embedding_inside)))
+        embedding = model.get_submodule(self._embedding_inside)
         if not isinstance(embedding, InputTuningLayer) and _holds_our_layer(embedding):
-            refuse_changed_embedding(model, self.embedding_path, embedding)
-        _check_modules_to_save(config, model, self.embedding_path)
+            refuse_changed_embedding(model, self._embedding_inside, embedding)
+        name = next(name for name, one in self.peft_config.items() if one is config)
+        check_trained_modules_inside(self.model, name, embedding)
+        _check_modules_to_save(config, self.model, self.embedding_path)
         check_can_be_saved(base_embedding(embedding))
+        backbone = self.backbone
         max_positions = getattr(getattr(backbone, "config", None), "max_position_embeddings", None)
         _check_sizes(config, base_embedding(embedding).embedding_dim, max_positions)
-        check_has_place(model, self.backbone_path, self.embedding_path, config.num_virtual_tokens)
+        check_has_place(model, self._backbone_inside, self._embedding_inside, config.num_virtual_tokens)
         keep_unpacked(model)  # before the model is run
         self._check_runs(config, backbone, embedding)
 
     def _check_runs(self, config: InputTuningConfig, backbone: nn.Module, embedding: nn.Module) -> None:
         """Runs the model once, before its first adapter, and raises if it would go past the adapter."""
+        model = plain_model(self.model)
         if isinstance(embedding, InputTuningLayer):
             traits = getattr(backbone, "input_tuning_traits", None)
             takes_embeddings = None if traits is None else traits.takes_embeddings
         else:
-            self._seen = what_sees_ids(self.model, backbone, embedding)
+            self._seen = what_sees_ids(model, backbone, embedding)
             takes_embeddings = self._seen.takes_embeddings
             if self._seen.embedding is False:
                 raise ValueError(
-                    f"{type(self.model).__name__} does not ask its word embedding `{self.embedding_path}` for the "
+                    f"{type(model).__name__} does not ask its word embedding `{self._embedding_inside}` for the "
                     "embeddings of its input, so an input-adapter around it would never run. Give input-tuning the "
                     "part of the model that does."
                 )
-        input_only = config.adapter_scope == "input" and tells_input_from_output(self.model)
+        input_only = config.adapter_scope == "input" and tells_input_from_output(model)
         if input_only and takes_embeddings is False:
             raise ValueError(
                 f'`adapter_scope` is "input", but {type(backbone).__name__} does more with ids than look up their '
@@ -92,9 +143,12 @@ class InputTuningModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         _check_adapter_name(adapter_name)
         trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        if isinstance(model, PeftModel) and not _holds_our_layer(model):
+            model.requires_grad_(False)  # what the inner adapters learned now would not be saved with the outer one
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
-            install(model, self.backbone_path, self.embedding_path, getattr(self, "_seen", WhatSeesIds()))
+            seen = getattr(self, "_seen", WhatSeesIds())
+            install(plain_model(model), self._backbone_inside, self._embedding_inside, seen)
             self._try_cache_out(model, adapter_name)
         except BaseException:
             self._share_embedding_again(model)
@@ -108,13 +162,13 @@ class InputTuningModel(BaseTuner):
         if not newer_than_tested() or not self.layer.prompt_length(adapter_name):
             return
         try:
-            check_cached_equals_uncached(model.get_submodule(str(self.backbone_path)), self.layer)
+            check_cached_equals_uncached(self.backbone, self.layer)
         except BaseException:
             self.layer.delete_adapter(adapter_name)
             if not self.layer.adapter_names:
                 parent, _, name = self.embedding_path.rpartition(".")
                 setattr(model.get_submodule(parent), name, self.layer.base_layer)
-                uninstall(model)
+                uninstall(plain_model(model))
             raise
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
@@ -146,7 +200,7 @@ class InputTuningModel(BaseTuner):
     def _create_and_replace(
         self, peft_config, adapter_name, target, target_name, parent, current_key, parameter_name=None
     ) -> None:
-        input_only = peft_config.adapter_scope == "input" and tells_input_from_output(self.model)
+        input_only = peft_config.adapter_scope == "input" and tells_input_from_output(plain_model(self.model))
         if isinstance(target, InputTuningLayer):
             target.update_layer(adapter_name, peft_config, input_only)
             return
@@ -159,6 +213,11 @@ class InputTuningModel(BaseTuner):
         setattr(parent, child_name, new_module)
 
     @property
+    def backbone(self) -> nn.Module:
+        """The module that gets virtual tokens; the whole model if none has a place for them."""
+        return plain_model(self.model).get_submodule(self._backbone_inside or "")
+
+    @property
     def layer(self) -> InputTuningLayer:
         """The wrapped embedding."""
         return self.model.get_submodule(self.embedding_path)
@@ -168,14 +227,6 @@ class InputTuningModel(BaseTuner):
         """The wrapped embedding, under the name that `PeftModel` has for prompt-tuning."""
         return self.layer
 
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError as error:
-            if name in OF_PROMPT_TUNING:
-                raise AttributeError(INSTEAD_OF_PROMPT_TUNING.format(name=name)) from error
-            raise
-
     # ---- switching, unloading, merging --------------------------------------------------------------------------
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
@@ -184,6 +235,30 @@ class InputTuningModel(BaseTuner):
         if unknown:
             raise ValueError(f"Unknown adapter {unknown[0]!r}. Known: {sorted(self.peft_config)}.")
         super().set_adapter(adapter_name, inference_mode=inference_mode)
+
+    def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        """Called by PEFT (>= 0.18) to disable and to enable: ours only, as prompt-tuning does, and not the layers of
+        other methods inside or around."""
+        for _, module in own_modules(self.model, self.peft_config):
+            module.enable_adapters(enabled)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """As PEFT does; around a `PeftModel` without merging the adapters inside.
+
+        Raises:
+            ValueError: the adapter has virtual tokens, or another one that has is active.
+        """
+        self.layer.check_active_beside(adapter_names)
+        if isinstance(self.model, PeftModel):
+            self.layer.merge(safe_merge, adapter_names)
+        else:
+            super().merge_adapter(adapter_names, safe_merge)
+
+    def unmerge_adapter(self) -> None:
+        if isinstance(self.model, PeftModel):
+            self.layer.unmerge()
+        else:
+            super().unmerge_adapter()
 
     def _check_merge_allowed(self) -> None:
         """PEFT warns of tied embeddings here. Merging unties ours (`InputTuningLayer.merge`)."""
@@ -195,13 +270,29 @@ class InputTuningModel(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
+        layer = self.layer
         if merge:
-            self.layer.check_mergeable(adapter_names)  # before any module is unloaded
-        model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
-        uninstall(model)
-        if not merge:
+            layer.check_mergeable(adapter_names)  # before any module is unloaded
+        if isinstance(self.model, PeftModel):
+            model = self._unload_outer(self.model, merge, safe_merge, adapter_names)
+        else:
+            model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        uninstall(plain_model(model))
+        if layer.merged:
+            keep_merged_table(plain_model(model), self._embedding_inside)
+        else:
             self._share_embedding_again(model)
         return model
+
+    def _unload_outer(
+        self, inner: PeftModel, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> PeftModel:
+        """Gives the inner `PeftModel` back; PEFT would unload, and merge, its adapters too."""
+        for path, module in own_modules(inner, self.peft_config):
+            parent, _, name = path.rpartition(".")
+            unloaded = module.unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
+            setattr(inner.get_submodule(parent), name, unloaded)
+        return inner
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Module:
         """The embedding is wrapped now, so only a resize that changes nothing is possible."""
@@ -241,10 +332,18 @@ class InputTuningModel(BaseTuner):
     # ---- files --------------------------------------------------------------------------------------------------
 
     @classmethod
+    def _get_adapter_state_dict(cls, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Hook of PEFT (>= 0.21) that chooses what is saved: all methods' layers with an adapter of this name."""
+        found = super()._get_adapter_state_dict(*args, **kwargs)
+        return {key: tensor for key, tensor in found.items() if f".{cls.prefix}" in key}
+
+    @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """Hook of PEFT (>= 0.21) between reading a file and using it: refuses files that do not fit."""
+        state_dict = under_as_many_peft_models(model, state_dict)
+        state_dict = without_trained_modules_inside(model, config, state_dict)
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         return checked_state_dict(model, config, adapter_name, remapped)
 

@@ -18,11 +18,11 @@ PACKAGE = Path(__file__).parents[1] / "peft_input_tuning"
 # Rooms and files at the top, from what knows least to what knows most. Each may import what stands in lines above its
 # own; a room's files import each other. `__init__` is what `import peft_input_tuning` brings.
 ORDER = (
-    "version tested_versions registration output",
+    "version tested_versions registration output tied_tables",
     "base_weights call_state modules pending_weights model_card",
     "config prompt_start merging",
     "layer saved_config",
-    "virtual_tokens checkpoint optimizer prompt_embeds prompt_tuning weighted",
+    "virtual_tokens checkpoint nesting optimizer prompt_embeds prompt_tuning weighted",
     "model",
     "export inspection",
     "__init__",

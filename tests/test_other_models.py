@@ -8,7 +8,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 import transformers as t
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from torch.testing import assert_close
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
@@ -531,3 +531,101 @@ def test_a_mixed_batch_of_roberta_as_a_decoder_goes_on_at_its_own_positions():
         found.append(model(input_ids=rows[:, place : place + 1], past_key_values=cache, adapter_names=names).logits)
     for row, mine, logits in zip(rows, (weights, other), torch.cat(found, 1), strict=True):
         assert_close(logits, row_output(base, mine, row), **TOLERANCE)
+
+
+# ---- adapters alone need an embedding and nothing else --------------------------------------------------------------
+
+
+class BagOfWords(torch.nn.Module):
+    """A module that is not transformers': ids `(batch, length)` → scores `(batch, 3)`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = torch.nn.Embedding(VOCAB, 16)
+        self.head = torch.nn.Linear(16, 3)
+
+    def get_input_embeddings(self) -> torch.nn.Module:
+        return self.words
+
+    def of_embeddings(self, embeddings: torch.Tensor) -> torch.Tensor:
+        return self.head(embeddings.tanh().mean(dim=1))
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.of_embeddings(self.words(input_ids))
+
+
+def bag_of_words() -> BagOfWords:
+    torch.manual_seed(0)
+    return BagOfWords().requires_grad_(False).eval().to(DEVICE)
+
+
+def clip():
+    settings = t.CLIPTextConfig(
+        **SMALL, **WIDE, max_position_embeddings=40, projection_dim=32, attention_dropout=0.0, initializer_factor=20.0
+    )
+    return built(t.CLIPTextModel, settings)
+
+
+@torch.no_grad()
+def hidden(model: torch.nn.Module, **kwargs) -> torch.Tensor:
+    return model(input_ids=ids(2, 6), **kwargs).last_hidden_state
+
+
+def test_an_adapter_alone_on_a_text_model_without_a_place_for_a_prompt():
+    """The formula, as a table of the plain model."""
+    base = clip()
+    model, weights = adapted_to(base, num_virtual_tokens=0)
+    table = base.get_input_embeddings()
+    table.weight = torch.nn.Parameter(transform(weights, table.weight.detach()))
+    assert_close(hidden(model), hidden(base), **TOLERANCE)
+    assert not torch.allclose(hidden(model), hidden(clip()), atol=0.1)
+
+
+def test_such_an_adapter_is_saved_loaded_disabled_merged_and_unloaded(tmp_path):
+    model, _ = adapted_to(clip(), num_virtual_tokens=0)
+    want = hidden(model)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(hidden(PeftModel.from_pretrained(clip(), tmp_path).eval()), want)
+    with model.disable_adapter():
+        assert torch.equal(hidden(model), hidden(clip()))
+    model.merge_adapter()
+    assert_close(hidden(model), want, **TOLERANCE)
+    model.unmerge_adapter()
+    assert torch.equal(hidden(model.unload()), hidden(clip()))
+
+
+def test_rows_with_such_adapters():
+    model, _ = adapted_to(clip(), num_virtual_tokens=0)
+    add(model, "b", seed=2, num_virtual_tokens=0)
+    model.eval()
+    found = hidden(model, adapter_names=["b", "__base__"])
+    model.set_adapter("b")
+    assert_close(found[0], hidden(model)[0], **TOLERANCE)
+    assert_close(found[1], hidden(clip())[1], **TOLERANCE)
+
+
+def test_an_adapter_alone_on_a_module_of_ones_own(tmp_path):
+    base, batch = bag_of_words(), ids(2, 6)
+    model, weights = adapted_to(base, num_virtual_tokens=0)
+    assert_close(model(batch), base.of_embeddings(transform(weights, base.words(batch))), **TOLERANCE)
+    model(batch).sum().backward()
+    assert all(one.grad is not None for name, one in model.named_parameters() if "input_tuning_" in name)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(PeftModel.from_pretrained(bag_of_words(), tmp_path)(batch), model(batch))
+    want = model(batch)
+    assert_close(model.merge_and_unload()(batch), want, **TOLERANCE)
+
+
+@pytest.mark.parametrize("base", [clip, bag_of_words], ids=["CLIP", "a module of one's own"])
+def test_virtual_tokens_need_a_place(base):
+    with pytest.raises(ValueError, match=r"takes `inputs_embeds`, so there is no place.*num_virtual_tokens=0"):
+        adapted_to(base())
+    model, _ = adapted_to(base(), num_virtual_tokens=0)
+    with pytest.raises(ValueError, match="takes `inputs_embeds`, so there is no place"):
+        model.add_adapter("b", config())
+    assert model.peft_config.keys() == {"default"}
+
+
+def test_a_module_that_does_not_say_which_its_embedding_is():
+    with pytest.raises(ValueError, match=r"Sequential has no token embedding.*`get_input_embeddings\(\)`"):
+        get_peft_model(torch.nn.Sequential(torch.nn.Embedding(VOCAB, 8)), config(num_virtual_tokens=0))

@@ -23,13 +23,16 @@ class SeesPrompt(Extension):
     input_tuning_encoder: tuple[InputTuningLayer, str]  # its wrapped embedding, and its slack
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        call = dict(zip(forward_parameters(self), args, strict=False)) | kwargs  # type: ignore[arg-type]
+        call = dict(zip(forward_parameters(self), args, strict=False)) | kwargs
         layer, slack = self.input_tuning_encoder
         hidden, mask = call.get("encoder_hidden_states"), call.get("encoder_attention_mask")
         rows = current_row_adapters(layer)
-        if hidden is not None and (rows is not None if mask is None else mask.ndim == 2):
+        if hidden is not None and (rows is not None or mask is not None) and (mask is None or mask.ndim == 2):
             batch, length = hidden.shape[:2]
-            length = length - rows.slots if mask is None else mask.shape[1]
+            if mask is not None:
+                length = mask.shape[1]
+            elif rows is not None:
+                length -= rows.slots
             layout = encoder_layout(hidden, mask, length, layer, slack)
             if layout is not None:
                 call["encoder_attention_mask"] = layout.join_mask(mask, batch, length)
@@ -45,7 +48,7 @@ class HidesPrompt(Extension):
     input_tuning_encoder: tuple[InputTuningLayer, str]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        call = dict(zip(forward_parameters(self), args, strict=False)) | kwargs  # type: ignore[arg-type]
+        call = dict(zip(forward_parameters(self), args, strict=False)) | kwargs
         layer, slack = self.input_tuning_encoder
         as_tuple = call.get("return_dict")
         as_tuple = not (self.config.return_dict if as_tuple is None else as_tuple)  # type: ignore[attr-defined]

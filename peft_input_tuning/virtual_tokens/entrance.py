@@ -37,7 +37,7 @@ class Entrance(Extension):
         (layer,) = self.input_tuning_layer
         with self._rows(kwargs.pop("adapter_names", None)):
             if layer.adapts_input_only:
-                call = dict(zip(forward_parameters(self), args, strict=False)) | kwargs  # type: ignore[arg-type]
+                call = dict(zip(forward_parameters(self), args, strict=False)) | kwargs
                 args, kwargs = (), embeddings_in_scope(call, layer)
             return super().forward(*args, **kwargs)  # type: ignore[misc]
 
@@ -47,7 +47,7 @@ class Entrance(Extension):
             yield
             return
         (layer,) = self.input_tuning_layer
-        with mixed_batch(self, layer, names, layer.adapter_names):  # type: ignore[arg-type]
+        with mixed_batch(self, layer, names, layer.adapter_names):
             yield
 
 

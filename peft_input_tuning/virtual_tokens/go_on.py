@@ -55,8 +55,9 @@ def _widen_mask(call: BackboneCall, layout: PromptLayout, mark: CacheMark, past:
         check_mask_length(mask, past, length)
         # A chunk that the caller feeds by hand. `generate` looked at its own at the start; at a step nobody looks.
         by_hand = length > 1 and not torch.compiler.is_compiling() and generation is None
-        if by_hand and call.traits.has_window and layout.mask is not None:
-            check_no_pads_behind_prompt(count_left_pads(mask), layout.pads)
+        before = layout.pads if by_hand and call.traits.has_window else None
+        if before is not None:
+            check_no_pads_behind_prompt(count_left_pads(mask), before)
     if generation is None or mark.mask is None:
         wide = layout.join_mask(mask, batch, mask.shape[1])
     elif generation.in_chunks:

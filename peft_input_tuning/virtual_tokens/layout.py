@@ -95,6 +95,7 @@ class PromptLayout:
         if self.mask is None and (lengths is None or self.slack == "left"):
             return None
         if self.mask is None:
+            assert lengths is not None
             of_row = torch.ones(lengths.shape[0], length, dtype=torch.long, device=lengths.device)
         else:
             of_row = self.mask.cumsum(dim=-1).clamp(max=1)

@@ -128,9 +128,11 @@ def _states(call: BackboneCall, names: tuple[str, ...], slots: int) -> KeysAndVa
     """The keys and values of adapters, in their order, each at the right end of its slots; None if they depend on what
     follows the prompt."""
     known = call.layer.prompt_states
+    assert known is not None
     if (names, slots) not in known:
-        parts = {name: _compute(call, name) for name in names if call.layer.prompt_length(name)}
-        known[names, slots] = None if None in parts.values() else _tables(parts, names, slots)
+        computed = {name: _compute(call, name) for name in names if call.layer.prompt_length(name)}
+        parts = {name: states for name, states in computed.items() if states is not None}
+        known[names, slots] = _tables(parts, names, slots) if len(parts) == len(computed) else None
     return known[names, slots]
 
 

@@ -89,8 +89,8 @@ def _change_class(thing: Any, new: Any) -> None:
     forward = thing.__dict__.get(kept)
     if forward is not None and not (isinstance(forward, MethodType) and forward.__func__ is type(thing).forward):
         raise ValueError(
-            f"`forward` of this {type(thing).__name__} was replaced by {getattr(forward, '__qualname__', forward)}, which "
-            "input-tuning cannot extend. Add the adapter first, and replace `forward` afterwards."
+            f"`forward` of this {type(thing).__name__} was replaced by {getattr(forward, '__qualname__', forward)}, "
+            "which input-tuning cannot extend. Add the adapter first, and replace `forward` afterwards."
         )
     thing.__class__ = new
     if forward is not None:

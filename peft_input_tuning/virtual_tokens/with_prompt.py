@@ -23,7 +23,7 @@ class WithPrompt(Extension):
     input_tuning_traits: BackboneTraits
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        call = BackboneCall(self, self.input_tuning_traits, args, kwargs)  # type: ignore[arg-type]
+        call = BackboneCall(self, self.input_tuning_traits, args, kwargs)
         _rewrite(call)
         enter_backbone(call.cache)
         try:
