@@ -107,6 +107,13 @@ class InputTuningLayer(MergeableTable, PendingWeights):
         rows = current_row_adapters(self)
         return not self.input_only.isdisjoint([self.enabled_adapter] if rows is None else rows.names)
 
+    def check_weights_in_use(self) -> None:
+        """Raises if an adapter of the call under way still waits for its file."""
+        if self.pending:
+            rows = current_row_adapters(self)
+            for name in [self.enabled_adapter] if rows is None else rows.names:
+                self.check_weights_have_come(str(name))
+
     def prompt_length(self, name: str) -> int:
         """Number of virtual tokens of an adapter; 0 for `"__base__"`."""
         return self.input_tuning_prompt[name].weight.shape[0] if name in self.input_tuning_prompt else 0

@@ -48,6 +48,7 @@ def _rewrite(call: BackboneCall) -> None:
 
 
 def _start(call: BackboneCall, slots: int) -> None:
+    call.layer.check_weights_in_use()  # before there is a place for each virtual token that a configuration claims
     check_one_input(call.arguments, call.backbone, call.traits)
     check_mask_and_positions(call.arguments, call.given)
     packed = packed_layout(call, slots)
