@@ -42,7 +42,7 @@ from .virtual_tokens.backbone import (
     refuse_changed_embedding,
 )
 from .virtual_tokens.cache_check import check_cached_equals_uncached
-from .virtual_tokens.install import install, uninstall
+from .virtual_tokens.install import check_can_be_installed, install, uninstall
 from .virtual_tokens.mixed_batch import mixed_batch
 from .virtual_tokens.scope import tells_input_from_output
 from .virtual_tokens.trial import WhatSeesIds, what_sees_ids
@@ -116,29 +116,38 @@ class InputTuningModel(BaseTuner):
         _check_sizes(config, base_embedding(embedding).embedding_dim, max_positions)
         check_has_place(model, self._backbone_inside, self._embedding_inside, config.num_virtual_tokens)
         keep_unpacked(model)  # before the model is run
-        self._check_runs(config, backbone, embedding)
+        self._check_runs(config, model, backbone)
 
-    def _check_runs(self, config: InputTuningConfig, backbone: nn.Module, embedding: nn.Module) -> None:
+    def _check_runs(self, config: InputTuningConfig, model: nn.Module, backbone: nn.Module) -> None:
         """Runs the model once, before its first adapter, and raises if it would go past the adapter."""
-        model = plain_model(self.model)
-        if isinstance(embedding, InputTuningLayer):
+        if isinstance(model.get_submodule(self._embedding_inside), InputTuningLayer):
             traits = getattr(backbone, "input_tuning_traits", None)
             takes_embeddings = None if traits is None else traits.takes_embeddings
         else:
-            self._seen = what_sees_ids(model, backbone, embedding)
+            check_can_be_installed(model, self._backbone_inside)
+            self._seen = self._what_is_asked(model, backbone)
             takes_embeddings = self._seen.takes_embeddings
-            if self._seen.embedding is False:
-                raise ValueError(
-                    f"{type(model).__name__} does not ask its word embedding `{self._embedding_inside}` for the "
-                    "embeddings of its input, so an input-adapter around it would never run. Give input-tuning the "
-                    "part of the model that does."
-                )
         input_only = config.adapter_scope == "input" and tells_input_from_output(model)
         if input_only and takes_embeddings is False:
             raise ValueError(
                 f'`adapter_scope` is "input", but {type(backbone).__name__} does more with ids than look up their '
                 'embeddings (it may scale them), and would get embeddings. Use adapter_scope="all".'
             )
+
+    def _what_is_asked(self, model: nn.Module, backbone: nn.Module) -> WhatSeesIds:
+        """The encoder of an encoder-decoder model looks its input up, or the model around it does (Florence-2)."""
+        for of_encoder in (True, False):
+            path = find_embedding(model, of_encoder)
+            seen = what_sees_ids(model, backbone, model.get_submodule(path))
+            if seen.embedding is not False:
+                self.embedding_path = self.embedding_path.removesuffix(self._embedding_inside) + path
+                self._embedding_inside = path
+                return seen
+        raise ValueError(
+            f"{type(model).__name__} does not ask its word embedding `{self._embedding_inside}` for the embeddings of "
+            "its input, so an input-adapter around it would never run. Give input-tuning the part of the model that "
+            "does."
+        )
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         _check_adapter_name(adapter_name)

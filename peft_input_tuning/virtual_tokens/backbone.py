@@ -31,7 +31,7 @@ class BackboneTraits:
     """What a call has to know of a backbone; plain values, so that it can be pickled and compiled.
 
     Args:
-        embedding: path of the wrapped embedding inside the backbone.
+        embedding: path of the wrapped embedding inside the backbone; None if the module around it looks ids up.
         parameters: names of the arguments of its `forward`.
         cache: which of them is the cache; it has the same name in the output. None if it has none.
         feeds_decoder: whether a decoder reads its output, so that virtual places stay in the last hidden state.
@@ -46,7 +46,7 @@ class BackboneTraits:
         takes_embeddings: whether embeddings give what their ids give; None if that is not known.
     """
 
-    embedding: str
+    embedding: str | None
     parameters: tuple[str, ...]
     cache: str | None = None
     feeds_decoder: bool = False
@@ -76,14 +76,16 @@ def path_of(model: nn.Module, wanted: nn.Module) -> str:
     raise ValueError(f"{type(wanted).__name__} is not a part of {type(model).__name__}.")
 
 
-def find_embedding(model: nn.Module) -> str:
+def find_embedding(model: nn.Module, of_encoder: bool = True) -> str:
     """Path of the word embedding in the model; of an encoder-decoder model, the encoder's.
+
+    `of_encoder=False` is for models around one that look ids up themselves (Florence-2).
 
     Raises:
         ValueError: the model has no token embedding.
     """
     encoder = _encoder(model)
-    owner = model if encoder is None else encoder
+    owner = model if encoder is None or not of_encoder else encoder
     try:
         embedding = owner.get_input_embeddings()
     except (AttributeError, NotImplementedError):
@@ -106,7 +108,7 @@ def _encoder(model: nn.Module) -> nn.Module | None:
 def find_backbone(model: nn.Module, embedding_path: str) -> str | None:
     """Path of the backbone in the model; None if nothing around the embedding takes `inputs_embeds`."""
     encoder = _encoder(model)
-    if encoder is not None and embedding_path.startswith(f"{path_of(model, encoder)}."):
+    if encoder is not None:
         return path_of(model, encoder)
     around = [embedding_path]
     while around[-1]:
@@ -137,8 +139,9 @@ def describe_backbone(
     """Reads off a model what a call needs to know; called before the embedding is wrapped or after."""
     backbone = model.get_submodule(backbone_path)
     parameters = forward_parameters(backbone)
-    inside = embedding_path.removeprefix(f"{backbone_path}.") if backbone_path else embedding_path
-    owner = backbone.get_submodule(inside.rpartition(".")[0])
+    prefix = f"{backbone_path}." if backbone_path else ""
+    inside = embedding_path.removeprefix(prefix) if embedding_path.startswith(prefix) else None
+    owner = backbone if inside is None else backbone.get_submodule(inside.rpartition(".")[0])
     table = next((m for p, m in backbone.named_modules() if _is_position_table(p)), None)
     counting = next((one for one in (owner, table) if hasattr(one, _FROM_EMBEDDINGS)), None)  # RoBERTa, M2M100
     padding_id = None if counting is None else counting.padding_idx
@@ -208,11 +211,12 @@ def check_has_place(model: nn.Module, backbone_path: str | None, embedding_path:
         )
 
 
-def find_layer(backbone: nn.Module, traits: BackboneTraits) -> InputTuningLayer:
-    layer = backbone.get_submodule(traits.embedding)
-    if not isinstance(layer, InputTuningLayer):
-        refuse_changed_embedding(backbone, traits.embedding, layer)
-    return layer
+def check_embedding(backbone: nn.Module, traits: BackboneTraits) -> None:
+    """Raises ValueError if the wrapped embedding is not in its place any more."""
+    if traits.embedding is not None:
+        embedding = backbone.get_submodule(traits.embedding)
+        if not isinstance(embedding, InputTuningLayer):
+            refuse_changed_embedding(backbone, traits.embedding, embedding)
 
 
 def refuse_changed_embedding(backbone: nn.Module, path: str, now: nn.Module) -> NoReturn:

@@ -18,7 +18,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .backbone import BackboneTraits, find_layer
+from ..layer import InputTuningLayer
+from .backbone import BackboneTraits, check_embedding
 from .cache_mark import CacheMark, cache_of, has_fixed_size
 from .layout import PackedLayout, PromptLayout
 
@@ -40,10 +41,18 @@ class BackboneCall:
     mark: CacheMark | None = None
     as_tuple = False
 
-    def __init__(self, backbone: nn.Module, traits: BackboneTraits, args: tuple, kwargs: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        backbone: nn.Module,
+        traits: BackboneTraits,
+        layer: InputTuningLayer,
+        args: tuple,
+        kwargs: dict[str, Any],
+    ) -> None:
+        check_embedding(backbone, traits)
         self.backbone = backbone
         self.traits = traits
-        self.layer = find_layer(backbone, traits)
+        self.layer = layer
         self.arguments = dict(zip(traits.parameters, args, strict=False)) | kwargs
         self.cache = cache_of(self.arguments)
 

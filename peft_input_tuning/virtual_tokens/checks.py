@@ -17,9 +17,14 @@ _OF_PLACES = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "l
 
 def check_one_input(call: dict[str, Any], backbone: nn.Module, traits: BackboneTraits) -> None:
     """Both ids and embeddings, or embeddings where they do not do what their ids do."""
-    if call.get("inputs_embeds") is None:
-        return
     name = type(backbone).__name__
+    if call.get("inputs_embeds") is None:
+        if traits.embedding is None:
+            raise ValueError(
+                f"{name} got `input_ids`, but the input-adapter is in the model around it, which looks ids up. Call "
+                "that model, or pass `inputs_embeds`."
+            )
+        return
     if call.get("input_ids") is not None:
         raise ValueError(
             f"{name} got `input_ids` and `inputs_embeds`, and virtual tokens would stand in one of them. Pass one of "

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..call_state import current_row_adapters
 from ..layer import InputTuningLayer
-from .backbone import forward_parameters
+from .backbone import BackboneTraits, forward_parameters
 from .layout import PromptLayout
 from .subclass import Extension
 
@@ -20,11 +20,12 @@ from .subclass import Extension
 class SeesPrompt(Extension):
     """A decoder that reads an encoder's output with virtual places, of which the caller's mask does not know."""
 
-    input_tuning_encoder: tuple[InputTuningLayer, str]  # its wrapped embedding, and its slack
+    input_tuning_layer: tuple[InputTuningLayer]
+    input_tuning_traits: BackboneTraits  # of the encoder
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         call = dict(zip(forward_parameters(self), args, strict=False)) | kwargs
-        layer, slack = self.input_tuning_encoder
+        (layer,), slack = self.input_tuning_layer, self.input_tuning_traits.slack
         hidden, mask = call.get("encoder_hidden_states"), call.get("encoder_attention_mask")
         rows = current_row_adapters(layer)
         if hidden is not None and (rows is not None or mask is not None) and (mask is None or mask.ndim == 2):
@@ -45,11 +46,12 @@ class HidesPrompt(Extension):
     An encoder's output that the caller brought (`encoder_outputs=`) is echoed as it came.
     """
 
-    input_tuning_encoder: tuple[InputTuningLayer, str]
+    input_tuning_layer: tuple[InputTuningLayer]
+    input_tuning_traits: BackboneTraits
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         call = dict(zip(forward_parameters(self), args, strict=False)) | kwargs
-        layer, slack = self.input_tuning_encoder
+        (layer,), slack = self.input_tuning_layer, self.input_tuning_traits.slack
         as_tuple = call.get("return_dict")
         as_tuple = not (self.config.return_dict if as_tuple is None else as_tuple)  # type: ignore[attr-defined]
         given = call.get("input_ids") if call.get("inputs_embeds") is None else call["inputs_embeds"]

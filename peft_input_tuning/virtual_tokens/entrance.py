@@ -18,7 +18,7 @@ from transformers import GenerationConfig, GenerationMixin
 
 from ..call_state import Generation, current_row_adapters, generating, use_row_adapters
 from ..layer import InputTuningLayer
-from .backbone import forward_parameters
+from .backbone import BackboneTraits, forward_parameters
 from .cache_mark import cache_of, mark_cache, mark_of, without_masks
 from .checks import check_mask_length, check_no_pads_behind_prompt
 from .layout import count_left_pads
@@ -30,16 +30,27 @@ from .subclass import Extension
 class Entrance(Extension):
     """A model with an input-tuning adapter somewhere in it."""
 
-    input_tuning_layer: tuple[InputTuningLayer]  # in a tuple, or it would be a part of this module
-    input_tuning_window = False  # whether its backbone's attention has a window
+    needs_forward = False  # it is called first
+    input_tuning_layer: tuple[InputTuningLayer]
+    input_tuning_traits: BackboneTraits | None = None  # of its backbone, if it has one
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """TRL puts a `forward` of its own on a model: what `forward` does is done here too, and then not again."""
+        with self._rows(kwargs.pop("adapter_names", None)):
+            args, kwargs = self._in_scope(args, kwargs)
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        (layer,) = self.input_tuning_layer
         with self._rows(kwargs.pop("adapter_names", None)):
-            if layer.adapts_input_only:
-                call = dict(zip(forward_parameters(self), args, strict=False)) | kwargs
-                args, kwargs = (), embeddings_in_scope(call, layer)
+            args, kwargs = self._in_scope(args, kwargs)
             return super().forward(*args, **kwargs)  # type: ignore[misc]
+
+    def _in_scope(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        (layer,) = self.input_tuning_layer
+        if not layer.adapts_input_only:
+            return args, kwargs
+        call = dict(zip(forward_parameters(self), args, strict=False)) | kwargs
+        return (), embeddings_in_scope(call, layer)
 
     @contextmanager
     def _rows(self, names: list[str] | None) -> Iterator[None]:
@@ -83,7 +94,7 @@ class GeneratingEntrance(Entrance):
             if mark.layout.slots and ids is not None and mask is not None and mask.shape[1] > ids.shape[1]:
                 check_mask_length(mask, cache.get_seq_length(), ids.shape[1])
         chunk = self._setting(kwargs, "prefill_chunk_size")
-        if chunk and layer.slots and self.input_tuning_window:
+        if chunk and layer.slots and self.input_tuning_traits is not None and self.input_tuning_traits.has_window:
             mask = self._mask_of_ids(ids, kwargs) if mask is None else mask
             if mask is not None:
                 check_no_pads_behind_prompt(count_left_pads(mask), chunk)

@@ -6,17 +6,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin
+from transformers import GenerationMixin, PreTrainedModel
 
-from ..layer import InputTuningLayer
-from .backbone import describe_backbone, find_decoder, has_window
+from .backbone import describe_backbone, find_decoder
 from .encoder_decoder import HidesPrompt, SeesPrompt
 from .entrance import Entrance, GeneratingEntrance
-from .subclass import Extension, extend, unextend
+from .subclass import Extension, check_can_be_extended, extend, unextend
 from .trial import WhatSeesIds
 from .with_prompt import WithPrompt
 
-ATTRIBUTES = ("input_tuning_traits", "input_tuning_layer", "input_tuning_encoder", "input_tuning_window")
+ATTRIBUTES = ("input_tuning_traits", "input_tuning_layer")
 
 
 class SeesIds(Extension):
@@ -25,6 +24,12 @@ class SeesIds(Extension):
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         pad = self.padding_idx or 0  # type: ignore[attr-defined]
         return super().forward(torch.where(input < 0, pad, input), *args, **kwargs)  # type: ignore[misc]
+
+
+def check_can_be_installed(model: nn.Module, backbone_path: str | None) -> None:
+    """Raises ValueError if a module has a `forward` of its own, which calls would go through instead."""
+    for module, extension in _extensions(model, backbone_path):
+        check_can_be_extended(module, extension)
 
 
 def install(model: nn.Module, backbone_path: str | None, embedding_path: str, seen: WhatSeesIds) -> None:
@@ -39,28 +44,32 @@ def install(model: nn.Module, backbone_path: str | None, embedding_path: str, se
     if isinstance(model, Entrance):
         return
     layer = model.get_submodule(embedding_path)
-    assert isinstance(layer, InputTuningLayer)
+    for module, extension in _extensions(model, backbone_path):
+        module.input_tuning_layer = (layer,)  # in a tuple, or it would be a part of the module
+        extend(module, extension)
     if backbone_path is not None:
-        backbone = model.get_submodule(backbone_path)
-        backbone.input_tuning_traits = describe_backbone(model, backbone_path, embedding_path, seen.takes_embeddings)
-        extend(backbone, WithPrompt)
-        _install_around_decoder(model, backbone_path, layer)
+        traits = describe_backbone(model, backbone_path, embedding_path, seen.takes_embeddings)
+        for module in model.modules():
+            if isinstance(module, WithPrompt | SeesPrompt | HidesPrompt | Entrance):
+                module.input_tuning_traits = traits
         for table in seen.others:
             extend(table, SeesIds)
-        model.input_tuning_window = has_window(backbone)
-    model.input_tuning_layer = (layer,)
-    extend(model, GeneratingEntrance if isinstance(model, GenerationMixin) else Entrance)
 
 
-def _install_around_decoder(model: nn.Module, backbone_path: str, layer: InputTuningLayer) -> None:
-    backbone = model.get_submodule(backbone_path)
-    decoder_path = find_decoder(model, backbone)
-    if decoder_path is None:
-        return
-    decoder, parent = model.get_submodule(decoder_path), model.get_submodule(backbone_path.rpartition(".")[0])
-    for module, extension in ((decoder, SeesPrompt), (parent, HidesPrompt)):
-        module.input_tuning_encoder = (layer, backbone.input_tuning_traits.slack)
-        extend(module, extension)
+def _extensions(model: nn.Module, backbone_path: str | None) -> list[tuple[nn.Module, type[Extension]]]:
+    """What each module gets; of two for one module, the later is called first."""
+    found: list[tuple[nn.Module, type[Extension]]] = []
+    if backbone_path is not None:
+        backbone = model.get_submodule(backbone_path)
+        found.append((backbone, WithPrompt))
+        decoder_path = find_decoder(model, backbone)
+        if decoder_path is not None:
+            found.append((model.get_submodule(decoder_path), SeesPrompt))
+            parts = backbone_path.split(".")[:-1]
+            parents = [model.get_submodule(".".join(parts[:end])) for end in range(len(parts), -1, -1)]
+            found += [(parent, HidesPrompt) for parent in parents if isinstance(parent, PreTrainedModel)]
+    found.append((model, GeneratingEntrance if isinstance(model, GenerationMixin) else Entrance))
+    return found
 
 
 def uninstall(model: nn.Module) -> None:

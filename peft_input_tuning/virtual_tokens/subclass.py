@@ -19,8 +19,13 @@ from typing import Any
 
 
 class Extension:
-    """What an object has more than its class. Its methods call `super()` for what the class does."""
+    """What an object has more than its class. Its methods call `super()` for what the class does.
 
+    Attributes:
+        needs_forward: whether a `forward` on the instance, which goes past the class's, is an error.
+    """
+
+    needs_forward = True
     extended_class: type
     extensions: tuple[type[Extension], ...]
 
@@ -42,9 +47,8 @@ def _subclass(extended: Any, extensions: tuple[type[Extension], ...]) -> type:
 
 def _methods(extensions: tuple[type[Extension], ...]) -> set[str]:
     parts = {part for extension in extensions for part in extension.__mro__ if issubclass(part, Extension)}
-    return {name for part in parts for name, value in vars(part).items() if isinstance(value, FunctionType)} - {
-        "__reduce_ex__"
-    }
+    found = {name for part in parts for name, value in vars(part).items() if isinstance(value, FunctionType)}
+    return {name for name in found if not name.startswith("__")}
 
 
 def _with_signature(subclass: type, name: str, method: Any) -> Any:
@@ -69,6 +73,7 @@ def extend(thing: Any, extension: type[Extension]) -> None:
     """
     known = getattr(thing, "extensions", ())
     if extension not in known:
+        check_can_be_extended(thing, extension)
         _change_class(thing, _subclass(class_of(thing), (extension, *known)))
 
 
@@ -83,15 +88,29 @@ def class_of(thing: Any) -> Any:
     return getattr(thing, "extended_class", type(thing))
 
 
-def _change_class(thing: Any, new: Any) -> None:
-    """Accelerate puts a `forward` on a module, which calls the one that it kept as `_old_forward` (since 0.10)."""
-    kept = "_old_forward" if "_old_forward" in thing.__dict__ else "forward"
-    forward = thing.__dict__.get(kept)
-    if forward is not None and not (isinstance(forward, MethodType) and forward.__func__ is type(thing).forward):
+def check_can_be_extended(thing: Any, extension: type[Extension]) -> None:
+    """Raises ValueError for a module with a `forward` of its own, which would go past the extension's."""
+    _, forward = _forward_of_instance(thing)
+    if extension.needs_forward and forward is not None and not _is_of_class(forward, thing):
         raise ValueError(
             f"`forward` of this {type(thing).__name__} was replaced by {getattr(forward, '__qualname__', forward)}, "
             "which input-tuning cannot extend. Add the adapter first, and replace `forward` afterwards."
         )
+
+
+def _forward_of_instance(thing: Any) -> tuple[str, Any]:
+    """Accelerate puts a `forward` on a module, which calls the one that it kept as `_old_forward` (since 0.10)."""
+    name = "_old_forward" if "_old_forward" in thing.__dict__ else "forward"
+    return name, thing.__dict__.get(name)
+
+
+def _is_of_class(forward: Any, thing: Any) -> bool:
+    return isinstance(forward, MethodType) and forward.__func__ is type(thing).forward
+
+
+def _change_class(thing: Any, new: Any) -> None:
+    name, forward = _forward_of_instance(thing)
+    follows = forward is not None and _is_of_class(forward, thing)
     thing.__class__ = new
-    if forward is not None:
-        thing.__dict__[kept] = MethodType(new.forward, thing)
+    if follows:
+        thing.__dict__[name] = MethodType(new.forward, thing)

@@ -65,7 +65,8 @@ def what_sees_ids(model: nn.Module, backbone: nn.Module, embedding: nn.Module) -
             stack.callback(table.register_forward_pre_hook(partial(_note, others, plain)).remove)
         runs = _ran(model, ids) or (model is not backbone and _ran(backbone, ids))
         looked_up = bool(asked) if runs else None
-        takes_embeddings = _takes_embeddings(backbone, embedding, ids) if runs else None
+        inside = embedding in set(backbone.modules())
+        takes_embeddings = _takes_embeddings(backbone, embedding, ids) if runs and inside else None
     return WhatSeesIds(looked_up, tuple(dict.fromkeys(others)), takes_embeddings)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..layer import InputTuningLayer
 from .backbone import BackboneTraits
 from .cache_mark import CacheMark, enter_backbone, is_empty, leave_backbone, mark_cache, mark_of
 from .call import BackboneCall
@@ -20,10 +21,11 @@ from .subclass import Extension
 class WithPrompt(Extension):
     """A backbone whose sequences start with a prompt."""
 
+    input_tuning_layer: tuple[InputTuningLayer]
     input_tuning_traits: BackboneTraits
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        call = BackboneCall(self, self.input_tuning_traits, args, kwargs)
+        call = BackboneCall(self, self.input_tuning_traits, self.input_tuning_layer[0], args, kwargs)
         _rewrite(call)
         enter_backbone(call.cache)
         try:
