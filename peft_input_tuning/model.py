@@ -101,12 +101,14 @@ class InputTuningModel(BaseTuner):
         if not isinstance(config, InputTuningConfig):
             raise ValueError(f"`peft_config` must be an InputTuningConfig, got {type(config).__name__}.")
         model = plain_model(self.model)
-        self._embedding_inside = find_embedding(model)
+        self._set_embedding(find_embedding(model))
         self._backbone_inside = find_backbone(model, self._embedding_inside)
-        self.embedding_path = ".".join(filter(None, (path_of(self.model, model), self._embedding_inside)))
         embedding = model.get_submodule(self._embedding_inside)
         if not isinstance(embedding, InputTuningLayer) and _holds_our_layer(embedding):
             refuse_changed_embedding(model, self._embedding_inside, embedding)
+        known = next((path for path, one in model.named_modules() if isinstance(one, InputTuningLayer)), None)
+        if known is not None:
+            self._set_embedding(known)
         name = next(name for name, one in self.peft_config.items() if one is config)
         check_trained_modules_inside(self.model, name, embedding)
         _check_modules_to_save(config, self.model, self.embedding_path)
@@ -134,14 +136,18 @@ class InputTuningModel(BaseTuner):
                 'embeddings (it may scale them), and would get embeddings. Use adapter_scope="all".'
             )
 
+    def _set_embedding(self, path: str) -> None:
+        """The word embedding's path in the plain model, which may be inside of other methods' `PeftModel`s."""
+        self._embedding_inside = path
+        self.embedding_path = ".".join(filter(None, (path_of(self.model, plain_model(self.model)), path)))
+
     def _what_is_asked(self, model: nn.Module, backbone: nn.Module) -> WhatSeesIds:
         """The encoder of an encoder-decoder model looks its input up, or the model around it does (Florence-2)."""
         for of_encoder in (True, False):
             path = find_embedding(model, of_encoder)
             seen = what_sees_ids(model, backbone, model.get_submodule(path))
             if seen.embedding is not False:
-                self.embedding_path = self.embedding_path.removesuffix(self._embedding_inside) + path
-                self._embedding_inside = path
+                self._set_embedding(path)
                 return seen
         raise ValueError(
             f"{type(model).__name__} does not ask its word embedding `{self._embedding_inside}` for the embeddings of "

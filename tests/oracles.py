@@ -69,11 +69,15 @@ def embed(
 
 
 @torch.no_grad()
-def grown(base: nn.Module, weights: dict[str, Tensor], activation: str = "relu") -> tuple[nn.Module, Tensor]:
+def grown(
+    base: nn.Module, weights: dict[str, Tensor], activation: str = "relu", table: nn.Module | None = None
+) -> tuple[nn.Module, Tensor]:
     """A copy of the base whose table holds T(e) for every word and one word more for each virtual token, and the ids
     of those: what input-tuning does with ids only. For models that do more with ids than look them up."""
-    model = copy.deepcopy(base)
-    table = encoder_of(model).get_input_embeddings()
+    table = encoder_of(base).get_input_embeddings() if table is None else table
+    memo: dict[int, object] = {}
+    model = copy.deepcopy(base, memo)
+    table = memo[id(table)]
     words = table.num_embeddings
     ids = torch.arange(words, device=base.device)
     e = table(ids)

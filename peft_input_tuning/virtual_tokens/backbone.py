@@ -125,10 +125,15 @@ def find_backbone(model: nn.Module, embedding_path: str) -> str | None:
 
 def find_decoder(model: nn.Module, backbone: nn.Module) -> str | None:
     """Path of the decoder that reads the backbone's output; None if there is none."""
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
-    if decoder is None or decoder is model or decoder is backbone or not isinstance(decoder, nn.Module):
-        return None
-    if decoder in backbone.modules() or backbone in decoder.modules():
+    decoder = model
+    while (
+        isinstance(decoder, nn.Module) and backbone in decoder.modules()
+    ):  # Florence-2 gives both first
+        inner = decoder.get_decoder() if hasattr(decoder, "get_decoder") else None
+        if inner is decoder:
+            return None
+        decoder = inner
+    if not isinstance(decoder, nn.Module) or decoder in backbone.modules():
         return None
     return path_of(model, decoder) if "encoder_hidden_states" in forward_parameters(decoder) else None
 
