@@ -126,9 +126,7 @@ def find_backbone(model: nn.Module, embedding_path: str) -> str | None:
 def find_decoder(model: nn.Module, backbone: nn.Module) -> str | None:
     """Path of the decoder that reads the backbone's output; None if there is none."""
     decoder = model
-    while (
-        isinstance(decoder, nn.Module) and backbone in decoder.modules()
-    ):  # Florence-2 gives both first
+    while isinstance(decoder, nn.Module) and backbone in decoder.modules():  # Florence-2 gives both first
         inner = decoder.get_decoder() if hasattr(decoder, "get_decoder") else None
         if inner is decoder:
             return None

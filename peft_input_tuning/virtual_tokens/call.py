@@ -82,10 +82,11 @@ class BackboneCall:
         call.update(input_ids=None, inputs_embeds=x + self.layer.unadapted(types), token_type_ids=None)
 
     def set_mask(self, mask: Tensor | None) -> None:
-        """Of a cache of a fixed size a mask covers all places, as `generate` has it for Bloom."""
+        """Of a cache of a fixed size a mask covers all places, as `generate` has it for Bloom. OPT counts in it."""
         if mask is None:
             return
-        if has_fixed_size(self.cache) and mask.shape[1] < self.cache.get_max_length():
+        covers_all = has_fixed_size(self.cache) and not self.traits.positions_from_mask
+        if covers_all and mask.shape[1] < self.cache.get_max_length():
             mask = nn.functional.pad(mask, (0, self.cache.get_max_length() - mask.shape[1]))
         self.arguments["attention_mask"] = mask
 

@@ -34,7 +34,8 @@ def _move_positions(call: BackboneCall, layout: PromptLayout, past: Any, length:
     arguments, traits = call.arguments, call.traits
     positions = arguments.get("position_ids")
     if positions is None:
-        counts_places = "position_ids" in traits.parameters and not traits.positions_from_mask
+        from_mask = traits.positions_from_mask and isinstance(past, int)  # else the mask is longer than what is there
+        counts_places = "position_ids" in traits.parameters and not from_mask
         if layout.lengths is None or past is None or not counts_places:
             return
         positions = (torch.arange(length, device=layout.lengths.device) + past).unsqueeze(0) + traits.first_position
