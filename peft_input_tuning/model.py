@@ -36,6 +36,7 @@ from .tested_versions import newer_than_tested
 from .tied_tables import keep_merged_table
 from .virtual_tokens.backbone import (
     check_has_place,
+    describe_backbone,
     find_backbone,
     find_embedding,
     path_of,
@@ -113,14 +114,14 @@ class InputTuningModel(BaseTuner):
         check_trained_modules_inside(self.model, name, embedding)
         _check_modules_to_save(config, self.model, self.embedding_path)
         check_can_be_saved(base_embedding(embedding))
-        backbone = self.backbone
+        backbone = None if self._backbone_inside is None else self.backbone
         max_positions = getattr(getattr(backbone, "config", None), "max_position_embeddings", None)
         _check_sizes(config, base_embedding(embedding).embedding_dim, max_positions)
         check_has_place(model, self._backbone_inside, self._embedding_inside, config.num_virtual_tokens)
         keep_unpacked(model)  # before the model is run
         self._check_runs(config, model, backbone)
 
-    def _check_runs(self, config: InputTuningConfig, model: nn.Module, backbone: nn.Module) -> None:
+    def _check_runs(self, config: InputTuningConfig, model: nn.Module, backbone: nn.Module | None) -> None:
         """Runs the model once, before its first adapter, and raises if it would go past the adapter."""
         if isinstance(model.get_submodule(self._embedding_inside), InputTuningLayer):
             traits = getattr(backbone, "input_tuning_traits", None)
@@ -129,6 +130,9 @@ class InputTuningModel(BaseTuner):
             check_can_be_installed(model, self._backbone_inside)
             self._seen = self._what_is_asked(model, backbone)
             takes_embeddings = self._seen.takes_embeddings
+            if self._seen.gives_hidden_states is False:
+                self._backbone_inside = None
+                check_has_place(model, None, self._embedding_inside, config.num_virtual_tokens)
         input_only = config.adapter_scope == "input" and tells_input_from_output(model)
         if input_only and takes_embeddings is False:
             raise ValueError(
@@ -141,11 +145,15 @@ class InputTuningModel(BaseTuner):
         self._embedding_inside = path
         self.embedding_path = ".".join(filter(None, (path_of(self.model, plain_model(self.model)), path)))
 
-    def _what_is_asked(self, model: nn.Module, backbone: nn.Module) -> WhatSeesIds:
+    def _what_is_asked(self, model: nn.Module, backbone: nn.Module | None) -> WhatSeesIds:
         """The encoder of an encoder-decoder model looks its input up, or the model around it does (Florence-2)."""
         for of_encoder in (True, False):
             path = find_embedding(model, of_encoder)
-            seen = what_sees_ids(model, backbone, model.get_submodule(path))
+            place: tuple[str, int] = ("left", 0)
+            if self._backbone_inside is not None:
+                traits = describe_backbone(model, self._backbone_inside, path)
+                place = traits.slack, traits.first_position
+            seen = what_sees_ids(model, backbone, model.get_submodule(path), *place)
             if seen.embedding is not False:
                 self._set_embedding(path)
                 return seen

@@ -44,6 +44,7 @@ class BackboneTraits:
         has_window: whether attention sees only the nearest places (Mistral, Gemma).
         adds_token_types: whether token types go through the word embedding (GPT-2).
         takes_embeddings: whether embeddings give what their ids give; None if that is not known.
+        honours_mask: whether masked places change nothing beside them; None if that is not known.
     """
 
     embedding: str | None
@@ -59,14 +60,18 @@ class BackboneTraits:
     has_window: bool = False
     adds_token_types: bool = False
     takes_embeddings: bool | None = None
+    honours_mask: bool | None = None
 
 
 def forward_parameters(module: nn.Module) -> tuple[str, ...]:
     return tuple(inspect.signature(type(module).forward).parameters)[1:]
 
 
-def consumes_embeddings(module: nn.Module) -> bool:
-    return isinstance(module, PreTrainedModel) and "inputs_embeds" in forward_parameters(module)
+def reads_ids(module: nn.Module) -> bool:
+    """Whether a module of transformers goes from ids to hidden states: no head is a part of it."""
+    if not isinstance(module, PreTrainedModel) or "input_ids" not in forward_parameters(module):
+        return False
+    return module.get_output_embeddings() is None
 
 
 def path_of(model: nn.Module, wanted: nn.Module) -> str:
@@ -102,25 +107,31 @@ def find_embedding(model: nn.Module, of_encoder: bool = True) -> str:
 def _encoder(model: nn.Module) -> nn.Module | None:
     """The encoder of an encoder-decoder model, which reads its input."""
     encoder = model.get_encoder() if hasattr(model, "get_encoder") else None
-    return encoder if encoder is not None and encoder is not model and consumes_embeddings(encoder) else None
+    return encoder if encoder is not None and encoder is not model and reads_ids(encoder) else None
 
 
 def find_backbone(model: nn.Module, embedding_path: str) -> str | None:
-    """Path of the backbone in the model; None if nothing around the embedding takes `inputs_embeds`."""
+    """Path of the backbone in the model; None if nothing around the embedding reads ids, or if an encoder-decoder
+    model has no encoder that does."""
     encoder = _encoder(model)
     if encoder is not None:
         return path_of(model, encoder)
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return None
     around = [embedding_path]
     while around[-1]:
         around.append(around[-1].rpartition(".")[0])
-    innermost = next((path for path in around[1:] if consumes_embeddings(model.get_submodule(path))), None)
-    under_head = getattr(model, "base_model", None)
-    for path in around[1:]:
-        module = model.get_submodule(path)
-        if module is under_head and innermost is not None and consumes_embeddings(module):
-            more = {*forward_parameters(module)} - {*forward_parameters(model.get_submodule(innermost))}
-            return path if more else innermost  # it takes images, say, and gives them their places
-    return innermost
+    candidates = [path for path in around[1:] if reads_ids(model.get_submodule(path))]
+    if not candidates:
+        return None
+    # Embeddings may be looked up in a module of their own, which reads ids, too: the backbone also takes embeddings.
+    takes_both = [path for path in candidates if "inputs_embeds" in forward_parameters(model.get_submodule(path))]
+    innermost = (takes_both or candidates)[0]
+    base = getattr(model, "base_model", None)
+    under_head = next((path for path in candidates if model.get_submodule(path) is base), innermost)
+    more = {*forward_parameters(model.get_submodule(under_head))}
+    more -= {*forward_parameters(model.get_submodule(innermost))}
+    return under_head if more else innermost  # it takes images, say, and gives them their places
 
 
 def find_decoder(model: nn.Module, backbone: nn.Module) -> str | None:
@@ -136,9 +147,7 @@ def find_decoder(model: nn.Module, backbone: nn.Module) -> str | None:
     return path_of(model, decoder) if "encoder_hidden_states" in forward_parameters(decoder) else None
 
 
-def describe_backbone(
-    model: nn.Module, backbone_path: str, embedding_path: str, takes_embeddings: bool | None = None
-) -> BackboneTraits:
+def describe_backbone(model: nn.Module, backbone_path: str, embedding_path: str) -> BackboneTraits:
     """Reads off a model what a call needs to know; called before the embedding is wrapped or after."""
     backbone = model.get_submodule(backbone_path)
     parameters = forward_parameters(backbone)
@@ -164,7 +173,6 @@ def describe_backbone(
         has_window=has_window(backbone),
         # XLNet has its table in the backbone as GPT-2 does, and looks types up elsewhere.
         adds_token_types="token_type_ids" in parameters and owner is backbone and _state_argument(backbone) is None,
-        takes_embeddings=takes_embeddings,
     )
 
 
@@ -201,8 +209,8 @@ def check_has_place(model: nn.Module, backbone_path: str | None, embedding_path:
     if backbone_path is None:
         raise ValueError(
             f"`num_virtual_tokens` is {num_virtual_tokens}, but no part of {type(model).__name__} around its "
-            f"embedding `{embedding_path}` takes `inputs_embeds`, so there is no place for them. Use "
-            "num_virtual_tokens=0, or a model of transformers that accepts `inputs_embeds`."
+            f"embedding `{embedding_path}` goes from `input_ids` to hidden states, so there is no place for them. Use "
+            "num_virtual_tokens=0, or a model of transformers whose backbone does."
         )
     backbone = model.get_submodule(backbone_path)
     state = _state_argument(backbone)

@@ -82,10 +82,10 @@ class BackboneCall:
         call.update(input_ids=None, inputs_embeds=x + self.layer.unadapted(types), token_type_ids=None)
 
     def set_mask(self, mask: Tensor | None) -> None:
-        """Of a cache of a fixed size a mask covers all places, as `generate` has it for Bloom. OPT counts in it."""
+        """Bloom reads positions off the mask, which must cover all places of a cache of a fixed size."""
         if mask is None:
             return
-        covers_all = has_fixed_size(self.cache) and not self.traits.positions_from_mask
+        covers_all = has_fixed_size(self.cache) and "position_ids" not in self.traits.parameters
         if covers_all and mask.shape[1] < self.cache.get_max_length():
             mask = nn.functional.pad(mask, (0, self.cache.get_max_length() - mask.shape[1]))
         self.arguments["attention_mask"] = mask

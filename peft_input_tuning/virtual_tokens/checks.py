@@ -124,6 +124,11 @@ def check_all_places_came_back(backbone: nn.Module, places: int, expected: int) 
 
 
 def check_mixed_lengths(backbone: nn.Module, traits: BackboneTraits) -> None:
+    if traits.honours_mask is False:
+        raise ValueError(
+            f"`adapter_names`: what is masked counts in {type(backbone).__name__}, so adapters with prompts of "
+            "different lengths cannot share a batch. Use adapters of one length, or one batch each."
+        )
     if traits.slack == "right" and traits.cache is not None:
         raise ValueError(
             f"`adapter_names`: {type(backbone).__name__} numbers positions by place in the row, so adapters with "

@@ -46,7 +46,7 @@ def _widen_mask(call: BackboneCall, layout: PromptLayout, mark: CacheMark, past:
     mask, batch = call.arguments.get("attention_mask"), call.given.shape[0]
     generation = generation_of(call.layer)
     if mask is None:
-        if layout.lengths is None:
+        if layout.lengths is None or past is None:  # a state has forgotten what was masked
             return
         # Of a cache of a fixed size, all that it has room for.
         total = past + length if isinstance(past, int) else call.cache.get_max_length() - layout.slots

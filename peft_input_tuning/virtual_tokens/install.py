@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -48,7 +49,11 @@ def install(model: nn.Module, backbone_path: str | None, embedding_path: str, se
         module.input_tuning_layer = (layer,)  # in a tuple, or it would be a part of the module
         extend(module, extension)
     if backbone_path is not None:
-        traits = describe_backbone(model, backbone_path, embedding_path, seen.takes_embeddings)
+        traits = replace(
+            describe_backbone(model, backbone_path, embedding_path),
+            takes_embeddings=seen.takes_embeddings,
+            honours_mask=seen.honours_mask,
+        )
         for module in model.modules():
             if isinstance(module, WithPrompt | SeesPrompt | HidesPrompt | Entrance):
                 module.input_tuning_traits = traits

@@ -28,30 +28,42 @@ _SPECIAL = ("pad", "mask", "bos", "image", "video", "audio")
 
 @dataclass(frozen=True)
 class WhatSeesIds:
-    """What a run of a model shows; of one that could not be run, nothing is known.
+    """What a run of a model shows; None if it could not be run.
 
     Args:
         embedding: whether the word embedding was asked for the ids' embeddings.
         others: the tables that were asked for something else by the ids, Gemma 3n's for each layer.
-        takes_embeddings: whether the backbone gives the same for ids and for embeddings that a table could have given.
+        gives_hidden_states: whether the backbone's output has a state for each place.
+        takes_embeddings: whether embeddings that are no rows of the table, as adapted ones, do what the same rows in
+            the table would do. Marian scales what it looks up and takes embeddings as they are; others want ids, too.
+        honours_mask: whether what is masked changes nothing beside it.
     """
 
     embedding: bool | None = None
     others: tuple[nn.Embedding, ...] = ()
+    gives_hidden_states: bool | None = None
     takes_embeddings: bool | None = None
+    honours_mask: bool | None = None
 
 
 @torch.no_grad()
-def what_sees_ids(model: nn.Module, backbone: nn.Module, embedding: nn.Module) -> WhatSeesIds:
+def what_sees_ids(
+    model: nn.Module, backbone: nn.Module | None, embedding: nn.Module, slack: str = "left", first_position: int = 0
+) -> WhatSeesIds:
     """Runs a model on a few ids.
 
     Args:
         model: with `embedding` somewhere in it.
-        backbone: a part of it, or all.
+        backbone: a part of it, or all; None if it has none, and nothing is known.
         embedding: of words, `(batch, length)` ids → `(batch, length, embedding_dim)`.
+        slack: on which side of a row its backbone is to have masked places.
+        first_position: that it gives to a row's first token.
     """
+    if backbone is None:
+        return WhatSeesIds()
+    tables = _tables_beside(backbone, embedding)
     if not weights_are_here(model):
-        return WhatSeesIds(others=_tables_beside(backbone, embedding))
+        return WhatSeesIds(others=tables)
     plain = plain_ids(backbone, embedding, _LENGTH)
     end = getattr(getattr(backbone, "config", None), "eos_token_id", None)
     ids = plain
@@ -61,13 +73,19 @@ def what_sees_ids(model: nn.Module, backbone: nn.Module, embedding: nn.Module) -
     others: list[nn.Embedding] = []
     with unchanged(model), ExitStack() as stack:
         stack.callback(embedding.register_forward_pre_hook(lambda *_: asked.append(embedding)).remove)
-        for table in _tables_beside(backbone, embedding):
+        for table in tables:
             stack.callback(table.register_forward_pre_hook(partial(_note, others, plain)).remove)
-        runs = _ran(model, ids) or (model is not backbone and _ran(backbone, ids))
-        looked_up = bool(asked) if runs else None
-        inside = embedding in set(backbone.modules())
-        takes_embeddings = _takes_embeddings(backbone, embedding, ids) if runs and inside else None
-    return WhatSeesIds(looked_up, tuple(dict.fromkeys(others)), takes_embeddings)
+        ran = _run(model, ids) is not None
+        output = _run(backbone, ids) if model is not backbone or not ran else None
+        if not ran and output is None:
+            return WhatSeesIds(others=tables)
+        looked_up = bool(asked)
+        hidden = _hidden_states(backbone, input_ids=ids)
+        if hidden is None:
+            return WhatSeesIds(looked_up, tuple(dict.fromkeys(others)), gives_hidden_states=False)
+        takes = _takes_embeddings(backbone, embedding, ids) if embedding in set(backbone.modules()) else None
+        honours = _honours_mask(backbone, plain_ids(backbone, embedding, 4), slack, first_position)
+    return WhatSeesIds(looked_up, tuple(dict.fromkeys(others)), True, takes, honours)
 
 
 def _tables_beside(backbone: nn.Module, embedding: nn.Module) -> tuple[nn.Embedding, ...]:
@@ -82,53 +100,72 @@ def _note(others: list[nn.Module], ids: Tensor, table: nn.Module, args: tuple) -
         others.append(table)
 
 
-def _ran(module: nn.Module, ids: Tensor) -> bool:
-    """Whether a module runs on ids alone. One that wants more (images, a second input) says so by an error."""
+def _run(module: nn.Module, ids: Tensor) -> Any:
+    """The output for ids alone; None, with a warning, of a module that wants more (images, a second input)."""
     settings: dict[str, Any] = {"use_cache": False, "decoder_input_ids": ids}
     parameters = forward_parameters(module)
     try:
-        module(input_ids=ids, **{name: value for name, value in settings.items() if name in parameters})
+        return module(input_ids=ids, **{name: value for name, value in settings.items() if name in parameters})
     except Exception as error:
         warnings.warn(
             f"{type(module).__name__} could not be tried out with a few ids ({type(error).__name__}: {error}). That "
             "its input goes through the word embedding is taken for granted.",
             stacklevel=2,
         )
-        return False
-    return True
-
-
-def _takes_embeddings(backbone: nn.Module, embedding: nn.Module, ids: Tensor) -> bool | None:
-    """Whether embeddings that are no rows of the table, as adapted ones, do what the same rows in the table would do.
-
-    Marian and Pegasus scale what they look up and take embeddings as they are; others look for the ids of embeddings.
-    """
-    if not isinstance(backbone, nn.Module) or "inputs_embeds" not in forward_parameters(backbone):
         return None
+
+
+def _hidden_states(backbone: nn.Module, **inputs: Tensor) -> Tensor | None:
+    """The last hidden state for an input, `(batch, length, dim)`; None if the output has none."""
     settings: dict[str, Any] = {"return_dict": True}
     if "use_cache" in forward_parameters(backbone):
         settings["use_cache"] = False
+    return getattr(backbone(**inputs, **settings), "last_hidden_state", None)
+
+
+def _takes_embeddings(backbone: nn.Module, embedding: nn.Module, ids: Tensor) -> bool:
+    if "inputs_embeds" not in forward_parameters(backbone):
+        return False
     moved = 1.5 * embedding(ids)
     hook = embedding.register_forward_hook(lambda *_: moved)
     try:
-        expected = _main_output(backbone(input_ids=ids, **settings))
-        found = _main_output(backbone(inputs_embeds=moved, **settings))
-    except Exception as error:
-        warnings.warn(f"{type(backbone).__name__} could not be tried out with embeddings: {error}", stacklevel=2)
-        return None
+        expected = _hidden_states(backbone, input_ids=ids)
+        found = _hidden_states(backbone, inputs_embeds=moved)
+    except Exception:  # it wants ids, too (Gemma 4, with a table for each layer)
+        return False
     finally:
         hook.remove()
-    return same_but_for_rounding(found, expected)
+    return found is not None and expected is not None and same_but_for_rounding(found, expected)
+
+
+def _honours_mask(backbone: nn.Module, ids: Tensor, slack: str, first_position: int) -> bool | None:
+    """Whether a row is the same with masked places on the side of slack; None if it takes no mask, or wants more."""
+    parameters = forward_parameters(backbone)
+    if "attention_mask" not in parameters:
+        return None
+    pad = getattr(backbone.config.get_text_config(), "pad_token_id", None)
+    pads = torch.full_like(ids[:, :2], pad if isinstance(pad, int) else 0)
+    ones, zeros = torch.ones_like(ids), torch.zeros_like(pads)
+    parts = {"input_ids": (pads, ids), "attention_mask": (zeros, ones)}
+    if "position_ids" in parameters:
+        at = torch.arange(ids.shape[1], device=ids.device).unsqueeze(0) + first_position
+        parts["position_ids"] = zeros + first_position, at
+    whole = {name: part[1] for name, part in parts.items()}
+    padded = {name: torch.cat(part if slack == "left" else part[::-1], dim=1) for name, part in parts.items()}
+    try:
+        expected, found = _hidden_states(backbone, **whole), _hidden_states(backbone, **padded)
+    except Exception:  # a model that wants lengths of its own says so itself when it is used
+        return None
+    if expected is None or found is None:
+        return None
+    kept = found[:, 2:] if slack == "left" else found[:, :-2]
+    return kept.shape == expected.shape and same_but_for_rounding(kept, expected)
 
 
 def same_but_for_rounding(found: Tensor, expected: Tensor) -> bool:
     """Whether two outputs differ by no more than their dtype's rounding makes of them."""
     bound = _TOLERANCE.get(expected.dtype, 1e-3) * float(expected.abs().max())
     return torch.allclose(found, expected, rtol=0, atol=bound, equal_nan=True)
-
-
-def _main_output(output: Any) -> Tensor:
-    return output.last_hidden_state if hasattr(output, "last_hidden_state") else output[0]
 
 
 def weights_are_here(module: nn.Module) -> bool:
