@@ -115,7 +115,9 @@ class InputTuningModel(BaseTuner):
         _check_modules_to_save(config, self.model, self.embedding_path)
         check_can_be_saved(base_embedding(embedding))
         backbone = None if self._backbone_inside is None else self.backbone
-        max_positions = getattr(getattr(backbone, "config", None), "max_position_embeddings", None)
+        max_positions = (
+            getattr(backbone.config.get_text_config(), "max_position_embeddings", None) if backbone else None
+        )
         _check_sizes(config, base_embedding(embedding).embedding_dim, max_positions)
         check_has_place(model, self._backbone_inside, self._embedding_inside, config.num_virtual_tokens)
         keep_unpacked(model)  # before the model is run
@@ -130,6 +132,11 @@ class InputTuningModel(BaseTuner):
             check_can_be_installed(model, self._backbone_inside)
             self._seen = self._what_is_asked(model, backbone)
             takes_embeddings = self._seen.takes_embeddings
+            if config.num_virtual_tokens and self._seen.makes_numbers:
+                raise ValueError(
+                    f"`num_virtual_tokens` is {config.num_virtual_tokens}, but {type(backbone).__name__} makes "
+                    "numbers of ids (hashes) and looks them up; virtual tokens have no ids. Use num_virtual_tokens=0."
+                )
             if self._seen.gives_hidden_states is False:
                 self._backbone_inside = None
                 check_has_place(model, None, self._embedding_inside, config.num_virtual_tokens)

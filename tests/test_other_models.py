@@ -616,12 +616,28 @@ def test_an_adapter_alone_on_a_module_of_ones_own(tmp_path):
     assert_close(model.merge_and_unload()(batch), want, **TOLERANCE)
 
 
-@pytest.mark.parametrize("base", [clip, bag_of_words], ids=["CLIP", "a module of one's own"])
-def test_virtual_tokens_need_a_place(base):
-    with pytest.raises(ValueError, match=r"takes `inputs_embeds`, so there is no place.*num_virtual_tokens=0"):
-        adapted_to(base())
-    model, _ = adapted_to(base(), num_virtual_tokens=0)
-    with pytest.raises(ValueError, match="takes `inputs_embeds`, so there is no place"):
+@torch.no_grad()
+def test_virtual_tokens_in_clip():
+    """It takes no embeddings, and pools the place of the row's end: with ids kept, that is found where it is."""
+    base = clip()
+    model, weights = adapted_to(base)
+    rows = [torch.cat([ids(n, seed=n), torch.tensor([EOS], device=DEVICE)]) for n in (7, 4)]
+    batch, mask = padded(rows, "right")
+    out = model(input_ids=batch, attention_mask=mask)
+    for i, row in enumerate(rows):
+        oracle, virtual = grown(base, weights)
+        want = oracle(input_ids=torch.cat([virtual, row])[None])
+        assert_close(out.last_hidden_state[i, : len(row)], want.last_hidden_state[0, 4:], **TOLERANCE)
+        assert_close(out.pooler_output[i], want.pooler_output[0], **TOLERANCE)
+
+
+def test_virtual_tokens_need_a_place():
+    with pytest.raises(
+        ValueError, match=r"goes from `input_ids` to hidden states, so there is no.*num_virtual_tokens=0"
+    ):
+        adapted_to(bag_of_words())
+    model, _ = adapted_to(bag_of_words(), num_virtual_tokens=0)
+    with pytest.raises(ValueError, match="so there is no place"):
         model.add_adapter("b", config())
     assert model.peft_config.keys() == {"default"}
 

@@ -101,9 +101,14 @@ def cache_of(call: dict[str, Any]) -> Any:
 
 def places_in(cache: Any) -> Any:
     """Length of a cache, virtual tokens included: an int, or a tensor if its size is fixed; None if it has none."""
-    if not isinstance(cache, Cache) or (cache.layers and all(cache.is_linear)):
+    if not isinstance(cache, Cache) or (_layers(cache) and all(cache.is_linear)):
         return None
     return class_of(cache).get_seq_length(cache)
+
+
+def _layers(cache: Any) -> list:
+    """BERT as a decoder has a cache for cross-attention as well."""
+    return getattr(cache, "self_attention_cache", cache).layers
 
 
 def is_empty(cache: Any) -> bool:
@@ -119,7 +124,7 @@ def is_empty(cache: Any) -> bool:
             f"Nothing tells whether this {type(cache).__name__} is empty, and so whether the prompt belongs in front. "
             "Start without one, and go on with the one that comes back."
         )
-    if len(cache) > len(cache.layers):  # MiniMax keeps states beside its layers
+    if len(cache) > len(_layers(cache)):  # MiniMax keeps states beside its layers
         return False
     if any(cache.is_linear) and cache.has_previous_state():
         return False
@@ -138,7 +143,7 @@ def mark_of(cache: Any) -> CacheMark | None:
         return mark
     _tell_tokens(cache)
     places = places_in(cache)
-    if not isinstance(places, int) or len(cache) > len(cache.layers):
+    if not isinstance(places, int) or len(cache) > len(_layers(cache)):
         return mark  # it can be emptied by `reset` only, which takes the mark away
     if 0 < places < mark.layout.slots:
         raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -54,8 +55,8 @@ def check_mask_and_positions(call: dict[str, Any], given: Tensor) -> None:
 
 def check_room(cache: Any, places: int) -> None:
     """A cache of a fixed size must hold the virtual tokens, too."""
-    if not has_fixed_size(cache) or all(cache.is_sliding):
-        return
+    if not has_fixed_size(cache) or all(map(operator.or_, cache.is_sliding, cache.is_linear)):
+        return  # what has no room is forgotten
     room = cache.get_max_length()
     if 0 <= room < places:
         raise ValueError(
@@ -106,9 +107,10 @@ def check_other_arguments(backbone: nn.Module, call: dict[str, Any], given: Tens
     """Arguments with a value for each place of the input, of which only some are known here (not LED's
     `global_attention_mask`), and XLM's lengths of rows."""
     for name, value in call.items():
-        if name in _OF_PLACES or name.startswith("encoder_") or not isinstance(value, Tensor) or value.ndim > 3:
+        if name in _OF_PLACES or name.startswith("encoder_") or not isinstance(value, Tensor):
             continue
-        if name == "lengths" or value.shape[:2] == given.shape[:2]:
+        is_of_places = value.shape[:2] == given.shape[:2] and not name.startswith("pixel_values")
+        if name == "lengths" or is_of_places:
             raise ValueError(
                 f"`{name}` has the shape {tuple(value.shape)}, and nothing is known of what {type(backbone).__name__} "
                 "does with it, so it gets none for virtual tokens. Leave it out, or use num_virtual_tokens=0."

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 
 from .backbone import describe_backbone, find_decoder
@@ -16,15 +16,21 @@ from .subclass import Extension, check_can_be_extended, extend, unextend
 from .trial import WhatSeesIds
 from .with_prompt import WithPrompt
 
-ATTRIBUTES = ("input_tuning_traits", "input_tuning_layer")
+ATTRIBUTES = ("input_tuning_traits", "input_tuning_layer", "input_tuning_ids")
 
 
 class SeesIds(Extension):
-    """A table beside the word embedding that is asked by ids: virtual tokens are padding to it."""
+    """A module beside the word embedding that gets ids: virtual tokens are padding to it."""
 
-    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        pad = self.padding_idx or 0  # type: ignore[attr-defined]
-        return super().forward(torch.where(input < 0, pad, input), *args, **kwargs)  # type: ignore[misc]
+    input_tuning_ids: tuple[int | str, int]  # which of its arguments they are, and the padding's
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        where, pad = self.input_tuning_ids
+        if isinstance(where, str):
+            kwargs[where] = torch.where(kwargs[where] < 0, pad, kwargs[where])
+        else:
+            args = (*args[:where], torch.where(args[where] < 0, pad, args[where]), *args[where + 1 :])
+        return super().forward(*args, **kwargs)  # type: ignore[misc]
 
 
 def check_can_be_installed(model: nn.Module, backbone_path: str | None) -> None:
@@ -57,8 +63,10 @@ def install(model: nn.Module, backbone_path: str | None, embedding_path: str, se
         for module in model.modules():
             if isinstance(module, WithPrompt | SeesPrompt | HidesPrompt | Entrance):
                 module.input_tuning_traits = traits
-        for table in seen.others:
-            extend(table, SeesIds)
+        pad = getattr(model.get_submodule(backbone_path).config.get_text_config(), "pad_token_id", None)
+        for module, where in seen.others:
+            module.input_tuning_ids = (where, pad if isinstance(pad, int) and pad >= 0 else 0)
+            extend(module, SeesIds)
 
 
 def _extensions(model: nn.Module, backbone_path: str | None) -> list[tuple[nn.Module, type[Extension]]]:

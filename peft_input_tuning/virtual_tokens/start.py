@@ -40,11 +40,10 @@ def start(call: BackboneCall, slots: int) -> None:
     )
     if layout.lengths is not None:
         check_mixed_lengths(call.backbone, traits)
-    positions = arguments.get("position_ids")
+    positions, generation = arguments.get("position_ids"), generation_of(call.layer)
+    from_zero = positions is not None and generation is not None and generation.counts_from_zero
     positions = _default_positions(call, layout) if positions is None else positions
     if positions is not None:
-        generation = generation_of(call.layer)
-        from_zero = generation is not None and generation.counts_from_zero
         arguments["position_ids"] = layout.join_positions(positions.to(device), from_zero)
     wide = layout.join_mask(mask, batch, length)
     call.set_mask(wide)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -32,7 +32,9 @@ class WhatSeesIds:
 
     Args:
         embedding: whether the word embedding was asked for the ids' embeddings.
-        others: the tables that were asked for something else by the ids, Gemma 3n's for each layer.
+        others: the modules that get ids for something else, and where among their arguments (a number or a name): the
+            tables of Gemma 3n's layers, the n-grams of Qwen 4, the experts of DeepSeek V4 that go by ids.
+        makes_numbers: whether further tables are asked for numbers that are made of ids (BLT's hashes).
         gives_hidden_states: whether the backbone's output has a state for each place.
         takes_embeddings: whether embeddings that are no rows of the table, as adapted ones, do what the same rows in
             the table would do. Marian scales what it looks up and takes embeddings as they are; others want ids, too.
@@ -40,7 +42,8 @@ class WhatSeesIds:
     """
 
     embedding: bool | None = None
-    others: tuple[nn.Embedding, ...] = ()
+    others: tuple[tuple[nn.Module, int | str], ...] = ()
+    makes_numbers: bool = False
     gives_hidden_states: bool | None = None
     takes_embeddings: bool | None = None
     honours_mask: bool | None = None
@@ -61,43 +64,79 @@ def what_sees_ids(
     """
     if backbone is None:
         return WhatSeesIds()
-    tables = _tables_beside(backbone, embedding)
+    beside = _modules_beside(backbone, embedding)
     if not weights_are_here(model):
-        return WhatSeesIds(others=tables)
+        return WhatSeesIds(others=tuple((one, 0) for one in beside if isinstance(one, nn.Embedding)))
     plain = plain_ids(backbone, embedding, _LENGTH)
     end = getattr(getattr(backbone, "config", None), "eos_token_id", None)
     ids = plain
     if isinstance(end, int) and 0 <= end < base_embedding(embedding).num_embeddings:
         ids = torch.cat([plain, torch.full_like(plain[:, :1], end)], dim=1)  # classifiers of T5 and BART look for it
     asked: list[nn.Module] = []
-    others: list[nn.Embedding] = []
     with unchanged(model), ExitStack() as stack:
         stack.callback(embedding.register_forward_pre_hook(lambda *_: asked.append(embedding)).remove)
-        for table in tables:
-            stack.callback(table.register_forward_pre_hook(partial(_note, others, plain)).remove)
-        ran = _run(model, ids) is not None
-        output = _run(backbone, ids) if model is not backbone or not ran else None
-        if not ran and output is None:
-            return WhatSeesIds(others=tables)
+        if _run(model, ids) is None and (model is backbone or _run(backbone, ids) is None):
+            return WhatSeesIds(others=tuple((one, 0) for one in beside if isinstance(one, nn.Embedding)))
         looked_up = bool(asked)
-        hidden = _hidden_states(backbone, input_ids=ids)
-        if hidden is None:
-            return WhatSeesIds(looked_up, tuple(dict.fromkeys(others)), gives_hidden_states=False)
+        others, makes_numbers = _modules_with_ids(backbone, beside, plain)
+        seen = WhatSeesIds(looked_up, others, makes_numbers, gives_hidden_states=False)
+        if _hidden_states(backbone, input_ids=ids) is None:
+            return seen
         takes = _takes_embeddings(backbone, embedding, ids) if embedding in set(backbone.modules()) else None
         honours = _honours_mask(backbone, plain_ids(backbone, embedding, 4), slack, first_position)
-    return WhatSeesIds(looked_up, tuple(dict.fromkeys(others)), True, takes, honours)
+    return replace(seen, gives_hidden_states=True, takes_embeddings=takes, honours_mask=honours)
 
 
-def _tables_beside(backbone: nn.Module, embedding: nn.Module) -> tuple[nn.Embedding, ...]:
+def _modules_beside(backbone: nn.Module, embedding: nn.Module) -> list[nn.Module]:
+    """All parts of a backbone but the embedding and what it is a part of."""
     own = set(embedding.modules())
-    return tuple(one for one in backbone.modules() if isinstance(one, nn.Embedding) and one not in own)
+    return [one for one in backbone.modules() if one not in own and embedding not in set(one.modules())]
 
 
-def _note(others: list[nn.Module], ids: Tensor, table: nn.Module, args: tuple) -> None:
-    """Of numbers from the upper half of the vocabulary, so that they are no positions or types."""
-    given = args[0] if args else None
-    if isinstance(given, Tensor) and not given.is_floating_point() and bool(torch.isin(ids, given).all()):
-        others.append(table)
+def _modules_with_ids(
+    backbone: nn.Module, beside: list[nn.Module], ids: Tensor
+) -> tuple[tuple[tuple[nn.Module, int | str], ...], bool]:
+    """The innermost modules that go by ids, with the argument; and whether tables outside of them get numbers that are
+    others for other ids."""
+    calls: dict[nn.Module, tuple[int | str, tuple, dict[str, Any]]] = {}
+    numbers: list[dict[nn.Module, Tensor]] = [{}, {}]
+    for run, these in enumerate((ids, ids.flip(-1))):
+        with ExitStack() as stack:
+            for module in beside:
+                note = partial(_note, these, calls, numbers[run])
+                stack.callback(module.register_forward_pre_hook(note, with_kwargs=True).remove)
+            _run(backbone, these)
+    going = {module: call[0] for module, call in calls.items() if _goes_by_ids(module, *call)}
+    parts = {module: set(module.modules()) - {module} for module in going}
+    others = tuple((module, where) for module, where in going.items() if parts[module].isdisjoint(going))
+    inside = {module for module, _ in others}.union(*(parts[module] for module, _ in others))
+    first, second = numbers
+    made = [one for one, value in first.items() if not torch.equal(second.get(one, value), value)]
+    return others, not inside.issuperset(made)
+
+
+def _note(ids: Tensor, calls: dict, numbers: dict, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Ids are from the upper half of the vocabulary, so that they are no positions or types."""
+    for where, value in [*enumerate(args), *kwargs.items()]:
+        if isinstance(value, Tensor) and not value.is_floating_point() and not value.is_complex():
+            if bool(torch.isin(ids, value).all()):
+                calls.setdefault(module, (where, args, kwargs))
+            elif isinstance(module, nn.Embedding):
+                numbers.setdefault(module, value.clone())
+
+
+def _goes_by_ids(module: nn.Module, where: int | str, args: tuple, kwargs: dict[str, Any]) -> bool:
+    """Whether other ids in a call make another output. M2M100 counts positions along ids, whatever they are."""
+    others = list(args), dict(kwargs)
+    given = kwargs[where] if isinstance(where, str) else args[where]
+    others[isinstance(where, str)][where] = given.flip(-1)  # type: ignore[index]
+    here, there = _tensors(module(*args, **kwargs)), _tensors(module(*others[0], **others[1]))
+    return any(not torch.equal(one, other) for one, other in zip(here, there, strict=True))
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    output = list(output.values()) if isinstance(output, dict) else output
+    return [one for one in output if isinstance(one, Tensor)] if isinstance(output, list | tuple) else [output]
 
 
 def _run(module: nn.Module, ids: Tensor) -> Any:
