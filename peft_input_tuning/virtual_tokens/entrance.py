@@ -77,7 +77,7 @@ class GeneratingEntrance(Entrance):
             counts = kwargs.get("position_ids") is None
             stack.enter_context(generating(layer, Generation(in_chunks=bool(chunk), counts_from_zero=counts)))
             if layer.adapts_input_only:
-                stack.enter_context(input_of_generate(layer, kwargs))
+                stack.enter_context(input_of_generate(layer, kwargs, kwargs.pop("labels", None)))
             return super().generate(**kwargs)  # type: ignore[misc]
 
     def _check_generation(self, kwargs: dict[str, Any]) -> None:

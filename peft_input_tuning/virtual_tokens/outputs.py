@@ -34,7 +34,8 @@ def restore(call: BackboneCall, output: Any) -> Any:
     routers = getattr(output, "router_logits", None)
     if routers is not None:
         output.router_logits = tuple(_of_tokens(router, layout, batch, places) for router in routers)
-    if getattr(output, "pooler_output", None) is not None:  # BERT pools the first place, which was a virtual token
+    pooler = getattr(call.backbone, "pooler", None)
+    if pooler is not None and getattr(output, "pooler_output", None) is not None:  # BERT pools the first place
         output.pooler_output = _pooled(call.backbone, output.last_hidden_state)
     return output.to_tuple() if call.as_tuple else output
 
