@@ -142,6 +142,7 @@ class MixedRows(PendingWeights):
     def _stacked(self, names: list[str], dtype: torch.dtype) -> StackedAdapters:
         parts = [self._parts(name) for name in names]
         (w1, bias1), (w2, bias2) = (_side_by_side([one[at] for one in parts], dtype) for at in (0, 3))
+        w1 = w1.contiguous()  # on a CPU, a fifth faster with the few rows of a step; W2 gains nothing by it
         return StackedAdapters(w1, bias1, parts[0][1], w2, bias2)
 
 
