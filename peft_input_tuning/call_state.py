@@ -7,7 +7,7 @@ with `adapter_names` eagerly.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -31,7 +31,7 @@ class RowAdapters:
     names: tuple[str, ...]
     prompt_lengths: tuple[int, ...]
     in_generate: bool = False
-    _tensors: dict[Any, torch.Tensor] = field(default_factory=dict, compare=False, repr=False)
+    _kept: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def _repeats(self, batch: int) -> int:
         repeats, rest = divmod(batch, len(self.names))
@@ -53,18 +53,13 @@ class RowAdapters:
         if len(set(self.prompt_lengths)) == 1:
             return None
         lengths = [length for length in self.prompt_lengths for _ in range(repeats)]
-        return self._kept("lengths", lengths, device).unsqueeze(1)
+        return self.kept(("lengths", batch, device), lambda: on_device(lengths, device)).unsqueeze(1)
 
-    def rows_of(self, name: str, batch: int, device: torch.device) -> torch.Tensor:
-        """Numbers of the rows that have an adapter, `(rows,)`."""
-        return self._kept(name, [row for row, other in enumerate(self.names_of(batch)) if other == name], device)
-
-    def _kept(self, what: str, values: list[int], device: torch.device) -> torch.Tensor:
-        """A tensor of host values that is brought to the device once for all steps of `generate`."""
-        key = (what, tuple(values), device)
-        if key not in self._tensors:
-            self._tensors[key] = on_device(values, device)
-        return self._tensors[key]
+    def kept(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What `make` gives, made once for all steps of `generate`."""
+        if key not in self._kept:
+            self._kept[key] = make()
+        return self._kept[key]
 
     @property
     def slots(self) -> int:

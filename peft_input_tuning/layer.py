@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from .base_weights import base_embedding, execution_device
-from .call_state import BASE, RowAdapters, current_row_adapters, on_device
+from .call_state import current_row_adapters, on_device
 from .config import InputTuningConfig
 from .merging import MergeableTable
-from .modules import InputDtypeLinear, SoftPrompt, adapt
-from .pending_weights import PendingWeights
+from .mixed_rows import MixedRows
+from .modules import InputDtypeLinear, SoftPrompt
 from .prompt_start import initial_prompt
 
 IsOutput = Tensor | bool  # which tokens are the output's: `(batch, length)` booleans, or one for all
@@ -32,10 +32,11 @@ CANNOT_TELL = (
 )
 
 
-class InputTuningLayer(MergeableTable, PendingWeights):
+class InputTuningLayer(MergeableTable, MixedRows):
     """The wrapped word embedding.
 
-    How it merges stands in `merging.py`, what it does while weights have still to come in `pending_weights.py`.
+    How it merges stands in `merging.py`, how it runs input-adapters, in mixed batches too, in `mixed_rows.py`, what it
+    does while weights have still to come in `pending_weights.py`.
 
     Args:
         base_layer: the embedding, `(batch, length)` ids → `(batch, length, embedding_dim)`.
@@ -236,7 +237,7 @@ class InputTuningLayer(MergeableTable, PendingWeights):
             return embeddings
         rows = None if self.disable_adapters else current_row_adapters(self)
         if rows is not None:
-            return self._adapt_rows(embeddings, rows, is_output)
+            return self.adapt_rows(embeddings, rows, is_output)
         name = self.enabled_adapter
         return embeddings if name is None else self.adapt_in_scope(embeddings, name, is_output)
 
@@ -272,30 +273,6 @@ class InputTuningLayer(MergeableTable, PendingWeights):
         if is_output is True:
             return embeddings
         return torch.where(is_output.unsqueeze(-1), embeddings, self.adapt(embeddings, name))
-
-    def adapt(self, embeddings: Tensor, name: str) -> Tensor:
-        """One adapter's T(e), `(..., embedding_dim)` → `(..., embedding_dim)` (paper, figure 4)."""
-        self.check_weights_have_come(name)
-        if name not in self.input_tuning_fc1:
-            return embeddings
-        return adapt(
-            embeddings,
-            self.input_tuning_fc1[name],
-            self.input_tuning_activation[name],
-            self.input_tuning_dropout[name],
-            self.input_tuning_fc2[name],
-        )
-
-    def _adapt_rows(self, embeddings: Tensor, rows: RowAdapters, is_output: IsOutput | None) -> Tensor:
-        """Each row with its own adapter; an adapter's work is done for its rows only."""
-        adapted = embeddings.clone()
-        for name in dict.fromkeys(rows.names):
-            if name == BASE:
-                continue
-            own = rows.rows_of(name, len(embeddings), embeddings.device)
-            of_rows = is_output[own] if isinstance(is_output, Tensor) else is_output
-            adapted[own] = self.adapt_in_scope(embeddings[own], name, of_rows)
-        return adapted
 
     # ---- being the embedding for the rest of the world ------------------------------------------------------------
 

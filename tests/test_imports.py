@@ -20,7 +20,7 @@ PACKAGE = Path(__file__).parents[1] / "peft_input_tuning"
 ORDER = (
     "version tested_versions registration output tied_tables",
     "base_weights call_state modules pending_weights model_card",
-    "config prompt_start merging",
+    "config prompt_start merging mixed_rows",
     "layer saved_config",
     "virtual_tokens checkpoint nesting optimizer prompt_embeds prompt_tuning weighted",
     "model",

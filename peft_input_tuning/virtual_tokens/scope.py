@@ -10,9 +10,9 @@ refused. All other models read nothing but input: an encoder-decoder's input goe
 without a language model's head put nothing out that they read again.
 
 One rule: a token is output if it has a label or was generated, in this call or in an earlier one on the same cache;
-all else is input, and with it the last token of an answer, which no cache holds yet. A conversation that is given again
-as ids, without its cache, is the same with `generate(labels=...)`: -100 at the tokens of the input, anything else at
-those of earlier answers.
+all else is input, and with it the last token of an answer, which no cache holds yet. A conversation that is given
+again as ids, without its cache, is the same with `generate(labels=...)`: -100 at the tokens of the input, anything
+else at those of earlier answers.
 """
 
 from __future__ import annotations
