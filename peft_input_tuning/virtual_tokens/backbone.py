@@ -67,11 +67,15 @@ def forward_parameters(module: nn.Module) -> tuple[str, ...]:
     return tuple(inspect.signature(type(module).forward).parameters)[1:]
 
 
+def takes_ids(module: nn.Module) -> bool:
+    return isinstance(module, PreTrainedModel) and "input_ids" in forward_parameters(module)
+
+
 def reads_ids(module: nn.Module) -> bool:
     """Whether a module of transformers goes from ids to hidden states: no head is a part of it."""
-    if not isinstance(module, PreTrainedModel) or "input_ids" not in forward_parameters(module):
+    if not isinstance(module, PreTrainedModel) or not takes_ids(module):
         return False
-    return module.get_output_embeddings() is None
+    return not module.can_generate() and module.get_output_embeddings() is None
 
 
 def path_of(model: nn.Module, wanted: nn.Module) -> str:
@@ -107,7 +111,7 @@ def find_embedding(model: nn.Module, of_encoder: bool = True) -> str:
 def _encoder(model: nn.Module) -> nn.Module | None:
     """The encoder of an encoder-decoder model, which reads its input."""
     encoder = model.get_encoder() if hasattr(model, "get_encoder") else None
-    return encoder if encoder is not None and encoder is not model and reads_ids(encoder) else None
+    return encoder if encoder is not None and encoder is not model and takes_ids(encoder) else None
 
 
 def find_backbone(model: nn.Module, embedding_path: str) -> str | None:

@@ -125,6 +125,15 @@ def check_all_places_came_back(backbone: nn.Module, places: int, expected: int) 
         )
 
 
+def check_output_is_known(backbone: nn.Module, name: str, value: Tensor, places: tuple[int, int]) -> None:
+    """An output with something for each place, of which nothing is known (ProphetNet's stream of n-grams)."""
+    if value.shape[0] == places[0] and value.shape[1] % places[1] == 0:
+        raise ValueError(
+            f"{type(backbone).__name__} puts out `{name}`, {tuple(value.shape)}, of which nothing is known: virtual "
+            "tokens would stay in it. Use num_virtual_tokens=0."
+        )
+
+
 def check_mixed_lengths(backbone: nn.Module, traits: BackboneTraits) -> None:
     if traits.honours_mask is False:
         raise ValueError(

@@ -8,8 +8,10 @@ from torch import Tensor, nn
 
 from .cache_mark import mark_cache
 from .call import BackboneCall
-from .checks import check_all_places_came_back
+from .checks import check_all_places_came_back, check_output_is_known
 from .layout import PackedLayout, PromptLayout
+
+_KNOWN = ("last_hidden_state", "pooler_output")
 
 
 def restore(call: BackboneCall, output: Any) -> Any:
@@ -31,6 +33,9 @@ def restore(call: BackboneCall, output: Any) -> Any:
         if states is not None:
             # Attention maps keep their virtual columns: that is what the tokens looked at.
             setattr(output, name, tuple(layout.remove(state, dim) for state in states))
+    for name, value in output.items():
+        if name not in _KNOWN and isinstance(value, Tensor) and value.ndim == 3:
+            check_output_is_known(call.backbone, name, value, (batch, places))
     routers = getattr(output, "router_logits", None)
     if routers is not None:
         output.router_logits = tuple(_of_tokens(router, layout, batch, places) for router in routers)

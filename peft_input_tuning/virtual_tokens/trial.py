@@ -118,8 +118,8 @@ def _modules_with_ids(
 def _note(ids: Tensor, calls: dict, numbers: dict, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     """Ids are from the upper half of the vocabulary, so that they are no positions or types."""
     for where, value in [*enumerate(args), *kwargs.items()]:
-        if isinstance(value, Tensor) and not value.is_floating_point() and not value.is_complex():
-            if bool(torch.isin(ids, value).all()):
+        if isinstance(value, Tensor) and value.dtype in (torch.long, torch.int):
+            if bool(torch.isin(ids, value.reshape(-1)).all()):
                 calls.setdefault(module, (where, args, kwargs))
             elif isinstance(module, nn.Embedding):
                 numbers.setdefault(module, value.clone())
@@ -130,7 +130,10 @@ def _goes_by_ids(module: nn.Module, where: int | str, args: tuple, kwargs: dict[
     others = list(args), dict(kwargs)
     given = kwargs[where] if isinstance(where, str) else args[where]
     others[isinstance(where, str)][where] = given.flip(-1)  # type: ignore[index]
-    here, there = _tensors(module(*args, **kwargs)), _tensors(module(*others[0], **others[1]))
+    try:
+        here, there = _tensors(module(*args, **kwargs)), _tensors(module(*others[0], **others[1]))
+    except Exception:  # it needs more around it than its arguments
+        return True
     return any(not torch.equal(one, other) for one, other in zip(here, there, strict=True))
 
 
@@ -177,11 +180,11 @@ def _takes_embeddings(backbone: nn.Module, embedding: nn.Module, ids: Tensor) ->
     return found is not None and expected is not None and same_but_for_rounding(found, expected)
 
 
-def _honours_mask(backbone: nn.Module, ids: Tensor, slack: str, first_position: int) -> bool | None:
-    """Whether a row is the same with masked places on the side of slack; None if it takes no mask, or wants more."""
+def _honours_mask(backbone: nn.Module, ids: Tensor, slack: str, first_position: int) -> bool:
+    """Whether a row is the same with masked places on the side of slack."""
     parameters = forward_parameters(backbone)
     if "attention_mask" not in parameters:
-        return None
+        return False
     pad = getattr(backbone.config.get_text_config(), "pad_token_id", None)
     pads = torch.full_like(ids[:, :2], pad if isinstance(pad, int) else 0)
     ones, zeros = torch.ones_like(ids), torch.zeros_like(pads)
@@ -193,10 +196,10 @@ def _honours_mask(backbone: nn.Module, ids: Tensor, slack: str, first_position: 
     padded = {name: torch.cat(part if slack == "left" else part[::-1], dim=1) for name, part in parts.items()}
     try:
         expected, found = _hidden_states(backbone, **whole), _hidden_states(backbone, **padded)
-    except Exception:  # a model that wants lengths of its own says so itself when it is used
-        return None
+    except Exception:  # it wants rows of other lengths: nothing is known
+        return False
     if expected is None or found is None:
-        return None
+        return False
     kept = found[:, 2:] if slack == "left" else found[:, :-2]
     return kept.shape == expected.shape and same_but_for_rounding(kept, expected)
 
