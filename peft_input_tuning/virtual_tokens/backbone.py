@@ -23,6 +23,7 @@ from .cache_mark import cache_name
 _STATES = ("state", "mems", "past_buckets_states")
 # A method of the module that counts positions along the ids, for calls with embeddings.
 _FROM_EMBEDDINGS = "create_position_ids_from_inputs_embeds"
+_MORE = {"inputs_embeds", "attention_mask"}
 _WINDOWS = ("sliding_window", "window_size", "attention_chunk_size")
 
 
@@ -122,20 +123,24 @@ def find_backbone(model: nn.Module, embedding_path: str) -> str | None:
         return path_of(model, encoder)
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return None
-    around = [embedding_path]
-    while around[-1]:
-        around.append(around[-1].rpartition(".")[0])
-    candidates = [path for path in around[1:] if reads_ids(model.get_submodule(path))]
+    candidates = _around(model, embedding_path)
     if not candidates:
         return None
-    # Embeddings may be looked up in a module of their own, which reads ids, too: the backbone also takes embeddings.
-    takes_both = [path for path in candidates if "inputs_embeds" in forward_parameters(model.get_submodule(path))]
-    innermost = (takes_both or candidates)[0]
-    base = getattr(model, "base_model", None)
+    innermost, base = candidates[0], getattr(model, "base_model", None)
     under_head = next((path for path in candidates if model.get_submodule(path) is base), innermost)
     more = {*forward_parameters(model.get_submodule(under_head))}
     more -= {*forward_parameters(model.get_submodule(innermost))}
     return under_head if more else innermost  # it takes images, say, and gives them their places
+
+
+def _around(model: nn.Module, embedding_path: str) -> list[str]:
+    """Paths of the modules around an embedding that go from ids to hidden states, the innermost first."""
+    paths = [embedding_path]
+    while paths[-1]:
+        paths.append(paths[-1].rpartition(".")[0])
+    found = [path for path in paths[1:] if reads_ids(model.get_submodule(path))]
+    # Embeddings may be looked up in a module of their own, which reads ids, too: a backbone takes more.
+    return [path for path in found if _MORE.intersection(forward_parameters(model.get_submodule(path)))]
 
 
 def find_decoder(model: nn.Module, backbone: nn.Module) -> str | None:
@@ -154,11 +159,16 @@ def find_decoder(model: nn.Module, backbone: nn.Module) -> str | None:
 def describe_backbone(model: nn.Module, backbone_path: str, embedding_path: str) -> BackboneTraits:
     """Reads off a model what a call needs to know; called before the embedding is wrapped or after."""
     backbone = model.get_submodule(backbone_path)
-    parameters = forward_parameters(backbone)
+    innermost = next(
+        (path for path in _around(model, embedding_path) if path.startswith(backbone_path)), backbone_path
+    )
+    text = model.get_submodule(innermost)  # without the encoder of images or sound
+    parameters = (*forward_parameters(backbone), *forward_parameters(text))  # the outer one hands arguments on
+    parameters = tuple(dict.fromkeys(parameters))
     prefix = f"{backbone_path}." if backbone_path else ""
     inside = embedding_path.removeprefix(prefix) if embedding_path.startswith(prefix) else None
     owner = backbone if inside is None else backbone.get_submodule(inside.rpartition(".")[0])
-    table = next((m for p, m in backbone.named_modules() if _is_position_table(p)), None)
+    table = next((m for p, m in text.named_modules() if _is_position_table(p)), None)
     counting = next((one for one in (owner, table) if hasattr(one, _FROM_EMBEDDINGS)), None)  # RoBERTa, M2M100
     padding_id = None if counting is None else counting.padding_idx
     by_place = table is not None and "position_ids" not in parameters and counting is None
@@ -173,8 +183,8 @@ def describe_backbone(model: nn.Module, backbone_path: str, embedding_path: str)
         padding_id=padding_id,
         first_position=first_position,
         max_positions=_max_positions(table, first_position),
-        is_causal=is_causal(backbone),
-        has_window=has_window(backbone),
+        is_causal=is_causal(text),
+        has_window=has_window(text),
         # XLNet has its table in the backbone as GPT-2 does, and looks types up elsewhere.
         adds_token_types="token_type_ids" in parameters and owner is backbone and _state_argument(backbone) is None,
     )
@@ -191,9 +201,10 @@ def is_causal(backbone: nn.Module) -> bool:
 
 
 def has_window(backbone: nn.Module) -> bool:
-    """Whether attention sees only the nearest places."""
+    """Whether attention sees only the nearest places, in any layer."""
     config = backbone.config.get_text_config()
-    return any(getattr(config, name, None) for name in _WINDOWS)
+    layers = list(getattr(config, "per_layer_config", ())) or [config]
+    return any(getattr(layer, name, None) for layer in layers for name in _WINDOWS)
 
 
 def _is_position_table(path: str) -> bool:
@@ -217,6 +228,11 @@ def check_has_place(model: nn.Module, backbone_path: str | None, embedding_path:
             "num_virtual_tokens=0, or a model of transformers whose backbone does."
         )
     backbone = model.get_submodule(backbone_path)
+    if _encoder(model) is backbone and model.can_generate() and find_decoder(model, backbone) is None:
+        raise ValueError(
+            f"`num_virtual_tokens` is {num_virtual_tokens}, but nothing tells how {type(model).__name__} reads the output "
+            f"of its {type(backbone).__name__}, so that virtual tokens might be lost. Use num_virtual_tokens=0."
+        )
     state = _state_argument(backbone)
     if state is not None:
         raise ValueError(

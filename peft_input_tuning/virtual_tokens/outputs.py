@@ -33,8 +33,12 @@ def restore(call: BackboneCall, output: Any) -> Any:
         if states is not None:
             # Attention maps keep their virtual columns: that is what the tokens looked at.
             setattr(output, name, tuple(layout.remove(state, dim) for state in states))
-    for name, value in output.items():
-        if name not in _KNOWN and isinstance(value, Tensor) and value.ndim == 3:
+    for name, value in list(output.items()):
+        if name in _KNOWN or not isinstance(value, Tensor):
+            continue
+        if value.shape == (batch, places):  # labels and masks that go through
+            output[name] = layout.remove(value)
+        elif value.ndim == 3:
             check_output_is_known(call.backbone, name, value, (batch, places))
     routers = getattr(output, "router_logits", None)
     if routers is not None:

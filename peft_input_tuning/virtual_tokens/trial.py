@@ -76,7 +76,8 @@ def what_sees_ids(
     with unchanged(model), ExitStack() as stack:
         stack.callback(embedding.register_forward_pre_hook(lambda *_: asked.append(embedding)).remove)
         if _run(model, ids) is None and (model is backbone or _run(backbone, ids) is None):
-            return WhatSeesIds(others=tuple((one, 0) for one in beside if isinstance(one, nn.Embedding)))
+            tables = tuple((one, 0) for one in beside if isinstance(one, nn.Embedding))
+            return WhatSeesIds(others=tables, honours_mask=False)
         looked_up = bool(asked)
         others, makes_numbers = _modules_with_ids(backbone, beside, plain)
         seen = WhatSeesIds(looked_up, others, makes_numbers, gives_hidden_states=False)
