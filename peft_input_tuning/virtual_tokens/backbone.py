@@ -230,8 +230,8 @@ def check_has_place(model: nn.Module, backbone_path: str | None, embedding_path:
     backbone = model.get_submodule(backbone_path)
     if _encoder(model) is backbone and model.can_generate() and find_decoder(model, backbone) is None:
         raise ValueError(
-            f"`num_virtual_tokens` is {num_virtual_tokens}, but nothing tells how {type(model).__name__} reads the output "
-            f"of its {type(backbone).__name__}, so that virtual tokens might be lost. Use num_virtual_tokens=0."
+            f"`num_virtual_tokens` is {num_virtual_tokens}, but nothing tells how {type(model).__name__} reads the "
+            f"output of its {type(backbone).__name__}: virtual tokens might be lost. Use num_virtual_tokens=0."
         )
     state = _state_argument(backbone)
     if state is not None:

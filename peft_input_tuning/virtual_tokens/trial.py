@@ -79,7 +79,7 @@ def what_sees_ids(
             tables = tuple((one, 0) for one in beside if isinstance(one, nn.Embedding))
             return WhatSeesIds(others=tables, honours_mask=False)
         looked_up = bool(asked)
-        others, makes_numbers = _modules_with_ids(backbone, beside, plain)
+        others, makes_numbers = _modules_with_ids(backbone, embedding, beside, plain)
         seen = WhatSeesIds(looked_up, others, makes_numbers, gives_hidden_states=False)
         if _hidden_states(backbone, input_ids=ids) is None:
             return seen
@@ -95,14 +95,16 @@ def _modules_beside(backbone: nn.Module, embedding: nn.Module) -> list[nn.Module
 
 
 def _modules_with_ids(
-    backbone: nn.Module, beside: list[nn.Module], ids: Tensor
+    backbone: nn.Module, embedding: nn.Module, beside: list[nn.Module], ids: Tensor
 ) -> tuple[tuple[tuple[nn.Module, int | str], ...], bool]:
     """The innermost modules that go by ids, with the argument; and whether tables outside of them get numbers that are
-    others for other ids."""
+    others for other ids. Words are the same in both runs, so that nothing else makes a difference."""
+    words = embedding(ids)
     calls: dict[nn.Module, tuple[int | str, tuple, dict[str, Any]]] = {}
     numbers: list[dict[nn.Module, Tensor]] = [{}, {}]
     for run, these in enumerate((ids, ids.flip(-1))):
         with ExitStack() as stack:
+            stack.callback(embedding.register_forward_hook(lambda *_: words).remove)
             for module in beside:
                 note = partial(_note, these, calls, numbers[run])
                 stack.callback(module.register_forward_pre_hook(note, with_kwargs=True).remove)
