@@ -18,7 +18,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
-from .sizes import OVERRIDES, SETTINGS, by_rule
+from .sizes import OVERRIDES, SETTINGS, SIGLIP, by_rule
 
 # The first mapping that has a class says what it is.
 MAPPINGS = {
@@ -54,9 +54,12 @@ class Architecture:
         return {**OVERRIDES.get(self.model_type, {}), **OVERRIDES.get(self.name, {})}
 
     @property
-    def is_bidirectional(self) -> bool:
-        """Whether its configurations also make a masked language model, so that heads look at the first place."""
-        return self.model_type in _names(MAPPINGS["masked"])
+    def has_heads(self) -> bool:
+        """Whether heads are tried with it: with one class of each type, the masked one if there is one."""
+        for mapping in ("masked", "seq2seq", "causal", "image"):
+            if names := _names(MAPPINGS[mapping]).get(self.model_type):
+                return self.name == names[0]
+        return False
 
 
 def _names(task: str) -> dict[str, list[str]]:
@@ -82,6 +85,11 @@ def tiny_config(arch: Architecture) -> PreTrainedConfig:
         overrides = {"?is_decoder": True, **overrides}
     config_class = getattr(transformers, arch.name).config_class
     config = _tiny(config_class, config_class(), overrides)
+    if arch.overrides.get("vision") == "siglip":  # what it comes with is not of transformers alone
+        vision = transformers.SiglipVisionConfig(**SIGLIP)
+        for name in ("vocab_size", "vocab_offset", "rms_norm_eps"):
+            setattr(vision, name, getattr(config.vision_config, name))
+        vars(config)["vision_config"] = vision
     config._attn_implementation = arch.overrides.get("attention", config._attn_implementation)
     config._experts_implementation = "eager"  # grouped products have no float64
     return config
@@ -101,10 +109,12 @@ def _tiny(config_class: type, default: PreTrainedConfig, overrides: dict[str, An
         if small is not value or (_is_plain(value) and value != unset):
             values[name] = small
     values |= _one_layer_of_each_kind(names, default)
-    heads, groups = getattr(default, "num_attention_heads", None), getattr(default, "num_key_value_heads", None)
+    heads, groups = vars(default).get("num_attention_heads"), vars(default).get("num_key_value_heads")
     if heads == groups and "num_key_value_heads" in values:
         values["num_key_value_heads"] = values["num_attention_heads"]
-    rope = getattr(default, "rope_parameters", None)
+    if "num_key_value_heads" in names and groups is None and heads is not None:
+        values["num_key_value_heads"] = values.get("num_attention_heads", heads)
+    rope = vars(default).get("rope_parameters")
     if isinstance(rope, dict) and "mrope_section" in rope:
         values["rope_parameters"] = {**rope, "mrope_section": [2, 1, 1]}
     for key, value in overrides.items():
@@ -174,7 +184,7 @@ def build(arch: Architecture, head: str | None = None) -> PreTrainedModel | None
         if names is None:
             return None
         name = names[0]
-        config.num_labels = 3
+        config.num_labels = 2 if head == "question answering" else 3
     torch.manual_seed(0)
     model = getattr(transformers, name)(config)
     enlarge(model)

@@ -29,11 +29,11 @@ import peft_input_tuning
 from peft_input_tuning import InputTuningConfig
 
 from .build import HEADS, Architecture, build
+from .images import Image, find_image
 from .oracle import Oracle, Weights, tables
 from .sizes import EOS, PAD, WORDS
 
 PACKAGE = str(Path(peft_input_tuning.__file__).parent)
-TOLERANCE = 1e-5  # of the largest value; models compute norms and rotations in float32
 NEW_TOKENS = 5
 PROMPTS = {"default": 4, "same": 4, "longer": 6}
 CACHES = ("cache", "past_key_values", "cache_params", "state", "past_buckets_states", "mems")
@@ -57,6 +57,11 @@ class Cell:
 # ---- judging --------------------------------------------------------------------------------------------------------
 
 
+def tolerance() -> float:
+    """How far values may be apart, over the largest; in float64 too models compute norms and rotations in float32."""
+    return 1e-5 if torch.get_default_dtype() == torch.float64 else 1e-3
+
+
 def describe(error: BaseException) -> str:
     """An error and where it was raised."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
@@ -77,8 +82,6 @@ def gap(found: list[Tensor], wanted: list[Tensor]) -> float:
     for x, y in zip(found, wanted, strict=True):
         if x.shape != y.shape:
             return math.inf
-        if not y.isfinite().all():
-            raise ValueError("the oracle's values are not finite")
         difference = float((x.double() - y.double()).abs().max()) if y.numel() else 0.0
         worst = max(worst, difference / max(float(y.double().abs().max()) if y.numel() else 1.0, 1e-30))
         if math.isnan(worst) or not x.isfinite().all():
@@ -100,31 +103,53 @@ def judge(ours: Run, wanted: Run, base: Run, also: Run | None = None) -> Cell:
             difference between the two, either counts.
     """
     try:
-        values = wanted()
+        values = _finite(wanted())
     except Exception as error:
+        lacking = _error_of(base)
+        if lacking is not None:
+            return Cell("lacks", lacking)
         try:
-            base()
-        except Exception as lacking:
-            return Cell("lacks", describe(lacking))
+            ours()
+        except Exception as refusal:
+            if is_ours(refusal):
+                return Cell("refused", describe(refusal))
         return Cell("failure", f"no oracle: {describe(error)}")
     try:
         found = ours()
     except Exception as error:
-        return Cell("refused" if is_ours(error) else "failure", describe(error))
+        if is_ours(error):
+            return Cell("refused", describe(error))
+        lacking = _error_of(base)
+        return Cell("failure", describe(error)) if lacking is None else Cell("lacks", lacking)
     first = gap(found, values)
-    if first <= TOLERANCE:
+    if first <= tolerance():
         return Cell("exact", gap=first)
     if also is not None:
         try:
-            others = also()
+            others = _finite(also())
             second, apart = gap(found, others), gap(values, others)
         except Exception:
             return Cell("failure", "wrong value", first)
-        if second <= TOLERANCE:
+        if second <= tolerance():
             return Cell("exact", gap=second)
-        if apart > TOLERANCE:
+        if apart > tolerance():
             return Cell("lacks", f"the base itself differs by {apart:.1e}; we by {first:.1e} and {second:.1e}", first)
     return Cell("failure", "wrong value", first)
+
+
+def _finite(values: list[Tensor]) -> list[Tensor]:
+    if not all(bool(value.isfinite().all()) for value in values):
+        raise ValueError("values that are not finite")
+    return values
+
+
+def _error_of(run: Run) -> str | None:
+    """What a run of the base ends with; None if all is well."""
+    try:
+        _finite(run())
+    except Exception as error:
+        return describe(error)
+    return None
 
 
 # ---- the models of one architecture ---------------------------------------------------------------------------------
@@ -155,16 +180,54 @@ class Subject:
     Args:
         arch: the architecture.
         head: of another class on the same backbone ("sequence classification", ...), or None.
+        image: what each row has in front of its text.
     """
 
     arch: Architecture
     head: str | None = None
+    image: Image | None = None
     _adapted: dict[str, Any] = field(default_factory=dict)
     _oracles: dict[str, Oracle] = field(default_factory=dict)
 
     @cached_property
-    def base(self) -> nn.Module:
-        return build(self.arch, self.head)
+    def base(self) -> nn.Module | None:
+        """In float64; in float32 if it cannot compute in that, or has no way to mask whole rows in it."""
+        found = build(self.arch, self.head)
+        if found is None or self._computes(found):
+            return found
+        other = build(self.arch, self.head).float()
+        torch.set_default_dtype(torch.float32)
+        if self._computes(other):
+            return other
+        torch.set_default_dtype(torch.float64)
+        return found
+
+    def _computes(self, model: nn.Module) -> bool:
+        self.__dict__["base"] = model
+        ids, mask = padded(self.rows[:2], "left")
+        try:
+            with torch.no_grad():
+                out = main_outputs(self.call(model, ids, mask))
+        except Exception:
+            return False
+        return all(bool(x.isfinite().all()) for x in self.of_tokens(out, mask))
+
+    @cached_property
+    def with_image(self) -> Subject | None:
+        """The same with an image in each row; None for models that see none, or need one always."""
+        if self.arch.mapping != "image" or "inputs" in self.arch.overrides:
+            return None
+
+        def of(image: Image) -> Subject:
+            other = Subject(self.arch, image=image)
+            other.__dict__["base"] = self.base
+            return other
+
+        def run(image: Image) -> Tensor:
+            return main_outputs((other := of(image)).call(self.base, other.ids))[0]
+
+        found = find_image(self.base, run)
+        return None if found is None else of(found)
 
     @property
     def is_seq2seq(self) -> bool:
@@ -172,7 +235,8 @@ class Subject:
 
     @property
     def is_generator(self) -> bool:
-        return self.head is None and self.arch.mapping != "masked" and self.base.can_generate()
+        can = self.base.can_generate() and hasattr(self.base, "prepare_inputs_for_generation")
+        return self.head is None and self.arch.mapping != "masked" and can
 
     @property
     def task(self) -> str:
@@ -194,7 +258,8 @@ class Subject:
         if self.head is not None and self.is_seq2seq:
             for row in rows:
                 row[-1] = EOS  # whose place such a head looks at
-        return rows
+        prefix = [*self.arch.overrides.get("prefix", ()), *(self.image.prefix if self.image else ())]
+        return [torch.cat([torch.tensor(prefix, dtype=torch.long), row]) for row in rows]
 
     @property
     def ids(self) -> Tensor:
@@ -208,10 +273,8 @@ class Subject:
     def more(self, ids: Tensor, decoded: bool = True) -> dict[str, Any]:
         """What calls need beside ids and mask."""
         batch = ids.shape[0]
-        found = {}
-        for name, value in self.arch.overrides.get("inputs", {}).items():
-            made = value(ids) if callable(value) else value
-            found[name] = made
+        needed = {**self.arch.overrides.get("inputs", {}), **(self.image.inputs if self.image else {})}
+        found = {name: make(ids) for name, make in needed.items()}
         if self.is_seq2seq and self.head is None and decoded and "decoder_input_ids" not in found:
             found["decoder_input_ids"] = self.decoder_ids[:batch]
         return found
@@ -255,7 +318,7 @@ class Subject:
             else:
                 values = values * 0.7 * size / math.sqrt(parameter.shape[1])
             parameter.data.copy_(values)
-            found[kind] = values.double()
+            found[kind] = values.to(torch.get_default_dtype())
         return found
 
     def config(self, length: int) -> InputTuningConfig:
@@ -313,7 +376,7 @@ class Subject:
             shapes = {"fc1": (16, width), "fc2": (width, 16)}
             if PROMPTS.get(name):
                 shapes = {"prompt": (PROMPTS[name], width), **shapes}
-            holder = _Holder({k: v for k, v in shapes.items()}, "default" if name == "alone" else name)
+            holder = _Holder(shapes, "default" if name == "alone" else name)
             weights = self.weights(holder, "default" if name == "alone" else name)
             if name == "__base__":
                 weights = {kind: torch.zeros_like(value) for kind, value in weights.items()}
@@ -338,12 +401,11 @@ class Subject:
 
     def wanted(self, oracle: Oracle, ids: Tensor, mask: Tensor | None = None, **more: Any) -> list[Tensor]:
         """What the oracle gives for a batch, aligned with it."""
-        if self.head is not None and self.is_seq2seq:
-            with oracle.widening():
+        if self.head is not None:
+            has_decoder = self.is_seq2seq and any(path.endswith("decoder") for path, _ in self.base.named_modules())
+            inside = oracle.widening() if has_decoder else oracle.around(oracle.model.base_model)
+            with inside:
                 return main_outputs(self.call(oracle.model, ids, mask, **more))
-        if self.head == "sequence classification" and self.arch.is_bidirectional:
-            with oracle.cutting():
-                return main_outputs(self.call(oracle.model, *oracle.widen(ids, mask), **more))
         return self.cut(main_outputs(self.call(oracle.model, *oracle.widen(ids, mask), **more)), oracle)
 
     def of_tokens(self, out: list[Tensor], mask: Tensor | None) -> list[Tensor]:
@@ -428,8 +490,8 @@ def right_padding(s: Subject) -> Cell:
 
 def by_hand(s: Subject, model: nn.Module, ids: Tensor, mask: Tensor | None, first: int) -> list[Tensor]:
     """Outputs of a first call and two more on its cache: logits of all new places, `(batch, length, ...)`."""
-    found, given, steps = [], {}, [slice(0, first), slice(first, first + 1), slice(first + 1, None)]
-    whole = ids
+    found, steps = [], [slice(0, first), slice(first, first + 1), slice(first + 1, None)]
+    whole, given = ids, s.more(ids, decoded=False)
     if s.is_seq2seq:
         encoder = model.get_encoder()
         given["encoder_outputs"] = encoder(ids) if mask is None else encoder(ids, attention_mask=mask)
@@ -442,7 +504,8 @@ def by_hand(s: Subject, model: nn.Module, ids: Tensor, mask: Tensor | None, firs
         else:
             if mask is not None:
                 given["attention_mask"] = mask[:, : step.stop]
-            out = model(input_ids=whole[:, step], use_cache=True, **s.more(ids), **given)
+            out = model(input_ids=whole[:, step], use_cache=True, **given)
+            given = {}
         found.append(main_outputs(out)[0])
         names = [name for name in CACHES if getattr(out, name, None) is not None]
         if not names:
@@ -454,7 +517,7 @@ def by_hand(s: Subject, model: nn.Module, ids: Tensor, mask: Tensor | None, firs
 
 
 def _by_hand(s: Subject, ids: Tensor, mask: Tensor | None) -> Cell:
-    first = 5
+    first = ids.shape[1] - 2
 
     def wanted() -> list[Tensor]:
         o = s.oracle()
@@ -720,10 +783,27 @@ def adapter_alone_generate(s: Subject) -> Cell | None:
     return _greedy(s, lambda: s.alone, "alone", s.rows[:2], mask=True) if s.is_generator else None
 
 
+# ---- images
+
+
+@cell("image")
+def image(s: Subject) -> Cell | None:
+    other = s.with_image
+    return None if other is None else _forward(other, lambda: other.model, "default")
+
+
+@cell("image, generate, padded")
+def image_generate(s: Subject) -> Cell | None:
+    other = s.with_image
+    return None if other is None or not other.is_generator else generate_padded(other)
+
+
 # ---- heads
 
 
 def _head(s: Subject, head: str) -> Cell | None:
+    if not s.arch.has_heads:
+        return None
     other = Subject(s.arch, head)
     if other.base is None:
         return None

@@ -31,15 +31,14 @@ def transform(weights: Weights, e: Tensor) -> Tensor:
 
 def tables(model: nn.Module, run: Callable[[nn.Module], Any], ids: Tensor) -> list[str]:
     """The paths of the embeddings that are called with the ids when the model runs, in the order of the calls."""
-    wanted = ids.flatten().sort().values  # a model may transpose or flatten them
     found: list[str] = []
     handles = []
     for path, module in model.named_modules():
-        if isinstance(getattr(module, "weight", None), nn.Parameter) and hasattr(module, "num_embeddings"):
+        if getattr(getattr(module, "weight", None), "ndim", 0) == 2:
 
             def note(_module, args, kwargs, path=path):
                 given = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
-                if given is not None and torch.equal(given.flatten().sort().values, wanted):
+                if given is not None and not given.is_floating_point() and _holds(given, ids):
                     found.append(path)
 
             handles.append(module.register_forward_pre_hook(note, with_kwargs=True))
@@ -52,6 +51,13 @@ def tables(model: nn.Module, run: Callable[[nn.Module], Any], ids: Tensor) -> li
     return list(dict.fromkeys(found))
 
 
+def _holds(given: Tensor, ids: Tensor) -> bool:
+    """Whether ids are those of the rows: as they are, flattened, transposed, or padded on the right."""
+    if given.numel() == ids.numel():
+        return torch.equal(given.flatten().sort().values, ids.flatten().sort().values)
+    return given.ndim == 2 and len(given) == len(ids) and torch.equal(given[:, : ids.shape[1]], ids)
+
+
 @dataclass
 class Oracle:
     """A base with more words.
@@ -61,14 +67,14 @@ class Oracle:
         table: the path of its word table.
         weights: of the adapter, as the model is to see them.
         scale: what the table's module multiplies its rows with.
-        words: V, the number of words before.
+        base_rows: `(V, dim)`, what the table's module gave for each word.
     """
 
     model: nn.Module
     table: str
     weights: Weights
     scale: float
-    words: int
+    base_rows: Tensor
 
     @classmethod
     def of(cls, base: nn.Module, table: str, others: list[str], weights: Weights) -> Oracle:
@@ -82,13 +88,24 @@ class Oracle:
         """
         model = copy.deepcopy(base)
         module = model.get_submodule(table)
-        words, scale = module.weight.shape[0], scale_of(module)
-        one = cls(model, table, weights, scale, words)
+        words = module.weight.shape[0]
+        with torch.no_grad():
+            base_rows = module(torch.arange(words))
+        scale = scale_of(module, base_rows)
+        if scale is None:  # it does more than multiplying; what comes out of it is looked up instead
+            parent, _, name = table.rpartition(".")
+            module, scale = nn.Embedding(*base_rows.shape), 1.0
+            setattr(model.get_submodule(parent), name, module)
+        one = cls(model, table, weights, scale, base_rows)
         _set_rows(module, one.rows(weights).detach())
         for path in others:
             other = model.get_submodule(path)
             if other.weight.shape[0] == words and path != table:
-                _set_rows(other, torch.cat([other.weight, other.weight[PAD].expand(one.length, -1)]).detach())
+                _set_rows(other, _with_pads(other.weight, one.length))
+        for part in model.modules():  # such as the experts of each word
+            for name, value in [*part._parameters.items(), *part._buffers.items()]:
+                if value is not None and not value.is_floating_point() and value.ndim and len(value) == words:
+                    value.data = _with_pads(value.data, one.length)
         return one
 
     @property
@@ -98,21 +115,13 @@ class Oracle:
 
     def rows(self, weights: Weights) -> Tensor:
         """The table's rows, `(V + P, dim)`, as a function of the weights."""
-        base_rows = self.base_rows
-        e = transform(weights, base_rows * self.scale)
+        e = transform(weights, self.base_rows)
         return torch.cat([e, weights["prompt"]] if "prompt" in weights else [e]) / self.scale
-
-    @property
-    def base_rows(self) -> Tensor:
-        module = self.model.get_submodule(self.table)
-        if not hasattr(self, "_base_rows"):
-            self._base_rows = module.weight.detach().clone()
-        return self._base_rows
 
     def widen(self, ids: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """`(batch, length)` ids and mask with the prompt's ids between left pads and tokens."""
-        batch, length = ids.shape
-        prompt = torch.arange(self.words, self.words + self.length, device=ids.device)
+        batch = len(ids)
+        prompt = torch.arange(self.length) + len(self.base_rows)
         pads = [0] * batch if mask is None else mask.int().argmax(-1).tolist()
         rows = [torch.cat([row[:n], prompt, row[n:]]) for row, n in zip(ids, pads, strict=True)]
         if mask is None:
@@ -122,19 +131,33 @@ class Oracle:
         return torch.stack(rows), torch.stack(masks)
 
     @contextmanager
-    def cutting(self) -> Iterator[None]:
-        """Meanwhile heads over a bidirectional backbone see the tokens' places only: a first place is a token's."""
-        length, backbone = self.length, self.model.base_model
-        last = getattr(backbone, "encoder", backbone)  # poolers come behind it
+    def around(self, backbone: nn.Module) -> Iterator[None]:
+        """Meanwhile a part of the model is called with the caller's ids and mask, has the prompt inside, and gives its
+        outputs without it. For heads: they look at the first place, the last one, or at all that the mask shows."""
+        poolers = [part for path, part in backbone.named_modules() if path.rpartition(".")[2] == "pooler"]
+        bare = any(isinstance(part, nn.Linear) for part in poolers)  # is given the first place, which is taken outside
+        last = backbone.encoder if bare else backbone
+
+        def widen(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+            ids, *rest = (*args, kwargs.get("input_ids"))
+            mask = rest[0] if args and rest[:-1] else kwargs.get("attention_mask")
+            more = {k: v for k, v in kwargs.items() if k not in ("input_ids", "attention_mask")}
+            ids, mask = self.widen(ids, mask)
+            return (ids, *([mask] if args[1:] else []), *args[2:]), more | (
+                {} if args[1:] else {"attention_mask": mask}
+            )
 
         def cut(_module: nn.Module, _args: Any, out: Any) -> Any:
-            hidden = out[0][:, length:]
             if isinstance(out, tuple):
-                return (hidden, *out[1:])
-            out.last_hidden_state = hidden
+                return (out[0][:, self.length :], *out[1:])
+            out.last_hidden_state = out.last_hidden_state[:, self.length :]
             return out
 
-        handles = [last.register_forward_hook(cut)]
+        def cut_input(_module: nn.Module, args: tuple) -> tuple:
+            return (args[0][:, self.length :], *args[1:])
+
+        handles = [backbone.register_forward_pre_hook(widen, with_kwargs=True), last.register_forward_hook(cut)]
+        handles += [pooler.register_forward_pre_hook(cut_input) for pooler in poolers if not bare]
         try:
             yield
         finally:
@@ -143,7 +166,7 @@ class Oracle:
 
     @contextmanager
     def widening(self) -> Iterator[None]:
-        """Meanwhile the encoder alone sees the prompt, and what makes the decoder's input of the encoder's does not."""
+        """Meanwhile the encoder alone sees the prompt; what makes the decoder's input of the encoder's does not."""
 
         def widen(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
             ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
@@ -163,21 +186,18 @@ class Oracle:
         return dict(zip(leaves, found, strict=True))
 
 
-def scale_of(module: nn.Module) -> float:
-    """What an embedding multiplies its rows with.
-
-    Raises:
-        ValueError: it does something else.
-    """
-    ids = torch.arange(5, 25)
-    with torch.no_grad():
-        out, rows = module(ids), module.weight[ids]
+def scale_of(module: nn.Module, out: Tensor) -> float | None:
+    """What an embedding multiplies its rows with, from what it gave for all words; None if it does something else."""
+    rows = module.weight
     scale = float((out * rows).sum() / (rows * rows).sum())
-    if not torch.allclose(out, rows * scale, rtol=1e-6, atol=1e-9):
-        raise ValueError(f"{type(module).__name__} is no table of rows times a number")
-    return scale
+    return scale if torch.allclose(out, rows * scale, rtol=1e-6, atol=1e-9) else None
+
+
+def _with_pads(rows: Tensor, count: int) -> Tensor:
+    """Adds words that are to a table what padding is."""
+    return torch.cat([rows, rows[PAD : PAD + 1].expand(count, *rows.shape[1:])])
 
 
 def _set_rows(module: nn.Module, rows: Tensor) -> None:
-    module.weight = nn.Parameter(rows, requires_grad=False)  # a head that shared the old one keeps it
+    module.weight = nn.Parameter(rows.detach(), requires_grad=False)  # a head that shared the old one keeps it
     module.num_embeddings = len(rows)
