@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ HEADS = {
 _BASE_FIELDS = {field.name for field in dataclasses.fields(PreTrainedConfig)} - {"tie_word_embeddings"}
 
 
-@dataclass(frozen=True)
+@dataclass
 class Architecture:
     """A class of transformers.
 
@@ -50,8 +51,13 @@ class Architecture:
     mapping: str
 
     @property
+    def config_class(self) -> type:
+        """Of the class, which may be for a part of what its type is for."""
+        return getattr(transformers, self.name).config_class
+
+    @cached_property
     def overrides(self) -> dict[str, Any]:
-        return {**OVERRIDES.get(self.model_type, {}), **OVERRIDES.get(self.name, {})}
+        return {**OVERRIDES.get(self.config_class.model_type, {}), **OVERRIDES.get(self.name, {})}
 
     @property
     def has_heads(self) -> bool:
@@ -83,8 +89,7 @@ def tiny_config(arch: Architecture) -> PreTrainedConfig:
     overrides = {key: value for key, value in arch.overrides.items() if key not in SETTINGS}
     if arch.mapping == "causal":
         overrides = {"?is_decoder": True, **overrides}
-    config_class = getattr(transformers, arch.name).config_class
-    config = _tiny(config_class, config_class(), overrides)
+    config = _tiny(arch.config_class, arch.config_class(), overrides)
     if arch.overrides.get("vision") == "siglip":  # what it comes with is not of transformers alone
         vision = transformers.SiglipVisionConfig(**SIGLIP)
         for name in ("vocab_size", "vocab_offset", "rms_norm_eps"):
@@ -100,7 +105,7 @@ def _tiny(config_class: type, default: PreTrainedConfig, overrides: dict[str, An
     names = [field.name for field in dataclasses.fields(config_class) if field.name not in _BASE_FIELDS]
     values: dict[str, Any] = {}
     for name in names:
-        value, unset = vars(default).get(name), vars(plain).get(name)
+        value, unset = _value(default, name), _value(plain, name)
         nested = {key.partition(".")[2]: v for key, v in overrides.items() if key.startswith(f"{name}.")}
         if isinstance(value, PreTrainedConfig):
             values[name] = _tiny(type(value), value, nested)
@@ -109,12 +114,12 @@ def _tiny(config_class: type, default: PreTrainedConfig, overrides: dict[str, An
         if small is not value or (_is_plain(value) and value != unset):
             values[name] = small
     values |= _one_layer_of_each_kind(names, default)
-    heads, groups = vars(default).get("num_attention_heads"), vars(default).get("num_key_value_heads")
+    heads, groups = _value(default, "num_attention_heads"), _value(default, "num_key_value_heads")
     if heads == groups and "num_key_value_heads" in values:
         values["num_key_value_heads"] = values["num_attention_heads"]
     if "num_key_value_heads" in names and groups is None and heads is not None:
         values["num_key_value_heads"] = values.get("num_attention_heads", heads)
-    rope = vars(default).get("rope_parameters")
+    rope = _value(default, "rope_parameters")
     if isinstance(rope, dict) and "mrope_section" in rope:
         values["rope_parameters"] = {**rope, "mrope_section": [2, 1, 1]}
     for key, value in overrides.items():
@@ -125,6 +130,16 @@ def _tiny(config_class: type, default: PreTrainedConfig, overrides: dict[str, An
     return config_class(**values)
 
 
+def _value(config: PreTrainedConfig, name: str) -> Any:
+    """A field's value; that of all layers where they differ."""
+    try:
+        return getattr(config, name, None)
+    except AttributeError:
+        return None
+    except Exception:  # transformers' error for a name that belongs to the layers
+        return vars(config).get(name)
+
+
 def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, (bool, int, float, str))
 
@@ -133,11 +148,11 @@ def _one_layer_of_each_kind(names: list[str], default: PreTrainedConfig) -> dict
     counts = [name for name in ("num_hidden_layers", "num_layers", "n_layer", "depth") if name in names]
     if not counts:
         return {}
-    depth = vars(default).get(counts[0])
+    depth = _value(default, counts[0])
     lists = {
         name: list(value)
         for name in names
-        if isinstance(value := vars(default).get(name), (list, tuple)) and depth and len(value) == depth > 2
+        if isinstance(value := _value(default, name), (list, tuple)) and depth and len(value) == depth > 2
     }
     distinct = [tuple(kinds) for kinds in zip(*lists.values(), strict=True)] if lists else []
     kept = list(dict.fromkeys(distinct)) or [()]

@@ -173,6 +173,17 @@ def padded(rows: list[Tensor], side: str) -> tuple[Tensor, Tensor]:
     return ids, mask
 
 
+@contextmanager
+def dtype_of(model: nn.Module) -> Iterator[None]:
+    """Meanwhile new tensors have the dtype of a model."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(next(p.dtype for p in model.parameters() if p.is_floating_point()))
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 @dataclass
 class Subject:
     """An architecture under trial.
@@ -210,7 +221,8 @@ class Subject:
                 out = main_outputs(self.call(model, ids, mask))
         except Exception:
             return False
-        return all(bool(x.isfinite().all()) for x in self.of_tokens(out, mask))
+        same = all(x.shape[:2] == mask.shape for x in out) or self.head is not None or self.is_seq2seq
+        return same and all(bool(x.isfinite().all()) for x in self.of_tokens(out, mask))
 
     @cached_property
     def with_image(self) -> Subject | None:
@@ -218,16 +230,17 @@ class Subject:
         if self.arch.mapping != "image" or "inputs" in self.arch.overrides:
             return None
 
-        def of(image: Image) -> Subject:
+        def of(image: Image, base: nn.Module) -> Subject:
             other = Subject(self.arch, image=image)
-            other.__dict__["base"] = self.base
+            other.__dict__["base"] = base
             return other
 
-        def run(image: Image) -> Tensor:
-            return main_outputs((other := of(image)).call(self.base, other.ids))[0]
-
-        found = find_image(self.base, run)
-        return None if found is None else of(found)
+        for base in (self.base, copy.deepcopy(self.base).float()):  # some compute images in float32 only
+            with dtype_of(base):
+                found = find_image(base, lambda image, b=base: main_outputs((s := of(image, b)).call(b, s.ids))[0])
+            if found is not None:
+                return of(found, base)
+        return None
 
     @property
     def is_seq2seq(self) -> bool:
@@ -504,7 +517,7 @@ def by_hand(s: Subject, model: nn.Module, ids: Tensor, mask: Tensor | None, firs
         else:
             if mask is not None:
                 given["attention_mask"] = mask[:, : step.stop]
-            out = model(input_ids=whole[:, step], use_cache=True, **given)
+            out = model(**{**given, "input_ids": whole[:, step], "use_cache": True})
             given = {}
         found.append(main_outputs(out)[0])
         names = [name for name in CACHES if getattr(out, name, None) is not None]
@@ -789,13 +802,19 @@ def adapter_alone_generate(s: Subject) -> Cell | None:
 @cell("image")
 def image(s: Subject) -> Cell | None:
     other = s.with_image
-    return None if other is None else _forward(other, lambda: other.model, "default")
+    if other is None:
+        return None
+    with dtype_of(other.base):
+        return _forward(other, lambda: other.model, "default")
 
 
 @cell("image, generate, padded")
 def image_generate(s: Subject) -> Cell | None:
     other = s.with_image
-    return None if other is None or not other.is_generator else generate_padded(other)
+    if other is None or not other.is_generator:
+        return None
+    with dtype_of(other.base):
+        return generate_padded(other)
 
 
 # ---- heads
@@ -834,6 +853,8 @@ def run(arch: Architecture, wanted: Callable[[str], bool] = lambda name: True) -
     torch.set_default_dtype(torch.float64)  # some models make tensors of their own
     found: dict[str, Cell] = {}
     with _quiet(), torch.no_grad():
+        if "lacks" in arch.overrides:
+            return {"base": Cell("lacks", arch.overrides["lacks"])}
         subject = Subject(arch)
         try:
             main_outputs(subject.call(subject.base, subject.ids))

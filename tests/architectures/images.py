@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .sizes import IMAGE
 
 START, END = 93, 94  # of an image, where there are such tokens
-COUNTS = (4, 1, 5, 16, 2, 9, 8, 6, 3, 20)
+COUNTS = (4, 1, 5, 16, 2, 9, 8, 6, 3, 10, 20)
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,27 @@ def _ways(vision: Any, names: set[str], seed: int) -> Iterator[dict[str, Callabl
                 "pixel_values": _repeated(noise(16, channels * times * patch**2, seed=seed)),
                 "image_grid_thw": _repeated(torch.tensor([[1, 4, 4]])),
             }
+    if "image_position_ids" in names:
+        places = torch.stack(torch.meshgrid(torch.arange(4), torch.arange(4), indexing="ij"), -1).reshape(1, 16, 2)
+        pixels = noise(1, 16, channels * patch**2, seed=seed)
+        yield {"pixel_values": _repeated(pixels), "image_position_ids": _repeated(places)}
+    if "spatial_shapes" in names:
+        yield {
+            "pixel_values": _repeated(noise(1, 16, channels * patch**2, seed=seed)),
+            "pixel_attention_mask": _repeated(torch.ones(1, 16, dtype=torch.long)),
+            "spatial_shapes": _repeated(torch.tensor([[4, 4]])),
+        }
+    if "aspect_ratio_ids" in names:
+        tiles = getattr(vision, "max_num_tiles", 4)
+        yield {
+            "pixel_values": _repeated(noise(1, 1, tiles, channels, size, size, seed=seed)),
+            "aspect_ratio_ids": _repeated(torch.ones(1, 1, dtype=torch.long)),
+            "aspect_ratio_mask": _repeated(torch.ones(1, 1, tiles, dtype=torch.long)),
+            "cross_attention_mask": lambda ids: torch.ones(*ids.shape, 1, tiles, dtype=torch.long),
+        }
     for side in dict.fromkeys((size, 2 * patch, 4 * patch)):
         square = _repeated(noise(1, channels, side, side, seed=seed))
+        yield {"pixel_values": square}
         sizes = {"image_sizes": _repeated(torch.tensor([[side, side]]))} if "image_sizes" in names else {}
         several = _repeated(noise(1, 1, channels, side, side, seed=seed))
         yield {"pixel_values": square, **sizes}

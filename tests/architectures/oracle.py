@@ -103,7 +103,7 @@ class Oracle:
             if other.weight.shape[0] == words and path != table:
                 _set_rows(other, _with_pads(other.weight, one.length))
         for part in model.modules():  # such as the experts of each word
-            for name, value in [*part._parameters.items(), *part._buffers.items()]:
+            for value in [*part._parameters.values(), *part._buffers.values()]:
                 if value is not None and not value.is_floating_point() and value.ndim and len(value) == words:
                     value.data = _with_pads(value.data, one.length)
         return one

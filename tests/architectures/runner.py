@@ -109,8 +109,8 @@ def main(arguments: list[str] | None = None) -> int:
     ]
     left = [a for a in chosen if given.again or a.name not in done]
     print(
-        f"{len(chosen)} architectures of transformers {transformers.__version__}, {len(left)} to run, with the package "
-        f"from {Path(peft_input_tuning.__file__).parent}",
+        f"{len(left)} of {len(chosen)} architectures of transformers {transformers.__version__} to run, with the "
+        f"package from {Path(peft_input_tuning.__file__).parent}",
         flush=True,
     )
     started = time.monotonic()
