@@ -61,7 +61,7 @@ test-engines: $(ENGINES)  ## build llama.cpp and run exported models in it and i
 	LLAMA_CPP_CONVERTER=$(CONVERTER) $(VENV)-engines/bin/python -m pytest -m engines tests/test_engines.py
 
 # Goes on where a run before it ended; remove the file for a new one.
-test-architectures: $(DEV)  ## try every text architecture of transformers and write docs/architectures.md
+test-architectures: $(DEV)  ## try every text architecture of transformers and write the page of them
 	$(VENV)/bin/python -m tests.architectures --jobs $(WORKERS) --out outputs/architectures.jsonl $(ARCHITECTURES)
 	$(VENV)/bin/python -m tests.architectures.report outputs/architectures.jsonl
 

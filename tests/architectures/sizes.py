@@ -34,6 +34,7 @@ RULES: list[tuple[str, Any]] = [
     (r"moe_intermediate_size|shared_expert_intermediate_size|moe_.*intermediate.*", 24),
     (r".*intermediate_size|.*ffn_dim|d_ff|ffn_hidden_size|n_inner|mlp_dim|d_inner|ffn_size|.*_mlp_dim", 48),
     (r"hidden_size_per_layer_input", 8),
+    ("hidden_size_global", 32),
     ("linear_(key|value)_head_dim|linear_head_dim", 8),
     ("mamba_n_heads", 8),
     ("rotary_dim", 4),
@@ -150,6 +151,7 @@ _QWEN4 = {
     "hc_lowrank": 8,
     "eos_token_id": EOS,
 }
+_SOUND = {"num_filters": 4, "downsampling_ratios": [2, 2], "depths": [1, 1, 1]}
 _ASSISTANT = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
 _ASSISTANT |= {"num_attention_heads": 4, "num_key_value_heads": 2, "global_head_dim": 8, "sliding_window": 8}
 _ASSISTANT |= {"hidden_size_per_layer_input": 0, "layer_types": ["sliding_attention", "full_attention"]}
@@ -262,7 +264,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "num_hashes": 1,
     },
     "step3p7": {"text_config.sliding_window": 8},
-    "xlstm": {"hidden_size": 64, "embedding_dim": 64},
+    "xlstm": {"hidden_size": 64, "embedding_dim": 64, "qk_dim_factor": 1.0},
     "xmod": {"default_language": "en_XX"},
     "zamba": {
         "num_hidden_layers": 6,
@@ -287,7 +289,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "backbone_hidden_size": 32,
         "lacks": _DRAFTS,
     },
-    "granite4_vision": {"deepstack_layer_map": [[0, 0]], "vision_config.hidden_size": 64},
+    "granite4_vision": {"deepstack_layer_map": [[0, 0]], "vision_config.hidden_size": 64, "downsample_rate": "1/2"},
     "hunyuan_vl": {
         "text_config.rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 1, 1]}
     },
@@ -318,7 +320,12 @@ OVERRIDES: dict[str, dict[str, Any]] = {
             "image_attention_mask": lambda ids: torch.ones(*ids.shape, 1, dtype=torch.long),
         }
     },
-    "vibevoice_asr": {"acoustic_tokenizer_chunk_size": 3200},
+    "vibevoice_asr": {
+        f"{part}_tokenizer_encoder_config.{name}": value
+        for part in ("acoustic", "semantic")
+        for name, value in _SOUND.items()
+    }
+    | {"acoustic_tokenizer_chunk_size": 16},
     "nemo_speechlm": {"encoder_config.chunk_length": 100},
     "MusicgenForCausalLM": {"num_codebooks": 1},
     "MusicgenMelodyForCausalLM": {"num_codebooks": 1},
@@ -337,4 +344,21 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "audio_config.adapter_out_dim": 32,
     },
     "gemma3": {"vision_config.image_size": 28},
+    "mllama": {
+        "vision_config.intermediate_layers_indices": [0],
+        "vision_config.num_global_layers": 1,
+        "vision_config.max_num_tiles": 2,
+        "vision_config.vision_output_dim": 64,
+    },
+    "apertus1p5": {"audio_config.codebook_dim": 32},
+    "florence2": {
+        "vision_config.depths": [1, 1],
+        "vision_config.embed_dim": [16, 32],
+        "vision_config.num_heads": [2, 2],
+        "vision_config.num_groups": [2, 2],
+        "vision_config.patch_size": [7, 3],
+        "vision_config.patch_stride": [4, 2],
+        "vision_config.patch_padding": [3, 1],
+        "vision_config.patch_prenorm": [False, True],
+    },
 }
