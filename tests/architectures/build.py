@@ -19,7 +19,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
-from .sizes import OVERRIDES, SETTINGS, SIGLIP, by_rule
+from .sizes import BOS, OVERRIDES, SETTINGS, SIGLIP, by_rule
 
 # The first mapping that has a class says what it is.
 MAPPINGS = {
@@ -33,6 +33,7 @@ HEADS = {
     "token classification": "TOKEN_CLASSIFICATION",
     "question answering": "QUESTION_ANSWERING",
 }
+MOST_LAYERS = 6
 _BASE_FIELDS = {field.name for field in dataclasses.fields(PreTrainedConfig)} - {"tie_word_embeddings"}
 
 
@@ -154,10 +155,13 @@ def _one_layer_of_each_kind(names: list[str], default: PreTrainedConfig) -> dict
         for name in names
         if isinstance(value := _value(default, name), (list, tuple)) and depth and len(value) == depth > 2
     }
-    distinct = [tuple(kinds) for kinds in zip(*lists.values(), strict=True)] if lists else []
-    kept = list(dict.fromkeys(distinct)) or [()]
-    kept = (kept * 2)[: max(2, len(kept))]
-    return {counts[0]: len(kept), **{name: [kinds[i] for kinds in kept] for i, name in enumerate(lists)}}
+    kinds = [value for value in lists.values() if all(isinstance(kind, str) for kind in value)]
+    first: dict[tuple, int] = {}
+    for i, kind in enumerate(zip(*kinds, strict=True)):
+        first.setdefault(kind, i)
+    kept = (list(first.values()) or [0, 1])[:MOST_LAYERS]
+    kept = kept * 2 if len(kept) == 1 else kept
+    return {counts[0]: len(kept), **{name: [value[i] for i in kept] for name, value in lists.items()}}
 
 
 # ---- weights --------------------------------------------------------------------------------------------------------
@@ -200,6 +204,8 @@ def build(arch: Architecture, head: str | None = None) -> PreTrainedModel | None
             return None
         name = names[0]
         config.num_labels = 2 if head == "question answering" else 3
+    if getattr(config, "is_encoder_decoder", False) and getattr(config, "decoder_start_token_id", None) is None:
+        config.decoder_start_token_id = BOS
     torch.manual_seed(0)
     model = getattr(transformers, name)(config)
     enlarge(model)

@@ -95,7 +95,7 @@ def _by_hand(s: Subject, ids: Tensor, mask: Tensor | None) -> Cell:
     def wanted() -> list[Tensor]:
         o = s.oracle()
         (out,) = by_hand(s, o.model, *o.widen(ids, mask), first + o.length)
-        return s.of_tokens(s.cut([out], o), mask)
+        return s.of_tokens(s.cut([out], o, ids.shape[1] + o.length), mask)
 
     return judge(
         lambda: s.of_tokens(by_hand(s, s.model, ids, mask, first), mask),
@@ -120,6 +120,7 @@ def generated(s: Subject, model: nn.Module, ids: Tensor, mask: Tensor | None = N
     if mask is not None:
         settings["attention_mask"] = mask
     settings = {**s.more(ids, decoded=False), **settings}
+    torch.manual_seed(0)
     out = model.generate(
         input_ids=ids,
         max_new_tokens=NEW_TOKENS,

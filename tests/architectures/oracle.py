@@ -142,6 +142,8 @@ class Oracle:
             ids, *rest = (*args, kwargs.get("input_ids"))
             mask = rest[0] if args and rest[:-1] else kwargs.get("attention_mask")
             more = {k: v for k, v in kwargs.items() if k not in ("input_ids", "attention_mask")}
+            if isinstance(types := more.get("token_type_ids"), Tensor):
+                more["token_type_ids"] = torch.cat([types[:, :1].expand(-1, self.length), types], 1)
             ids, mask = self.widen(ids, mask)
             return (ids, *([mask] if args[1:] else []), *args[2:]), more | (
                 {} if args[1:] else {"attention_mask": mask}

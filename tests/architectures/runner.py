@@ -6,6 +6,7 @@ import argparse
 import json
 import multiprocessing
 import re
+import resource
 import sys
 import time
 from collections import Counter
@@ -26,11 +27,13 @@ from .cells import CELLS, run
 
 STATUSES = ("exact", "lacks", "refused", "failure")
 LIMIT = 120  # seconds
+MEMORY = 16 << 30  # bytes of address space; a model that is not tiny fails by itself
 
 
 def _trial(arch: Architecture, pattern: str, answer: Connection) -> None:
     """What the process of one architecture does."""
     torch.set_num_threads(1)
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     cells = run(arch, lambda name: re.search(pattern, name) is not None)
     answer.send({name: {k: v for k, v in asdict(c).items() if v not in ("", None)} for name, c in cells.items()})
 

@@ -249,7 +249,12 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "qwen2_vl": {"text_config.rope_parameters": _MROPE},
     "qwen2_5_vl": {"text_config.rope_parameters": _MROPE},
-    "qwen2_5_omni_thinker": {"text_config.rope_parameters": _MROPE},
+    "qwen2_5_omni_thinker": {
+        "text_config.rope_parameters": _MROPE,
+        "vision_start_token_id": 93,
+        "vision_end_token_id": 94,
+        "audio_start_token_id": 95,
+    },
     "paddleocr_vl": {"text_config.rope_parameters": _MROPE},
     "ernie4_5_vl_moe": {"text_config.rope_parameters": {**_MROPE, "mrope_section": [1, 1, 2]}},
     "recurrent_gemma": {"num_hidden_layers": 3, "attention_window_size": 8, "lru_width": 32},
@@ -326,7 +331,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         for name, value in _SOUND.items()
     }
     | {"acoustic_tokenizer_chunk_size": 16},
-    "nemo_speechlm": {"encoder_config.chunk_length": 100},
+    "nemo_speechlm": {f"text_config.{key}": value for key, value in _NEMOTRON_H.items()},
     "MusicgenForCausalLM": {"num_codebooks": 1},
     "MusicgenMelodyForCausalLM": {"num_codebooks": 1},
     "llama4": {"lacks": "in transformers 5.24.0 its forward reads `image_outputs` of a class that has none"},
@@ -360,5 +365,13 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "vision_config.patch_stride": [4, 2],
         "vision_config.patch_padding": [3, 1],
         "vision_config.patch_prenorm": [False, True],
+    },
+    "qwen3_omni_moe_thinker": {"vision_start_token_id": 93, "vision_end_token_id": 94, "audio_start_token_id": 95},
+    "dory": {
+        "num_hidden_layers": 3,
+        "n_input_layers": 1,
+        "n_recurrent_layers": 1,
+        "n_output_layers": 1,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
     },
 }

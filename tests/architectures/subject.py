@@ -88,10 +88,11 @@ class Subject:
         try:
             with torch.no_grad():
                 out = main_outputs(self.call(model, ids, mask))
+                if self.is_generator:
+                    model.generate(input_ids=ids, max_new_tokens=2, **self.more(ids, decoded=False))
         except Exception:
             return False
-        same = all(x.shape[:2] == mask.shape for x in out) or self.head is not None or self.is_seq2seq
-        return same and all(bool(x.isfinite().all()) for x in self.of_tokens(out, mask))
+        return not any(bool(x.isnan().any()) for x in self.of_tokens(out, mask))
 
     @cached_property
     def with_image(self) -> Subject | None:
@@ -162,6 +163,7 @@ class Subject:
         return found
 
     def call(self, model: nn.Module, ids: Tensor, mask: Tensor | None = None, **more: Any) -> Any:
+        torch.manual_seed(0)  # some draw
         given = {"input_ids": ids, **self.more(ids, "decoder_input_ids" not in more), **more}
         if mask is not None:
             given["attention_mask"] = mask
@@ -275,11 +277,11 @@ class Subject:
         ]
         return list(dict.fromkeys([*self.tables[1:], *sized]))
 
-    def cut(self, out: list[Tensor], oracle: Oracle, places: bool = True) -> list[Tensor]:
-        """The oracle's outputs without the prompt's places."""
+    def cut(self, out: list[Tensor], oracle: Oracle, length: int) -> list[Tensor]:
+        """The outputs of an oracle for rows of `length` places with the prompt, without the prompt's places."""
         if self.is_seq2seq or not oracle.length or self.head == "sequence classification":
             return out
-        return [x[:, oracle.length :] for x in out]
+        return [x[:, oracle.length :] if x.shape[1] == length else x for x in out]
 
     def wanted(self, oracle: Oracle, ids: Tensor, mask: Tensor | None = None, **more: Any) -> list[Tensor]:
         """What the oracle gives for a batch, aligned with it."""
@@ -288,13 +290,14 @@ class Subject:
             inside = oracle.widening() if has_decoder else oracle.around(oracle.model.base_model)
             with inside:
                 return main_outputs(self.call(oracle.model, ids, mask, **more))
-        return self.cut(main_outputs(self.call(oracle.model, *oracle.widen(ids, mask), **more)), oracle)
+        out = main_outputs(self.call(oracle.model, *oracle.widen(ids, mask), **more))
+        return self.cut(out, oracle, ids.shape[1] + oracle.length)
 
     def of_tokens(self, out: list[Tensor], mask: Tensor | None) -> list[Tensor]:
         """What is not at a pad."""
         if mask is None or self.is_seq2seq or self.head == "sequence classification":
             return out
-        return [x[mask.bool()] for x in out]
+        return [x[mask.bool()] if x.shape[:2] == mask.shape else x for x in out]
 
 
 class _Holder(nn.Module):
