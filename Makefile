@@ -62,8 +62,7 @@ test-engines: $(ENGINES)  ## build llama.cpp and run exported models in it and i
 
 # Goes on where a run before it ended; remove the file for a new one.
 test-architectures: $(DEV)  ## try every text architecture of transformers and write the page of them
-	$(VENV)/bin/python -m tests.architectures --jobs $(WORKERS) --out outputs/architectures.jsonl $(ARCHITECTURES)
-	$(VENV)/bin/python -m tests.architectures.report outputs/architectures.jsonl
+	$(VENV)/bin/python -m tests.architectures --jobs $(WORKERS) --out outputs/architectures.jsonl --page $(ARCHITECTURES)
 
 check: $(DEV)  ## lint, formatting and types
 	$(VENV)/bin/ruff check .

@@ -1,6 +1,6 @@
 """Tries input-tuning on every text architecture of transformers.
 
-    python -m tests.architectures [--only REGEX] [--cells REGEX] [--jobs N] [--out FILE.jsonl] [--again]
+    python -m tests.architectures [--only REGEX] [--cells REGEX] [--jobs N] [--out FILE.jsonl] [--page] [--again]
 
 Each architecture runs in a process of its own with a time limit. Results go into a file, a line each; a later call
 goes on where that file ends. The package comes from PYTHONPATH if that is set, and not from the folder that this runs

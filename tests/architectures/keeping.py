@@ -57,6 +57,9 @@ def training_step(s: Subject) -> Cell:
         loss.backward()
         grads = {kind: p.grad for key, p in model.named_parameters() for kind in ("prompt", "fc1", "fc2")
                  if key.endswith(f"input_tuning_{kind}.default.weight")}  # fmt: skip
+        unreached = [kind for kind, grad in grads.items() if grad is None]
+        if unreached:
+            raise AssertionError(f"no gradient reaches {', '.join(unreached)}")
         return [loss.detach()[None], *(grads[kind] for kind in s.oracle().weights)]
 
     def base() -> list[Tensor]:
@@ -99,11 +102,15 @@ def base_unchanged(s: Subject) -> Cell:
         with model.disable_adapter():
             disabled = main_outputs(s.call(model, s.ids))
         plain = model.unload()
-        return [*disabled, *main_outputs(s.call(plain, s.ids)), *_state(plain)]
+        after = main_outputs(s.call(plain, s.ids))
+        changed = sorted(f"{key}: {value}" for key, value in _plain(plain).items() ^ _plain(s.base).items())
+        if changed:
+            raise AssertionError(f"after unloading there differ {'; '.join(changed[:4])}")
+        return [*disabled, *after, *plain.state_dict().values()]
 
     def wanted() -> list[Tensor]:
         out = main_outputs(s.call(s.base, s.ids))
-        return [*out, *out, *_state(s.base)]
+        return [*out, *out, *s.base.state_dict().values()]
 
     found = judge(ours, wanted, wanted)
     if found.status == "exact" and found.gap:
@@ -111,12 +118,15 @@ def base_unchanged(s: Subject) -> Cell:
     return found
 
 
-def _state(model: nn.Module) -> list[Tensor]:
-    """Weights and buffers, and a number that stands for their names and the classes of modules."""
-    state = model.state_dict()
-    names = [*state, *(f"{path} {type(module)}" for path, module in model.named_modules())]
-    number = sum(sum(name.encode()) for name in names)
-    return [torch.tensor([float(number)]), *(value.float().flatten() for value in state.values())]
+def _plain(model: nn.Module) -> dict[str, str]:
+    """The classes of all modules, their attributes that are no tensors, and the names of weights, as text."""
+    found = dict.fromkeys(model.state_dict(), "")
+    for path, module in model.named_modules():
+        found[path] = str(type(module))
+        for name, value in vars(module).items():
+            if isinstance(value, (bool, int, float, str, type(None))):
+                found[f"{path}.{name}"] = repr(value)
+    return found
 
 
 @cell("adapter alone")

@@ -11,9 +11,11 @@ Heads that share their weight with the table keep the old one.
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 import torch
@@ -198,6 +200,29 @@ def scale_of(module: nn.Module, out: Tensor) -> float | None:
 def _with_pads(rows: Tensor, count: int) -> Tensor:
     """Adds words that are to a table what padding is."""
     return torch.cat([rows, rows[PAD : PAD + 1].expand(count, *rows.shape[1:])])
+
+
+def hide_new_words(model: nn.Module, words: int, names: tuple[str, ...]) -> None:
+    """Lets parts of a model, and functions of its file, see padding in place of ids from `words` on.
+
+    The functions are wrapped for good; without an oracle there are no such ids.
+    """
+
+    def hidden(value: Any) -> Any:
+        is_ids = isinstance(value, Tensor) and not value.is_floating_point() and value.dtype != torch.bool
+        return torch.where(value >= words, PAD, value) if is_ids else value
+
+    def hide(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        return tuple(map(hidden, args)), {name: hidden(value) for name, value in kwargs.items()}
+
+    file = sys.modules[type(model).__module__]
+    for path, part in model.named_modules():
+        if path.rpartition(".")[2] in names:
+            part.register_forward_pre_hook(hide, with_kwargs=True)
+    for name in names:
+        function = getattr(file, name, None)
+        if function is not None and not hasattr(function, "__wrapped__"):
+            setattr(file, name, wraps(function)(lambda ids, *rest, f=function, **more: f(hidden(ids), *rest, **more)))
 
 
 def _set_rows(module: nn.Module, rows: Tensor) -> None:

@@ -1,14 +1,16 @@
-"""Writes docs/architectures.md from a file of results: `python -m tests.architectures.report FILE.jsonl`."""
+"""What the results of a run come to: counts and lists for the terminal, a page of documentation."""
 
 from __future__ import annotations
 
-import sys
+import json
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .runner import records, worst
+from .registry import CELLS
 
+STATUSES = ("exact", "lacks", "refused", "failure")
 PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"
 WORDS = {
     "exact": "exact in every cell that the base has",
@@ -58,13 +60,36 @@ def _short(note: str) -> str:
     return note.rpartition(" (")[0].replace("|", "\\|") if note.endswith(")") else note
 
 
-def main() -> None:
-    import torch
-    import transformers
+def records(path: Path) -> dict[str, dict[str, Any]]:
+    """What a file holds, by the names of architectures; later lines count."""
+    if not path.exists():
+        return {}
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return {record["name"]: record for record in lines}
 
-    versions = f"transformers {transformers.__version__}, torch {torch.__version__.partition('+')[0]}"
-    PAGE.write_text(page(records(Path(sys.argv[1])), versions), encoding="utf-8")
+
+def worst(record: dict[str, Any]) -> str:
+    """What an architecture comes to: the worst of its cells, where what the base lacks does not count."""
+    found = {cell["status"] for cell in record["cells"].values()}
+    return next((status for status in ("failure", "refused", "exact") if status in found), "lacks")
 
 
-if __name__ == "__main__":
-    main()
+def summary(found: dict[str, dict[str, Any]]) -> Iterator[str]:
+    """Counts by cell, and the failures."""
+    yield f"{'cell':32}" + "".join(f"{status:>9}" for status in STATUSES)
+    for name in ["base", *CELLS]:
+        counts = Counter(r["cells"][name]["status"] for r in found.values() if name in r["cells"])
+        if counts:
+            yield f"{name:32}" + "".join(f"{counts[status]:>9}" for status in STATUSES)
+    counts = Counter(map(worst, found.values()))
+    yield f"{'architectures':32}" + "".join(f"{counts[status]:>9}" for status in STATUSES) + f"   of {len(found)}"
+    for status in ("refused", "failure"):
+        yield f"\n{status}:"
+        for record in found.values():
+            said: dict[str, list[str]] = {}
+            for name, cell in record["cells"].items():
+                if cell["status"] == status:
+                    gap = f" (gap {cell['gap']:.1e})" if "gap" in cell else ""
+                    said.setdefault(cell.get("note", "") if gap == "" else "wrong value", []).append(name + gap)
+            for note, names in said.items():
+                yield f"  {record['name']}: {', '.join(names)}: {note}"

@@ -10,7 +10,6 @@ import resource
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict
 from multiprocessing.connection import Connection
@@ -23,9 +22,9 @@ import transformers
 import peft_input_tuning
 
 from .build import Architecture, architectures
-from .cells import CELLS, run
+from .cells import run
+from .report import PAGE, STATUSES, page, records, summary, worst
 
-STATUSES = ("exact", "lacks", "refused", "failure")
 LIMIT = 120  # seconds
 MEMORY = 16 << 30  # bytes of address space; a model that is not tiny fails by itself
 
@@ -61,52 +60,20 @@ def trial(arch: Architecture, pattern: str, limit: float) -> dict[str, Any]:
     return {"name": arch.name, "type": arch.model_type, "mapping": arch.mapping, "seconds": seconds, "cells": cells}
 
 
-def records(path: Path) -> dict[str, dict[str, Any]]:
-    """What a file holds, by the names of architectures; later lines count."""
-    if not path.exists():
-        return {}
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    return {record["name"]: record for record in lines}
-
-
-def worst(record: dict[str, Any]) -> str:
-    """What an architecture comes to: the worst of its cells, where what the base lacks does not count."""
-    found = {cell["status"] for cell in record["cells"].values()}
-    return next((status for status in ("failure", "refused", "exact") if status in found), "lacks")
-
-
-def summary(found: dict[str, dict[str, Any]]) -> Iterator[str]:
-    """Counts by cell, and the failures."""
-    yield f"{'cell':32}" + "".join(f"{status:>9}" for status in STATUSES)
-    for name in ["base", *CELLS]:
-        counts = Counter(r["cells"][name]["status"] for r in found.values() if name in r["cells"])
-        if counts:
-            yield f"{name:32}" + "".join(f"{counts[status]:>9}" for status in STATUSES)
-    counts = Counter(map(worst, found.values()))
-    yield f"{'architectures':32}" + "".join(f"{counts[status]:>9}" for status in STATUSES) + f"   of {len(found)}"
-    for status in ("refused", "failure"):
-        yield f"\n{status}:"
-        for record in found.values():
-            said: dict[str, list[str]] = {}
-            for name, cell in record["cells"].items():
-                if cell["status"] == status:
-                    gap = f" (gap {cell['gap']:.1e})" if "gap" in cell else ""
-                    said.setdefault(cell.get("note", "") if gap == "" else "wrong value", []).append(name + gap)
-            for note, names in said.items():
-                yield f"  {record['name']}: {', '.join(names)}: {note}"
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.architectures", description=__doc__)
     parser.add_argument("--only", default="", help="architectures whose class or model type matches")
     parser.add_argument("--cells", default="", help="cells whose name matches")
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
     parser.add_argument("--out", type=Path, help="file for the results, a line an architecture")
+    parser.add_argument("--page", action="store_true", help=f"write docs/{PAGE.name} from all that is in that file")
     parser.add_argument("--again", action="store_true", help="also run what is in that file already")
     parser.add_argument("--limit", type=float, default=LIMIT, help="seconds for an architecture")
     given = parser.parse_args(arguments)
 
     done = records(given.out) if given.out else {}
+    if given.out:
+        given.out.parent.mkdir(parents=True, exist_ok=True)
     chosen = [
         a for a in architectures().values() if re.search(given.only, a.name) or re.search(given.only, a.model_type)
     ]
@@ -130,6 +97,9 @@ def main(arguments: list[str] | None = None) -> int:
                     file.write(json.dumps(record) + "\n")
     found = {arch.name: done[arch.name] for arch in chosen}
     print("\n".join(["", *summary(found), "", f"{time.monotonic() - started:.0f} s"]))
+    if given.page:
+        versions = f"transformers {transformers.__version__}, torch {torch.__version__.partition('+')[0]}"
+        PAGE.write_text(page(done, versions), encoding="utf-8")
     return int(any(worst(record) == "failure" for record in found.values()))
 
 

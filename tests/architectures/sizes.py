@@ -90,9 +90,11 @@ def by_rule(name: str, value: Any) -> Any:
 #   "prefix": ids in front of each row
 #   "vision": "siglip" for a vision model in place of one that needs another library
 #   "lacks": why no text can be put into it
+#   "hidden": modules and functions that see ids too, and are to take the prompt's for padding
+#   "blind": images are left out; they go through the word table, of which the oracle has another
 #   "attention": the attention's implementation
 #   "table": the path of the word table, where what is looked up are not the ids as they are
-SETTINGS = ("inputs", "prefix", "attention", "table", "vision", "lacks")
+SETTINGS = ("inputs", "prefix", "attention", "table", "vision", "lacks", "hidden", "blind")
 _MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
 _HALF_MROPE = {**_MROPE, "partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]}  # with heads of 16
 SIGLIP = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
@@ -151,6 +153,8 @@ _QWEN4 = {
     "hc_lowrank": 8,
     "eos_token_id": EOS,
 }
+_DOTS3 = {"swa_num_attention_heads": 4, "swa_num_key_value_heads": 4, "swa_q_lora_rank": 16, "swa_kv_lora_rank": 16}
+_DOTS3 |= {"swa_head_dim": 16, "swa_qk_nope_head_dim": 8, "swa_v_head_dim": 8}
 _SOUND = {"num_filters": 4, "downsampling_ratios": [2, 2], "depths": [1, 1, 1]}
 _ASSISTANT = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
 _ASSISTANT |= {"num_attention_heads": 4, "num_key_value_heads": 2, "global_head_dim": 8, "sliding_window": 8}
@@ -169,6 +173,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "inputs": {"pixel_values": _pixels()},
     },
     "blt": {
+        "table": "model.local_encoder.embed_tokens",
+        "hidden": ("byte_group_hash_function",),
         "inputs": {"use_cache": lambda ids: False},
         "encoder_hash_byte_group_vocab": 50,
         "encoder_hash_byte_group_size": [3, 4],
@@ -280,8 +286,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "attention_head_dim": 16,
     },
     "nemotron_h_omni": {f"text_config.{key}": value for key, value in _NEMOTRON_H.items()},
-    "qwen4_exp_text": _QWEN4,
-    "qwen4_exp": {f"text_config.{key}": value for key, value in _QWEN4.items()},
+    "qwen4_exp_text": {**_QWEN4, "hidden": ("ple_embedding",)},
+    "qwen4_exp": {**{f"text_config.{key}": value for key, value in _QWEN4.items()}, "hidden": ("ple_embedding",)},
     "dbrx": {"attn_config.rope_theta": 1e4, "attn_config.kv_n_heads": 2, "attn_config.clip_qkv": 8.0},
     "deepseek_ocr2": {
         "text_config.mlp_layer_types": ["dense", "sparse"],
@@ -347,15 +353,24 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "vision_config.adapter_out_dim": 32,
         "audio_config.adapter_input_size": 32,
         "audio_config.adapter_out_dim": 32,
+        **{f"text_config.{key}": value for key, value in _DOTS3.items()},
     },
+    "dots3_note_text": _DOTS3,
     "gemma3": {"vision_config.image_size": 28},
     "mllama": {
         "vision_config.intermediate_layers_indices": [0],
         "vision_config.num_global_layers": 1,
-        "vision_config.max_num_tiles": 2,
+        "text_config.num_hidden_layers": 3,
+        "text_config.cross_attention_layers": [1],
         "vision_config.vision_output_dim": 64,
     },
-    "apertus1p5": {"audio_config.codebook_dim": 32},
+    "apertus1p5": {
+        "audio_config.codebook_dim": 32,
+        "image_token_offset": 60,
+        "audio_token_offset": 68,
+        "vision_config.codebook_size": 8,
+        "audio_config.codebook_size": 8,
+    },
     "florence2": {
         "vision_config.depths": [1, 1],
         "vision_config.embed_dim": [16, 32],
@@ -373,5 +388,11 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "n_recurrent_layers": 1,
         "n_output_layers": 1,
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+    "ovis2": {"blind": True},
+    "muse_spark": {
+        "audio_config.hidden_sizes": [8, 16],
+        "audio_config.depths": [1, 1],
+        "audio_config.patch_sizes": [16, 6],
     },
 }

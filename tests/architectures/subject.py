@@ -18,7 +18,7 @@ from peft_input_tuning import InputTuningConfig
 
 from .build import Architecture, build
 from .images import Image, find_image
-from .oracle import Oracle, Weights, tables
+from .oracle import Oracle, Weights, hide_new_words, tables
 from .sizes import EOS, PAD, WORDS
 
 PROMPTS = {"default": 4, "same": 4, "longer": 6}  # adapters and their numbers of virtual tokens
@@ -72,6 +72,7 @@ class Subject:
     @cached_property
     def base(self) -> nn.Module | None:
         """In float64; in float32 if it cannot compute in that, or has no way to mask whole rows in it."""
+        torch.set_default_dtype(torch.float64)
         found = build(self.arch, self.head)
         if found is None or self._computes(found):
             return found
@@ -97,7 +98,7 @@ class Subject:
     @cached_property
     def with_image(self) -> Subject | None:
         """The same with an image in each row; None for models that see none, or need one always."""
-        if self.arch.mapping != "image" or "inputs" in self.arch.overrides:
+        if self.arch.mapping != "image" or {"inputs", "blind"} & set(self.arch.overrides):
             return None
 
         def of(image: Image, base: nn.Module) -> Subject:
@@ -188,12 +189,12 @@ class Subject:
 
     def weights(self, model: nn.Module, name: str) -> Weights:
         """Gives an adapter weights of the size of the embeddings, and returns them."""
-        generator = torch.Generator().manual_seed(sum(map(ord, name)))
         size, found = self.size_of_embeddings, {}
         for key, parameter in model.named_parameters():
             kind = next((k for k in ("prompt", "fc1", "fc2") if key.endswith(f"input_tuning_{k}.{name}.weight")), None)
             if kind is None:
                 continue
+            generator = torch.Generator().manual_seed(sum(map(ord, f"{name} {kind}")))
             values = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
             if kind == "prompt":
                 values = values * size
@@ -203,6 +204,8 @@ class Subject:
                 values = values * 0.7 * size / math.sqrt(parameter.shape[1])
             parameter.data.copy_(values)
             found[kind] = values.to(torch.get_default_dtype())
+        if not found:
+            raise ValueError(f"the model has no parameters of an adapter {name!r}")
         return found
 
     def config(self, length: int) -> InputTuningConfig:
@@ -264,7 +267,9 @@ class Subject:
             weights = self.weights(holder, "default" if name == "alone" else name)
             if name == "__base__":
                 weights = {kind: torch.zeros_like(value) for kind, value in weights.items()}
-            self._oracles[name] = Oracle.of(self.base, self.tables[0], self._other_tables, weights)
+            one = Oracle.of(self.base, self.tables[0], self._other_tables, weights)
+            hide_new_words(one.model, len(one.base_rows), self.arch.overrides.get("hidden", ()))
+            self._oracles[name] = one
         return self._oracles[name]
 
     @cached_property
