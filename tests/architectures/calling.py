@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .judging import Cell, judge
 from .oracle import Oracle
 from .registry import cell
-from .subject import Subject, main_outputs, padded
+from .subject import Subject, forget, main_outputs, padded
 
 NEW_TOKENS = 5
 CACHES = ("cache", "past_key_values", "cache_params", "state", "past_buckets_states", "mems")
@@ -63,6 +63,7 @@ def right_padding(s: Subject) -> Cell:
 
 def by_hand(s: Subject, model: nn.Module, ids: Tensor, mask: Tensor | None, first: int) -> list[Tensor]:
     """Outputs of a first call and two more on its cache: logits of all new places, `(batch, length, ...)`."""
+    forget(model)
     found, steps = [], [slice(0, first), slice(first, first + 1), slice(first + 1, None)]
     whole, given = ids, s.more(ids, decoded=False)
     if s.is_seq2seq:
@@ -120,6 +121,7 @@ def generated(s: Subject, model: nn.Module, ids: Tensor, mask: Tensor | None = N
     if mask is not None:
         settings["attention_mask"] = mask
     settings = {**s.more(ids, decoded=False), **settings}
+    forget(model)
     torch.manual_seed(0)
     out = model.generate(
         input_ids=ids,

@@ -13,6 +13,7 @@ from .build import HEADS
 from .calling import forward_against, generate_padded, greedy, padding
 from .judging import Cell, gap, judge
 from .registry import cell
+from .sizes import WORDS
 from .subject import Subject, dtype_of, main_outputs
 
 
@@ -27,7 +28,7 @@ def _loss(s: Subject, model: nn.Module, ids: Tensor, pads: int) -> Tensor:
         labels = {"labels": own}
     try:
         out = s.call(model, ids, **labels)
-    except TypeError:
+    except (TypeError, ValueError):  # it takes none, or counts them in its own way
         out = s.call(model, ids)
     main = main_outputs(out)
     if pads:
@@ -65,7 +66,9 @@ def training_step(s: Subject) -> Cell:
     def base() -> list[Tensor]:
         model = copy.deepcopy(s.base).train(mode)
         table = model.get_submodule(s.tables[0]).weight.requires_grad_(True)
-        longer = torch.cat([s.ids[:, : s.oracle().length], s.ids], 1)  # as many places as the oracle's
+        longer = torch.cat(
+            [torch.full((len(s.ids), s.oracle().length), WORDS[0]), s.ids], 1
+        )  # as many places as the oracle's
         main_outputs(s.call(model, longer))[0].double().tanh().square().mean().backward()
         return [table.grad]
 

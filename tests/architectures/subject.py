@@ -42,6 +42,13 @@ def padded(rows: list[Tensor], side: str) -> tuple[Tensor, Tensor]:
     return ids, mask
 
 
+def forget(model: nn.Module) -> None:
+    """Drops what a call on a text with images leaves on the model for the calls that follow on its cache."""
+    for module in model.modules():
+        if hasattr(module, "rope_deltas"):
+            module.rope_deltas = None
+
+
 @contextmanager
 def dtype_of(model: nn.Module) -> Iterator[None]:
     """Meanwhile new tensors have the dtype of a model."""
@@ -164,6 +171,7 @@ class Subject:
         return found
 
     def call(self, model: nn.Module, ids: Tensor, mask: Tensor | None = None, **more: Any) -> Any:
+        forget(model)
         torch.manual_seed(0)  # some draw
         given = {"input_ids": ids, **self.more(ids, "decoder_input_ids" not in more), **more}
         if mask is not None:
