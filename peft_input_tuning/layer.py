@@ -58,8 +58,7 @@ class InputTuningLayer(MergeableTable, MixedRows):
         self.prompt_states: dict[Any, Any] | None = None  # inside virtual_tokens/reuse.py's `reuse_prompts` only
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles keep no prompts' states."""
-        return {**self.__dict__, "prompt_states": None}
+        return {**self.__dict__, "prompt_states": None}  # copies keep none
 
     def get_base_layer(self) -> nn.Module:
         """The table itself, under what other methods put around it; PEFT stops at their `AuxiliaryTrainingWrapper`."""
@@ -201,27 +200,25 @@ class InputTuningLayer(MergeableTable, MixedRows):
         with self.small_places(adapter_name):
             super()._move_adapter_to_device_of_base_layer(adapter_name, device or execution_device(self.base_layer))
 
-    def train(self, mode: bool = True) -> InputTuningLayer:
-        if mode:
-            self.forget_prompt_states()
-        return super().train(mode)
-
-    def _apply(self, function: Any, recurse: bool = True) -> InputTuningLayer:
-        self.forget_prompt_states()  # the model goes to another device or dtype
-        return super()._apply(function, recurse)
-
     def forget_prompt_states(self) -> None:
         if self.prompt_states is not None:
             self.prompt_states.clear()
+
+    def train(self, mode: bool = True) -> InputTuningLayer:
+        self.forget_prompt_states()
+        return super().train(mode)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> InputTuningLayer:
+        self.forget_prompt_states()  # the model goes to another device or dtype
+        return super()._apply(*args, **kwargs)
 
     # ---- forward ------------------------------------------------------------------------------------------------
 
     def forward(self, input_ids: Tensor, *args: Any, is_output: IsOutput | None = None, **kwargs: Any) -> Tensor:
         """`(batch, length)` ids → `(batch, length, embedding_dim)` adapted embeddings.
 
-        A negative id is a virtual token: -1 is the last row of the prompt, -2 the one before it. A call that is
-        shorter than the prompt has none. `is_output` is asked for by adapters with `adapter_scope="input"`
-        (`virtual_tokens/scope.py`).
+        A negative id is a virtual token: -1 is the last row of the prompt, -2 the one before it; a call shorter than
+        the prompt has none. `is_output` is for adapters with `adapter_scope="input"` (`virtual_tokens/scope.py`).
         """
         if self.merged and self.disable_adapters:
             self.unmerge()  # as PEFT's other methods do
@@ -242,10 +239,8 @@ class InputTuningLayer(MergeableTable, MixedRows):
         return embeddings if name is None else self.adapt_in_scope(embeddings, name, is_output)
 
     def _virtual_tokens(self, ids: Tensor, slots: int) -> Tensor:
-        """The rows of the prompts that negative ids name, `(batch, length, embedding_dim)`; anything for other ids.
-
-        A negative id below the prompt is an error of the lookup, as an id that the vocabulary does not have.
-        """
+        """The rows of the prompts that negative ids name, `(batch, length, embedding_dim)`; anything for other ids. A
+        negative id below the prompt is an error of the lookup, as an id that the vocabulary does not have."""
         places = (ids + slots).clamp(max=slots - 1)
         rows = current_row_adapters(self)
         if rows is None:

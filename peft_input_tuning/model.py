@@ -17,8 +17,6 @@ from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
-from .base_weights import base_embedding, check_can_be_saved, keep_unpacked
-from .call_state import BASE
 from .checkpoint import checked_state_dict, under_as_many_peft_models
 from .config import InputTuningConfig
 from .layer import InputTuningLayer
@@ -31,25 +29,16 @@ from .nesting import (
     plain_model,
     without_trained_modules_inside,
 )
+from .placement import Placement, check_adapter_name, check_modules_to_save, holds_our_layer, place_of
 from .prompt_embeds import INSTEAD_OF_PROMPT_TUNING, OF_PROMPT_TUNING
 from .tested_versions import newer_than_tested
 from .tied_tables import keep_merged_table
-from .virtual_tokens.backbone import (
-    check_has_place,
-    describe_backbone,
-    find_backbone,
-    find_embedding,
-    path_of,
-    refuse_changed_embedding,
-)
+from .virtual_tokens.backbone import path_of
 from .virtual_tokens.cache_check import check_cached_equals_uncached
-from .virtual_tokens.install import check_can_be_installed, install, uninstall
+from .virtual_tokens.install import install, uninstall
 from .virtual_tokens.mixed_batch import mixed_batch
 from .virtual_tokens.scope import tells_input_from_output
-from .virtual_tokens.trial import WhatSeesIds, what_sees_ids
-from .weighted import check_arguments, weighted_adapter
-
-MAX_HIDDEN_RATIO = 64  # an input-adapter wider than this many embeddings is a mistake, not a choice
+from .weighted import add_weighted_adapter
 
 
 class InputTuningModel(BaseTuner):
@@ -65,6 +54,7 @@ class InputTuningModel(BaseTuner):
 
     prefix = "input_tuning_"
     tuner_layer_cls = InputTuningLayer
+    place: Placement
     peft_config: dict[str, PeftConfig]
 
     def __init__(
@@ -101,84 +91,22 @@ class InputTuningModel(BaseTuner):
         super()._check_new_adapter_config(config)
         if not isinstance(config, InputTuningConfig):
             raise ValueError(f"`peft_config` must be an InputTuningConfig, got {type(config).__name__}.")
-        model = plain_model(self.model)
-        self._set_embedding(find_embedding(model))
-        self._backbone_inside = find_backbone(model, self._embedding_inside)
-        embedding = model.get_submodule(self._embedding_inside)
-        if not isinstance(embedding, InputTuningLayer) and _holds_our_layer(embedding):
-            refuse_changed_embedding(model, self._embedding_inside, embedding)
-        known = next((path for path, one in model.named_modules() if isinstance(one, InputTuningLayer)), None)
-        if known is not None:
-            self._set_embedding(known)
+        plain = plain_model(self.model)
+        self.place = place_of(plain, config)
+        self.embedding_path = ".".join(filter(None, (path_of(self.model, plain), self.place.embedding_path)))
         name = next(name for name, one in self.peft_config.items() if one is config)
-        check_trained_modules_inside(self.model, name, embedding)
-        _check_modules_to_save(config, self.model, self.embedding_path)
-        check_can_be_saved(base_embedding(embedding))
-        backbone = None if self._backbone_inside is None else self.backbone
-        max_positions = (
-            getattr(backbone.config.get_text_config(), "max_position_embeddings", None) if backbone else None
-        )
-        _check_sizes(config, base_embedding(embedding).embedding_dim, max_positions)
-        check_has_place(model, self._backbone_inside, self._embedding_inside, config.num_virtual_tokens)
-        keep_unpacked(model)  # before the model is run
-        self._check_runs(config, model, backbone)
-
-    def _check_runs(self, config: InputTuningConfig, model: nn.Module, backbone: nn.Module | None) -> None:
-        """Runs the model once, before its first adapter, and raises if it would go past the adapter."""
-        if isinstance(model.get_submodule(self._embedding_inside), InputTuningLayer):
-            traits = getattr(backbone, "input_tuning_traits", None)
-            takes_embeddings = None if traits is None else traits.takes_embeddings
-        else:
-            check_can_be_installed(model, self._backbone_inside)
-            self._seen = self._what_is_asked(model, backbone)
-            takes_embeddings = self._seen.takes_embeddings
-            if config.num_virtual_tokens and self._seen.makes_numbers:
-                raise ValueError(
-                    f"`num_virtual_tokens` is {config.num_virtual_tokens}, but {type(backbone).__name__} makes "
-                    "numbers of ids (hashes) and looks them up; virtual tokens have no ids. Use num_virtual_tokens=0."
-                )
-            if self._seen.gives_hidden_states is False:
-                self._backbone_inside = None
-                check_has_place(model, None, self._embedding_inside, config.num_virtual_tokens)
-        input_only = config.adapter_scope == "input" and tells_input_from_output(model)
-        if input_only and takes_embeddings is False:
-            raise ValueError(
-                f'`adapter_scope` is "input", but {type(backbone).__name__} does more with ids than look up their '
-                'embeddings (it may scale them), and would get embeddings. Use adapter_scope="all".'
-            )
-
-    def _set_embedding(self, path: str) -> None:
-        """The word embedding's path in the plain model, which may be inside of other methods' `PeftModel`s."""
-        self._embedding_inside = path
-        self.embedding_path = ".".join(filter(None, (path_of(self.model, plain_model(self.model)), path)))
-
-    def _what_is_asked(self, model: nn.Module, backbone: nn.Module | None) -> WhatSeesIds:
-        """The encoder of an encoder-decoder model looks its input up, or the model around it does (Florence-2)."""
-        for of_encoder in (True, False):
-            path = find_embedding(model, of_encoder)
-            place: tuple[str, int] = ("left", 0)
-            if self._backbone_inside is not None:
-                traits = describe_backbone(model, self._backbone_inside, path)
-                place = traits.slack, traits.first_position
-            seen = what_sees_ids(model, backbone, model.get_submodule(path), *place)
-            if seen.embedding is not False:
-                self._set_embedding(path)
-                return seen
-        raise ValueError(
-            f"{type(model).__name__} does not ask its word embedding `{self._embedding_inside}` for the embeddings of "
-            "its input, so an input-adapter around it would never run. Give input-tuning the part of the model that "
-            "does."
-        )
+        check_trained_modules_inside(self.model, name, self.place.embedding)
+        check_modules_to_save(config, self.model, self.embedding_path)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        _check_adapter_name(adapter_name)
+        check_adapter_name(adapter_name)
         trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-        if isinstance(model, PeftModel) and not _holds_our_layer(model):
+        if isinstance(model, PeftModel) and not holds_our_layer(model):
             model.requires_grad_(False)  # what the inner adapters learned now would not be saved with the outer one
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
-            seen = getattr(self, "_seen", WhatSeesIds())
-            install(plain_model(model), self._backbone_inside, self._embedding_inside, seen)
+            place = self.place
+            install(place.model, place.backbone_path, place.embedding_path, place.seen)
             self._try_cache_out(model, adapter_name)
         except BaseException:
             self._share_embedding_again(model)
@@ -245,7 +173,7 @@ class InputTuningModel(BaseTuner):
     @property
     def backbone(self) -> nn.Module:
         """The module that gets virtual tokens; the whole model if none has a place for them."""
-        return plain_model(self.model).get_submodule(self._backbone_inside or "")
+        return plain_model(self.model).get_submodule(self.place.backbone_path or "")
 
     @property
     def layer(self) -> InputTuningLayer:
@@ -309,7 +237,7 @@ class InputTuningModel(BaseTuner):
             model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         uninstall(plain_model(model))
         if layer.merged:
-            keep_merged_table(plain_model(model), self._embedding_inside)
+            keep_merged_table(plain_model(model), self.place.embedding_path)
         else:
             self._share_embedding_again(model)
         return model
@@ -333,31 +261,7 @@ class InputTuningModel(BaseTuner):
             "resized once input-tuning wraps it. Resize the base model first, then call get_peft_model."
         )
 
-    def add_weighted_adapter(
-        self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "linear"
-    ) -> None:
-        """Adds an adapter that is exactly the weighted sum of others, as PEFT's LoRA does (`weighted.py`).
-
-        Args:
-            adapters: their names; prompts of one length, one activation, one scope, biases in all or in none.
-            weights: a number for each of them, negative ones too.
-            adapter_name: the new adapter's name. It is not activated.
-            combination_type: "linear" for adapters of equal W1 (or without input-adapter); "cat" puts their hidden
-                units beside each other.
-
-        Raises:
-            ValueError: adapters whose sum is no adapter; names the difference, and nothing is added.
-        """
-        check_arguments(self.peft_config, adapters, weights, adapter_name, combination_type)
-        config, values = weighted_adapter(self.layer, self.peft_config, adapters, weights, combination_type)
-        self.peft_config[adapter_name] = config
-        try:
-            self.inject_adapter(self.model, adapter_name)
-        except BaseException:
-            del self.peft_config[adapter_name]
-            raise
-        for key, parameter in self.layer.named_adapter_parameters(adapter_name):
-            parameter.data = values[key]
+    add_weighted_adapter = add_weighted_adapter
 
     # ---- files --------------------------------------------------------------------------------------------------
 
@@ -392,50 +296,3 @@ class InputTuningModel(BaseTuner):
             return
         with mixed_batch(self.model, self.layer, names, list(self.peft_config)):
             yield
-
-
-def _holds_our_layer(module: nn.Module) -> bool:
-    return any(isinstance(inner, InputTuningLayer) for inner in module.modules())
-
-
-def _check_adapter_name(name: str) -> None:
-    """Adapters are parts of containers, in which some names mean something else."""
-    if name.startswith("__"):
-        raise ValueError(
-            f"`adapter_name` is {name!r}, but names with two underscores in front are kept: {BASE!r} is no adapter. "
-            "Choose another."
-        )
-    if not name or "." in name or hasattr(nn.ModuleDict(), name):
-        raise ValueError(
-            f"`adapter_name` is {name!r}, which cannot name a part of a module: it is empty, has a dot, or means "
-            "something else there. Choose another."
-        )
-
-
-def _check_modules_to_save(config: InputTuningConfig, model: nn.Module, embedding_path: str) -> None:
-    """Also T5's `shared` and a decoder's embedding: they hold the weight that the input-adapter wraps."""
-    weight = base_embedding(model.get_submodule(embedding_path)).weight
-    embeddings = [
-        path
-        for path, module in model.named_modules(remove_duplicate=False)
-        if hasattr(module, "num_embeddings") and getattr(module, "weight", None) is weight
-    ]
-    for name in config.modules_to_save or []:
-        if any(path.endswith(name) for path in (embedding_path, *embeddings)):
-            raise ValueError(
-                f"`modules_to_save` names {name!r}, which is the word embedding that the input-adapter wraps. Remove "
-                "it: the adapter changes the embeddings of all tokens already."
-            )
-
-
-def _check_sizes(config: InputTuningConfig, embedding_dim: int, max_positions: int | None) -> None:
-    if 0 < (max_positions or 0) <= config.num_virtual_tokens:
-        raise ValueError(
-            f"`num_virtual_tokens` is {config.num_virtual_tokens}, but the model has {max_positions} positions in "
-            "all. Use a shorter prompt; 5 to 200 virtual tokens are usual."
-        )
-    if (config.adapter_hidden_dim or 0) > MAX_HIDDEN_RATIO * embedding_dim:
-        raise ValueError(
-            f"`adapter_hidden_dim` is {config.adapter_hidden_dim}, more than {MAX_HIDDEN_RATIO} times the embedding "
-            f"size {embedding_dim}. The paper uses 2 times; leave it at None for that."
-        )

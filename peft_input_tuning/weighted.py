@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from numbers import Real
+from typing import Any
 
 import torch
 from peft.tuners.prompt_tuning import PromptTuningInit
@@ -22,6 +23,34 @@ from .layer import InputTuningLayer
 
 COMBINATION_TYPES = ("linear", "cat")
 INSTEAD = "Give each row of a batch its adapter with `adapter_names=[...]`, or train adapters that agree."
+
+
+def add_weighted_adapter(
+    tuner: Any, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "linear"
+) -> None:
+    """Adds an adapter that is exactly the weighted sum of others, as the method of PEFT's LoRA does.
+
+    Args:
+        tuner: an `InputTuningModel`, of which this is a method.
+        adapters: their names; prompts of one length, one activation, one scope, biases in all or in none.
+        weights: a number for each of them, negative ones too.
+        adapter_name: the new adapter's name. It is not activated.
+        combination_type: "linear" for adapters of equal W1 (or without input-adapter); "cat" puts their hidden units
+            beside each other.
+
+    Raises:
+        ValueError: adapters whose sum is no adapter; names the difference, and nothing is added.
+    """
+    check_arguments(tuner.peft_config, adapters, weights, adapter_name, combination_type)
+    config, values = weighted_adapter(tuner.layer, tuner.peft_config, adapters, weights, combination_type)
+    tuner.peft_config[adapter_name] = config
+    try:
+        tuner.inject_adapter(tuner.model, adapter_name)
+    except BaseException:
+        del tuner.peft_config[adapter_name]
+        raise
+    for key, parameter in tuner.layer.named_adapter_parameters(adapter_name):
+        parameter.data = values[key]
 
 
 def check_arguments(

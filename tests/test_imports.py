@@ -23,6 +23,7 @@ ORDER = (
     "config prompt_start merging mixed_rows",
     "layer saved_config",
     "virtual_tokens checkpoint nesting optimizer prompt_embeds prompt_tuning weighted",
+    "placement",
     "model",
     "export inspection",
     "__init__",

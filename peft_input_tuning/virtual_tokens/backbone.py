@@ -65,7 +65,15 @@ class BackboneTraits:
 
 
 def forward_parameters(module: nn.Module) -> tuple[str, ...]:
-    return tuple(inspect.signature(type(module).forward).parameters)[1:]
+    """Names of the arguments of a module's forward; with `**kwargs`, those of its parent class too."""
+    found: dict[str, None] = {}
+    for part in type(module).__mro__:
+        if "forward" in vars(part):
+            parameters = list(inspect.signature(vars(part)["forward"]).parameters.values())[1:]
+            found |= dict.fromkeys(one.name for one in parameters)
+            if all(one.kind is not one.VAR_KEYWORD for one in parameters):
+                break
+    return tuple(found)
 
 
 def takes_ids(module: nn.Module) -> bool:
