@@ -133,3 +133,25 @@ def test_mixed_batch_inside_a_compiled_function_is_refused():
     compiled = torch.compile(lambda names: model(input_ids=batch, adapter_names=names).logits, backend="eager")
     with torch.no_grad(), pytest.raises(ValueError, match=r"`adapter_names` cannot be used inside torch\.compile"):
         compiled(["default", "__base__"])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("masked", [False, True], ids=["no mask", "left padding"])
+@pytest.mark.parametrize("family", [FAMILIES["llama"], FAMILIES["gpt2"]], ids=str)
+def test_exported_with_open_sizes(family, masked):
+    """torch.export with batch and length left open, tried at others than it was traced at."""
+    model, base, weights = adapted(family)
+    inner, open_sizes = model.get_base_model().eval(), {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    traced = {"input_ids": ids(2, 7), **({"attention_mask": torch.ones_like(ids(2, 7))} if masked else {})}
+    program = torch.export.export(
+        inner,
+        (),
+        {**traced, "use_cache": False},
+        dynamic_shapes={**dict.fromkeys(traced, open_sizes), "use_cache": None},
+        strict=False,
+    )
+    rows = [ids(9), ids(4 if masked and family.name != "gpt2" else 9, seed=1), ids(9, seed=2)]
+    batch, mask = padded(rows, "left")
+    out = program.module()(input_ids=batch, use_cache=False, **({"attention_mask": mask} if masked else {})).logits
+    for i, row in enumerate(rows):
+        assert_close(out[i, -len(row) :], row_output(base, weights, row), atol=2e-4, rtol=1e-3)

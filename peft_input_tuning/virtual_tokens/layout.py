@@ -84,6 +84,8 @@ class PromptLayout:
 
         None if that is already the wanted order. Worked out once for each length.
         """
+        if not isinstance(length, int):  # while torch.export leaves it open
+            return self._index(length)
         if length not in self._indices:
             self._indices[length] = self._index(length)
         return self._indices[length]

@@ -32,8 +32,6 @@ def packed_layout(call: BackboneCall, slots: int) -> PackedLayout | None:
     if arguments.get("attention_mask") is not None or call.cache is not None or generation_of(layer) is not None:
         return None
     batch, length = given.shape[:2]
-    rows = current_row_adapters(layer)
-    prompts = [slots] * batch if rows is None else rows.prompt_lengths
     if bounds is not None and batch > 1 and positions is None:
         raise ValueError(
             f"`cu_seq_lens_q` describes one row, got a batch of {batch}. Flatten the batch into one row, or pass "
@@ -55,6 +53,8 @@ def packed_layout(call: BackboneCall, slots: int) -> PackedLayout | None:
         is_packed = any(restarting) if makes_cache else max(sequences) > 1
     if not is_packed:
         return None
+    rows = current_row_adapters(layer)
+    prompts = [slots] * batch if rows is None else rows.prompt_lengths
     places = max(length + count * prompt for count, prompt in zip(sequences, prompts, strict=True))
     lengths = None if rows is None else rows.lengths_of(batch, given.device)
     return PackedLayout.of(positions.to(given.device), slots, lengths, places)
