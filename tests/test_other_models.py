@@ -168,15 +168,31 @@ def test_models_that_do_more_with_ids_than_look_them_up(name, side):
         assert_close(found, grown_output(base, weights, row, **more), **TOLERANCE)
 
 
+def plain_attributes(model: torch.nn.Module) -> dict[str, object]:
+    kinds = bool | int | float | str | None
+    return {
+        f"{path}.{name}": value
+        for path, module in model.named_modules()
+        for name, value in vars(module).items()
+        if isinstance(value, kinds)
+    }
+
+
 @torch.no_grad()
-def test_a_model_that_changes_its_weights_when_it_runs_is_put_back():
-    """RWKV divides weights by powers of two in eval mode, and multiplies them again in training."""
-    base = rwkv().train()
-    before = copy.deepcopy(base.state_dict())
-    model = get_peft_model(base, config(num_virtual_tokens=0)).unload()
-    for key, value in model.state_dict().items():
-        assert torch.equal(value, before[key]), key
-    assert model.rwkv.layers_are_rescaled is False
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", ["rwkv", "nllb_moe", "switch", "gemma3n"])
+def test_adding_and_unloading_leaves_no_trace(name, training):
+    """The runs at injection: RWKV divides its weights in eval mode, the experts of NLLB take another capacity."""
+    base = {"rwkv": rwkv, "gemma3n": gemma3n, **OTHER_MIXTURES}[name]().train(training)
+    values, attributes = copy.deepcopy(base.state_dict()), plain_attributes(base)
+    classes = {path: type(one) for path, one in base.named_modules()}
+    model = get_peft_model(base, config(num_virtual_tokens=0, init_weights=True, adapter_hidden_dim=1))
+    plain = model.unload()
+    assert {path: type(one) for path, one in plain.named_modules()} == classes
+    assert plain_attributes(plain) == attributes
+    assert plain.state_dict().keys() == values.keys()
+    for key, value in plain.state_dict().items():
+        assert torch.equal(value, values[key]), key
 
 
 @pytest.mark.parametrize("name", [*SCALED, "falcon_h1"])
