@@ -72,11 +72,11 @@ class Generation:
 
     Args:
         in_chunks: whether the input is fed in chunks, each with its own part of the mask; later tokens get ones.
-        counts_from_zero: whether each row's positions start at 0, because `generate` makes them itself.
+        makes_positions: whether positions are `generate`'s own: of a row they go up from the first token's.
     """
 
     in_chunks: bool = False
-    counts_from_zero: bool = True
+    makes_positions: bool = True
 
 
 def on_device(values: list[int], device: torch.device) -> torch.Tensor:

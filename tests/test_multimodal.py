@@ -6,6 +6,7 @@ The oracle is a base with a word more for each virtual token (`oracles.grown`), 
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from adapters import add, config, randomize
 from device import DEVICE
 from families import PAD, VOCAB, ids
 from oracles import adapter_weights, grown, likeliest
+from peft_input_tuning import reuse_prompts
 
 TOLERANCE = {"atol": 2e-4, "rtol": 1e-3}
 IMAGE = 90
@@ -229,3 +231,19 @@ def test_florence2(image, monkeypatch):
     )
     with pytest.raises(ValueError, match="the input-adapter is in the model around it"):
         model.get_base_model().get_encoder()(input_ids=given["input_ids"])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("reused", [False, True])
+def test_positions_that_a_model_counts_from_one(reused):
+    """PaliGemma's `generate` does: the prompt stands right before the first token all the same."""
+    base, *_ = built("paligemma")
+    model, weights = adapted_to(base)
+    oracle, virtual = grown(base, weights)
+    options = {"max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    with reuse_prompts(model) if reused else nullcontext():
+        out = model.generate(input_ids=ids(1, 7), **options)
+    want = oracle.generate(input_ids=torch.cat([virtual, ids(7)])[None], **options)
+    assert torch.equal(out.sequences[:, 7:], want.sequences[:, 11:])
+    for ours, theirs in zip(out.logits, want.logits, strict=True):
+        assert_close(ours[:, :VOCAB], theirs[:, :VOCAB], **TOLERANCE)

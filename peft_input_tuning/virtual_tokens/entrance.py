@@ -74,8 +74,8 @@ class GeneratingEntrance(Entrance):
                 stack.enter_context(use_row_adapters(layer, replace(rows, in_generate=True)))
             self._check_generation(kwargs)
             chunk = self._setting(kwargs, "prefill_chunk_size")
-            counts = kwargs.get("position_ids") is None
-            stack.enter_context(generating(layer, Generation(in_chunks=bool(chunk), counts_from_zero=counts)))
+            own = kwargs.get("position_ids") is None
+            stack.enter_context(generating(layer, Generation(in_chunks=bool(chunk), makes_positions=own)))
             if layer.adapts_input_only:
                 stack.enter_context(input_of_generate(layer, kwargs, kwargs.pop("labels", None)))
             return super().generate(**kwargs)  # type: ignore[misc]

@@ -139,15 +139,15 @@ class PromptLayout:
             return self._in_order(nn.functional.pad(mask, (self.slots, 0), value=1), length)
         return self.join(self._visible(self.lengths), mask)
 
-    def join_positions(self, positions: Tensor, from_zero: bool = False) -> Tensor:
+    def join_positions(self, positions: Tensor, first_is_smallest: bool = False) -> Tensor:
         """Positions `(batch or 1, length)` → `(.., slots + length)`: the prompt takes the first token's position and
-        those after it; what follows moves on by the row's prompt length (and what nobody reads, the pads').
+        those after it; what follows moves on by the row's prompt length (and so do pads, which nobody reads).
 
-        Positions with axes (time, height, width) are `(axes, batch, length)`: each axis does so. `from_zero` says that
-        each row's first token is at 0.
+        Positions with axes (time, height, width) are `(axes, batch, length)`: each axis does so.
+        `first_is_smallest` says that no position of a row is smaller than its first token's.
         """
         if positions.ndim == 3:
-            return torch.stack([self.join_positions(axis, from_zero) for axis in positions])
+            return torch.stack([self.join_positions(axis, first_is_smallest) for axis in positions])
         slots, length = self.slots, positions.shape[1]
         reference = self.mask if self.mask is not None else self.lengths
         if reference is not None:
@@ -155,10 +155,13 @@ class PromptLayout:
         prompt = torch.arange(slots, device=positions.device).expand(positions.shape[0], -1)
         if self.lengths is not None:
             prompt = (prompt - (slots - self.lengths)).clamp(min=0)
-        if not from_zero:
-            pads = self.pads
-            prompt = prompt + (positions[:, :1] if pads is None else positions.gather(1, pads.clamp(max=length - 1)))
-        return self.join(prompt, self.shift_positions(positions))
+        if self.mask is None:
+            first = positions[:, :1]
+        elif first_is_smallest:
+            first = positions.amin(dim=1, keepdim=True)
+        else:
+            first = positions.gather(1, count_left_pads(self.mask).clamp(max=length - 1))
+        return self.join(prompt + first, self.shift_positions(positions))
 
     def shift_positions(self, positions: Tensor) -> Tensor:
         """Positions `(..., batch or 1, length)` of tokens that follow a prompt which is already in the cache."""

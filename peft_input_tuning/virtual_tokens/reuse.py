@@ -116,12 +116,23 @@ def _is_exact(call: BackboneCall, slots: int) -> bool:
     if any(isinstance(kind, dict) and kind.get("rope_type") in _LENGTH_DEPENDENT_ROPE for kind in kinds):
         return False
     mask, positions = arguments.get("attention_mask"), arguments.get("position_ids")
-    if positions is not None and not (generation is not None and generation.counts_from_zero):
+    if positions is not None and not (generation is not None and generation.makes_positions):
         return False  # the prompt was computed at positions 0, 1, ...
+    if positions is not None and not _starts_at_zero(call, positions):
+        return False
     if mask is None:
         return True
     # Pads would stand between the prompt and the tokens: in a window they count, and positions must pass over them.
     return not traits.has_window and (positions is not None or traits.positions_from_mask)
+
+
+def _starts_at_zero(call: BackboneCall, positions: Tensor) -> bool:
+    """Whether a model's `generate` counts from 0 (PaliGemma's: from 1). Looked at once."""
+    known = call.layer.prompt_states
+    assert known is not None
+    if "starts at zero" not in known:
+        known["starts at zero"] = not bool(positions.amin(dim=-1).any())
+    return known["starts at zero"]
 
 
 def _states(call: BackboneCall, names: tuple[str, ...], slots: int) -> KeysAndValues | None:

@@ -41,10 +41,10 @@ def start(call: BackboneCall, slots: int) -> None:
     if layout.lengths is not None:
         check_mixed_lengths(call.backbone, traits)
     positions, generation = arguments.get("position_ids"), generation_of(call.layer)
-    from_zero = positions is not None and generation is not None and generation.counts_from_zero
+    by_generate = positions is not None and generation is not None and generation.makes_positions
     positions = _default_positions(call, layout) if positions is None else positions
     if positions is not None:
-        arguments["position_ids"] = layout.join_positions(positions.to(device), from_zero)
+        arguments["position_ids"] = layout.join_positions(positions.to(device), by_generate)
     wide = layout.join_mask(mask, batch, length)
     call.set_mask(wide)
     check_not_too_long(arguments, slots + length, slots, traits)

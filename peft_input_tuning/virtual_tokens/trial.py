@@ -1,7 +1,10 @@
 """Running a model once while an adapter is added, to see what it does with ids, without leaving a trace on it.
 
-model(ids)                          which tables see ids: the word embedding, and others
-backbone(ids)  ==  backbone(e)?     whether embeddings give what their ids give
+    model(ids)                          what goes by ids: the word embedding, and others
+    backbone(ids)  ==  backbone(e)?     whether embeddings give what their ids give
+    [ pads | ids ]  ==  [ ids ]?        whether what is masked changes nothing
+
+Nothing of it is done, or known, if weights are elsewhere (offloaded, sharded).
 """
 
 from __future__ import annotations
