@@ -70,7 +70,7 @@ def what_sees_ids(
     beside = _modules_beside(backbone, embedding)
     if not weights_are_here(model):
         return WhatSeesIds(others=tuple((one, 0) for one in beside if isinstance(one, nn.Embedding)))
-    plain = plain_ids(backbone, embedding, _LENGTH)
+    plain, more = plain_ids(backbone, embedding, _LENGTH), plain_ids(backbone, embedding, 2 * _LENGTH)
     end = getattr(getattr(backbone, "config", None), "eos_token_id", None)
     ids = plain
     if isinstance(end, int) and 0 <= end < base_embedding(embedding).num_embeddings:
@@ -87,7 +87,7 @@ def what_sees_ids(
         if _hidden_states(backbone, input_ids=ids) is None:
             return seen
         takes = _takes_embeddings(backbone, embedding, ids) if embedding in set(backbone.modules()) else None
-        honours = _honours_mask(backbone, plain_ids(backbone, embedding, 4), slack, first_position)
+        honours = _honours_mask(backbone, more, slack, first_position)
     return replace(seen, gives_hidden_states=True, takes_embeddings=takes, honours_mask=honours)
 
 
