@@ -257,6 +257,8 @@ def test_a_state_holds_the_prompt_once(name):
         whole = torch.cat([row, row.new_tensor(new)])
         new.append(likeliest(grown_output(base, weights, whole)[-1]))
     assert got.tolist() == new
+    if any(hasattr(part, "recurrent_states") for part in base.modules()):
+        return  # RecurrentGemma before 5.23: states inside of the modules, which a new sequence by hand goes on from
     name = cache_name(forward_parameters(base))
     given = {name: t.DynamicCache(config=base.config)} if base.config.model_type == "recurrent_gemma" else {}
     first = model(input_ids=row[None, :5], use_cache=True, **given)

@@ -85,9 +85,9 @@ class BackboneCall:
         """Bloom reads positions off the mask, which must cover all places of a cache of a fixed size."""
         if mask is None:
             return
-        covers_all = has_fixed_size(self.cache) and "position_ids" not in self.traits.parameters
-        if covers_all and mask.shape[1] < self.cache.get_max_length():
-            mask = nn.functional.pad(mask, (0, self.cache.get_max_length() - mask.shape[1]))
+        if has_fixed_size(self.cache) and "position_ids" not in self.traits.parameters:
+            places = self.cache.get_max_length()
+            mask = nn.functional.pad(mask[:, :places], (0, max(0, places - mask.shape[1])))
         self.arguments["attention_mask"] = mask
 
     def ask_for_names(self) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 from ..layer import InputTuningLayer
 from .backbone import BackboneTraits
-from .cache_mark import CacheMark, enter_backbone, is_empty, leave_backbone, mark_cache, mark_of
+from .cache_mark import CacheMark, enter_backbone, has_fixed_size, is_empty, leave_backbone, mark_cache, mark_of
 from .call import BackboneCall
 from .checks import check_mask_and_positions, check_one_input
 from .go_on import go_on
@@ -49,9 +51,19 @@ def _rewrite(call: BackboneCall) -> None:
             call.mark = CacheMark(PromptLayout(0))
 
 
+def _cut_mask_of_all_places(call: BackboneCall) -> None:
+    """Before transformers 5.21, `generate` of Bloom widens the mask to all places of a cache of a fixed size."""
+    mask = call.arguments.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.ndim != 2 or not has_fixed_size(call.cache):
+        return
+    if mask.shape[1] == call.cache.get_max_length():
+        call.arguments["attention_mask"] = mask[:, : call.given.shape[1]]
+
+
 def _start(call: BackboneCall, slots: int) -> None:
     call.layer.check_weights_in_use()  # before there is a place for each virtual token that a configuration claims
     check_one_input(call.arguments, call.backbone, call.traits)
+    _cut_mask_of_all_places(call)
     check_mask_and_positions(call.arguments, call.given)
     packed = packed_layout(call, slots)
     if packed is not None:
