@@ -20,8 +20,9 @@ from .call_state import current_row_adapters, on_device
 from .config import InputTuningConfig
 from .merging import MergeableTable
 from .mixed_rows import MixedRows
-from .modules import InputDtypeLinear, SoftPrompt
+from .modules import VIRTUAL, InputDtypeLinear, SoftPrompt
 from .prompt_start import initial_prompt
+from .prompt_states import PromptStates
 
 IsOutput = Tensor | bool  # which tokens are the output's: `(batch, length)` booleans, or one for all
 
@@ -32,7 +33,7 @@ CANNOT_TELL = (
 )
 
 
-class InputTuningLayer(MergeableTable, MixedRows):
+class InputTuningLayer(MergeableTable, MixedRows, PromptStates):
     """The wrapped word embedding.
 
     How it merges stands in `merging.py`, how it runs input-adapters, in mixed batches too, in `mixed_rows.py`, what it
@@ -55,10 +56,6 @@ class InputTuningLayer(MergeableTable, MixedRows):
         self.input_tuning_dropout = nn.ModuleDict()
         self.input_only: set[str] = set()  # adapters that leave the output's tokens alone, see virtual_tokens/scope.py
         self.seen_labels: set[tuple[str, bool]] = set()  # of those, whose labels were looked at, in training or not
-        self.prompt_states: dict[Any, Any] | None = None  # inside virtual_tokens/reuse.py's `reuse_prompts` only
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "prompt_states": None}  # copies keep none
 
     def get_base_layer(self) -> nn.Module:
         """The table itself, under what other methods put around it; PEFT stops at their `AuxiliaryTrainingWrapper`."""
@@ -200,34 +197,23 @@ class InputTuningLayer(MergeableTable, MixedRows):
         with self.small_places(adapter_name):
             super()._move_adapter_to_device_of_base_layer(adapter_name, device or execution_device(self.base_layer))
 
-    def forget_prompt_states(self) -> None:
-        if self.prompt_states is not None:
-            self.prompt_states.clear()
-
-    def train(self, mode: bool = True) -> InputTuningLayer:
-        self.forget_prompt_states()
-        return super().train(mode)
-
-    def _apply(self, *args: Any, **kwargs: Any) -> InputTuningLayer:
-        self.forget_prompt_states()  # the model goes to another device or dtype
-        return super()._apply(*args, **kwargs)
-
     # ---- forward ------------------------------------------------------------------------------------------------
 
     def forward(self, input_ids: Tensor, *args: Any, is_output: IsOutput | None = None, **kwargs: Any) -> Tensor:
         """`(batch, length)` ids → `(batch, length, embedding_dim)` adapted embeddings.
 
-        A negative id is a virtual token: -1 is the last row of the prompt, -2 the one before it; a call shorter than
-        the prompt has none. `is_output` is for adapters with `adapter_scope="input"` (`virtual_tokens/scope.py`).
+        An id below `VIRTUAL` is a virtual token: -1 from there is the last row of the prompt; a call shorter than the
+        prompt has none. `is_output` is for adapters with `adapter_scope="input"` (`virtual_tokens/scope.py`).
         """
         if self.merged and self.disable_adapters:
             self.unmerge()  # as PEFT's other methods do
         slots = self.slots
         if not slots or input_ids.shape[-1] < slots:
             return self._adapted(self.base_layer(input_ids, *args, **kwargs), is_output)
-        words = self._adapted(self.base_layer(input_ids.clamp(min=0), *args, **kwargs), is_output)
-        ids = input_ids.to(words.device)
-        return torch.where((ids < 0).unsqueeze(-1), self._virtual_tokens(ids, slots).to(words.dtype), words)
+        is_virtual = input_ids < VIRTUAL
+        words = self._adapted(self.base_layer(input_ids.masked_fill(is_virtual, 0), *args, **kwargs), is_output)
+        ids, is_virtual = input_ids.to(words.device), is_virtual.to(words.device)
+        return torch.where(is_virtual.unsqueeze(-1), self._virtual_tokens(ids, slots).to(words.dtype), words)
 
     def _adapted(self, embeddings: Tensor, is_output: IsOutput | None) -> Tensor:
         if self.merged:
@@ -239,9 +225,8 @@ class InputTuningLayer(MergeableTable, MixedRows):
         return embeddings if name is None else self.adapt_in_scope(embeddings, name, is_output)
 
     def _virtual_tokens(self, ids: Tensor, slots: int) -> Tensor:
-        """The rows of the prompts that negative ids name, `(batch, length, embedding_dim)`; anything for other ids. A
-        negative id below the prompt is an error of the lookup, as an id that the vocabulary does not have."""
-        places = (ids + slots).clamp(max=slots - 1)
+        """The rows of the prompts that ids name, `(batch, length, embedding_dim)`; anything for words."""
+        places = (ids + (slots - VIRTUAL)).clamp(max=slots - 1)
         rows = current_row_adapters(self)
         if rows is None:
             return nn.functional.embedding(places, self._prompt(str(self.enabled_adapter)))

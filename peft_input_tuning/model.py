@@ -252,15 +252,6 @@ class InputTuningModel(BaseTuner):
             setattr(inner.get_submodule(parent), name, unloaded)
         return inner
 
-    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Module:
-        """The embedding is wrapped now, so only a resize that changes nothing is possible."""
-        if new_num_tokens in (None, self.layer.num_embeddings) and not kwargs.get("pad_to_multiple_of"):
-            return self.layer
-        raise ValueError(
-            f"`new_num_tokens` is {new_num_tokens}, but the embedding ({self.layer.num_embeddings} tokens) cannot be "
-            "resized once input-tuning wraps it. Resize the base model first, then call get_peft_model."
-        )
-
     add_weighted_adapter = add_weighted_adapter
 
     # ---- files --------------------------------------------------------------------------------------------------

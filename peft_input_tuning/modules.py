@@ -16,6 +16,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+VIRTUAL = -(1 << 30)  # ids below are virtual tokens; far from the -1 and -100 that callers pass by mistake
+
 
 class SoftPrompt(nn.Module):
     """The virtual tokens of one adapter: `prompt = weight * scale`.

@@ -70,8 +70,9 @@ def forward_parameters(module: nn.Module) -> tuple[str, ...]:
     for part in type(module).__mro__:
         if "forward" in vars(part):
             parameters = list(inspect.signature(vars(part)["forward"]).parameters.values())[1:]
-            found |= dict.fromkeys(one.name for one in parameters)
-            if all(one.kind is not one.VAR_KEYWORD for one in parameters):
+            named = [one for one in parameters if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)]
+            found |= dict.fromkeys(one.name for one in named)
+            if len(named) == len(parameters):
                 break
     return tuple(found)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .backbone import BackboneTraits
-from .cache_mark import has_fixed_size
+from .cache_mark import has_fixed_size, places_in
 
 # Arguments with a value for each place of the input that get one for virtual tokens, too.
 TYPES = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
@@ -62,6 +62,22 @@ def check_room(cache: Any, places: int) -> None:
         raise ValueError(
             f"The cache is a {type(cache).__name__} of {room} places, and the input and its virtual tokens take "
             f"{places}. Make it larger by the number of virtual tokens, or let `generate` make it."
+        )
+
+
+def check_mark_was_not_lost(call: dict[str, Any], cache: Any, length: int, slots: int) -> None:
+    """A cache without a mark was filled without a prompt, or made anew of the tensors of one that was not."""
+    mask, places = call.get("attention_mask"), places_in(cache)
+    if (
+        isinstance(mask, Tensor)
+        and mask.ndim == 2
+        and isinstance(places, int)
+        and mask.shape[1] + slots == places + length
+    ):
+        raise ValueError(
+            f"The cache holds {places} places, and `attention_mask` has {mask.shape[1]} for them and {length} new "
+            f"tokens: {slots} less, the virtual tokens. The cache was made anew, and does not say that it holds them. "
+            "Go on with the cache that the model returned, or a copy of it (copy.deepcopy)."
         )
 
 

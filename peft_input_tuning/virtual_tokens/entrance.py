@@ -45,6 +45,16 @@ class Entrance(Extension):
             args, kwargs = self._in_scope(args, kwargs)
             return super().forward(*args, **kwargs)  # type: ignore[misc]
 
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:
+        """The embedding is wrapped, so only a resize that changes nothing is possible."""
+        (layer,) = self.input_tuning_layer
+        if new_num_tokens in (None, layer.num_embeddings) and not kwargs.get("pad_to_multiple_of"):
+            return layer
+        raise ValueError(
+            f"`new_num_tokens` is {new_num_tokens}, but the embedding ({layer.num_embeddings} tokens) cannot be "
+            "resized once input-tuning wraps it. Resize the base model first, then call get_peft_model."
+        )
+
     def _in_scope(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         (layer,) = self.input_tuning_layer
         if not layer.adapts_input_only:

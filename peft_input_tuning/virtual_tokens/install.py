@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 
+from ..modules import VIRTUAL
 from .backbone import describe_backbone, find_decoder
 from .encoder_decoder import HidesPrompt, SeesPrompt
 from .entrance import Entrance, GeneratingEntrance
@@ -27,9 +28,9 @@ class SeesIds(Extension):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         where, pad = self.input_tuning_ids
         if isinstance(where, str):
-            kwargs[where] = torch.where(kwargs[where] < 0, pad, kwargs[where])
+            kwargs[where] = torch.where(kwargs[where] < VIRTUAL, pad, kwargs[where])
         else:
-            args = (*args[:where], torch.where(args[where] < 0, pad, args[where]), *args[where + 1 :])
+            args = (*args[:where], torch.where(args[where] < VIRTUAL, pad, args[where]), *args[where + 1 :])
         return super().forward(*args, **kwargs)  # type: ignore[misc]
 
 

@@ -29,6 +29,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from ..modules import VIRTUAL
+
 
 def count_left_pads(mask: Tensor) -> Tensor:
     """Number of masked places before the first token of each row: `(batch, length)` → `(batch, 1)`.
@@ -84,7 +86,7 @@ class PromptLayout:
 
         None if that is already the wanted order. Worked out once for each length.
         """
-        if not isinstance(length, int):  # while torch.export leaves it open
+        if torch.compiler.is_compiling():  # there would be a graph for each length
             return self._index(length)
         if length not in self._indices:
             self._indices[length] = self._index(length)
@@ -122,12 +124,13 @@ class PromptLayout:
         return joined if index is None else gather_places(joined, index)
 
     def virtual_ids(self, batch: int, device: torch.device, slack: int = 0) -> Tensor:
-        """The ids of the prompts, `(batch, slots)`: -1 is a prompt's last virtual token, -2 the one before it.
+        """The ids of the prompts, `(batch, slots)`: `VIRTUAL` - 1 is a prompt's last virtual token, `VIRTUAL` - 2 the
+        one before it.
 
         Unused slots of shorter prompts get the id `slack`.
         """
-        ids = torch.arange(-self.slots, 0, device=device).expand(batch, -1)
-        return ids if self.lengths is None else torch.where(ids >= -self.lengths, ids, slack)
+        ids = torch.arange(VIRTUAL - self.slots, VIRTUAL, device=device).expand(batch, -1)
+        return ids if self.lengths is None else torch.where(ids >= VIRTUAL - self.lengths, ids, slack)
 
     def join_mask(self, mask: Tensor | None, batch: int, length: int) -> Tensor | None:
         """The mask with virtual tokens visible and slack hidden, `(batch, slots + length)`; None if none is needed."""

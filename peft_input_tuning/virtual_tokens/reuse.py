@@ -14,8 +14,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import Lock
+from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
@@ -32,12 +35,16 @@ _TEXT = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")  # rotary embeddings that change with the length of the sequence
 
 
+_lock = Lock()
+
+
 @contextmanager
 def reuse_prompts(model: nn.Module) -> Iterator[None]:
     """Computes each adapter's prompt once, and starts every sequence from its keys and values.
 
     For serving: the caller promises that the weights, the adapters' and the base's, stay as they are inside. Training
-    mode, and adding, loading or deleting an adapter, forget what is kept, and so does leaving. Calls with gradients,
+    mode, and adding, loading or deleting an adapter, forget what is kept, and so does leaving; other methods' adapters
+    may be switched. Calls with gradients,
     compiled ones, and models in which a prompt's keys and values depend on more than the prompt do without.
 
         with reuse_prompts(model):
@@ -51,12 +58,16 @@ def reuse_prompts(model: nn.Module) -> Iterator[None]:
         ValueError: a model without an input-tuning adapter.
     """
     _, layer = named_layer(model)
-    before = layer.prompt_states
-    layer.prompt_states = {} if before is None else before
+    with _lock:
+        layer.reusers += 1
+        layer.prompt_states = {} if layer.prompt_states is None else layer.prompt_states
     try:
         yield
     finally:
-        layer.prompt_states = before
+        with _lock:
+            layer.reusers -= 1
+            if not layer.reusers:  # another thread, or a `with` around this one, may go on
+                layer.prompt_states = None
 
 
 def put_prompt_into_cache(call: BackboneCall, slots: int) -> PromptLayout | None:
@@ -140,11 +151,22 @@ def _states(call: BackboneCall, names: tuple[str, ...], slots: int) -> KeysAndVa
     follows the prompt."""
     known = call.layer.prompt_states
     assert known is not None
-    if (names, slots) not in known:
+    key = (names, slots, _surroundings(call, known))
+    if key not in known:
         computed = {name: _compute(call, name) for name in names if call.layer.prompt_length(name)}
         parts = {name: states for name, states in computed.items() if states is not None}
-        known[names, slots] = _tables(parts, names, slots) if len(parts) == len(computed) else None
-    return known[names, slots]
+        known[key] = _tables(parts, names, slots) if len(parts) == len(computed) else None
+    return known[key]
+
+
+def _surroundings(call: BackboneCall, known: dict[Any, Any]) -> tuple:
+    """What else decides on keys and values, and may change without a change of weights: autocast, other adapters."""
+    kind = call.given.device.type
+    if "others" not in known:
+        parts = call.backbone.modules()
+        known["others"] = [one for one in parts if isinstance(one, BaseTunerLayer) and one is not call.layer]
+    others = tuple((*one.active_adapters, one.disable_adapters, *one.merged_adapters) for one in known["others"])
+    return torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind), others
 
 
 def _tables(parts: dict[str, KeysAndValues], names: tuple[str, ...], slots: int) -> KeysAndValues:

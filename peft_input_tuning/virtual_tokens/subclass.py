@@ -31,7 +31,11 @@ class Extension:
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
         """Copies and pickles name the class that was extended, since the subclass cannot be found by its name."""
-        return _empty, (self.extended_class, self.extensions), self.__dict__
+        state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__  # object's, since Python 3.11
+        return _empty, (self.extended_class, self.extensions), state
+
+
+_OWN = ("__dict__", "__weakref__")  # of each class
 
 
 @cache
@@ -55,6 +59,8 @@ def _with_signature(subclass: type, name: str, method: Any) -> Any:
     """A method of the subclass with the signature of the class's, which Trainer, `generate` and torch.export read."""
 
     def forwarded(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(self, subclass):  # somebody has kept the bound method of an object that has its class back
+            return method(self, *args, **kwargs)
         return getattr(super(subclass, self), name)(*args, **kwargs)
 
     return update_wrapper(forwarded, method)
@@ -80,7 +86,15 @@ def extend(thing: Any, extension: type[Extension]) -> None:
 def unextend(thing: Any) -> None:
     """Gives an object its own class back; does nothing if it has no extension."""
     if isinstance(thing, Extension):
-        _change_class(thing, class_of(thing))
+        _change_class(thing, _without_extensions(type(thing)))
+
+
+def _without_extensions(kind: Any) -> Any:
+    """A class without extensions; of one that somebody has made of it since (FSDP2 does), the same of what it was."""
+    if "extended_class" in vars(kind):
+        return kind.extended_class
+    bases = tuple(_without_extensions(base) if issubclass(base, Extension) else base for base in kind.__bases__)
+    return type(kind.__name__, bases, {name: value for name, value in vars(kind).items() if name not in _OWN})
 
 
 def class_of(thing: Any) -> Any:

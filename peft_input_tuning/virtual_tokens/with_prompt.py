@@ -10,7 +10,7 @@ from ..layer import InputTuningLayer
 from .backbone import BackboneTraits
 from .cache_mark import CacheMark, enter_backbone, has_fixed_size, is_empty, leave_backbone, mark_cache, mark_of
 from .call import BackboneCall
-from .checks import check_mask_and_positions, check_one_input
+from .checks import check_mark_was_not_lost, check_mask_and_positions, check_one_input
 from .go_on import go_on
 from .layout import PromptLayout
 from .outputs import restore
@@ -48,6 +48,7 @@ def _rewrite(call: BackboneCall) -> None:
         if is_empty(call.cache):
             _start(call, slots)
         else:
+            check_mark_was_not_lost(call.arguments, call.cache, call.given.shape[1], slots)
             call.mark = CacheMark(PromptLayout(0))
 
 
