@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch.testing import assert_close
+from transformers import CompileConfig
 
 from adapters import adapted, add, config, randomize
 from families import FAMILIES, PAD, build, ids, padded
@@ -155,3 +156,35 @@ def test_exported_with_open_sizes(family, masked):
     out = program.module()(input_ids=batch, use_cache=False, **({"attention_mask": mask} if masked else {})).logits
     for i, row in enumerate(rows):
         assert_close(out[i, -len(row) :], row_output(base, weights, row), atol=2e-4, rtol=1e-3)
+
+
+@torch.no_grad()
+def test_one_graph_serves_all_lengths():
+    model, base, weights = adapted(FAMILIES["llama"])
+    compiled = torch.compile(model.get_base_model(), backend="eager", dynamic=True, fullgraph=True)
+    for length in range(3, 18):
+        row = ids(length, seed=length)
+        out = compiled(input_ids=row[None], use_cache=False).logits[0]
+        assert_close(out, row_output(base, weights, row), atol=2e-4, rtol=1e-3)
+
+
+@torch.no_grad()
+def test_padded_steps_on_a_static_cache_share_graphs():
+    """As `generate` compiles them by itself on a GPU."""
+    model, base, weights = adapted(FAMILIES["llama"])
+    rows = [ids(9, seed=1), ids(3, seed=2)]
+    batch, mask = padded(rows, "left")
+    settings = CompileConfig(backend="eager", fullgraph=True)
+    settings._compile_all_devices = True
+    out = model.generate(
+        input_ids=batch,
+        attention_mask=mask,
+        max_new_tokens=20,
+        min_new_tokens=20,
+        do_sample=False,
+        pad_token_id=PAD,
+        cache_implementation="static",
+        compile_config=settings,
+    )
+    for i, row in enumerate(rows):
+        assert out[i, 9:14].tolist() == greedy(base, weights, row, 5).tolist()

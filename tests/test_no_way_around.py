@@ -6,6 +6,7 @@ import copy
 import inspect
 import io
 import pickle
+import threading
 from types import MethodType
 
 import pytest
@@ -221,3 +222,96 @@ def test_adapter_names_in_generate_of_a_bare_base_model():
     out = model.get_base_model().generate(input_ids=ids(2, 7), adapter_names=names, **options)
     assert torch.equal(out, model.generate(input_ids=ids(2, 7), adapter_names=names, **options))
     assert torch.equal(out[:1], base.generate(input_ids=ids(2, 7)[:1], **options))
+
+
+# ---- what users do to classes and modules ---------------------------------------------------------------------------
+
+
+class WithALock(transformers.LlamaForCausalLM):
+    """Has what cannot be copied, and says what is to be."""
+
+    def __init__(self, settings):
+        super().__init__(settings)
+        self.lock = threading.Lock()
+
+    def __getstate__(self):
+        return {key: value for key, value in self.__dict__.items() if key != "lock"}
+
+
+@torch.no_grad()
+def test_a_class_that_says_what_is_copied():
+    torch.manual_seed(0)
+    model = get_peft_model(WithALock(LLAMA.config()).eval(), config(LLAMA)).eval()
+    randomize(model)
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin(input_ids=ids(2, 7)).logits, model(input_ids=ids(2, 7)).logits)
+    assert not hasattr(twin.get_base_model(), "lock")
+
+
+@torch.no_grad()
+def test_a_forward_that_was_wrapped_outlives_unload():
+    model, base, weights = adapted(LLAMA)
+    backbone = model.get_base_model().model
+    forward = backbone.forward
+    backbone.forward = lambda *args, **kwargs: forward(*args, **kwargs)
+    assert_close(model(input_ids=ids(2, 7)).logits, wanted(LLAMA, base, weights), **TOLERANCE)
+    plain = model.unload()
+    assert torch.equal(plain(input_ids=ids(2, 7)).logits, base(input_ids=ids(2, 7)).logits)
+
+
+def test_a_class_that_somebody_has_made_of_ours_since():
+    """As FSDP2 does: it stays what it was, without ours."""
+    model, _, _ = adapted(LLAMA)
+    backbone = model.get_base_model().model
+    mine = type("Mine", (), {"marker": 1})
+    backbone.__class__ = type("FSDPLlamaModel", (mine, type(backbone)), {"own": 2})
+    plain = model.unload().model
+    assert isinstance(plain, mine)
+    assert isinstance(plain, transformers.LlamaModel)
+    assert not isinstance(plain, Extension)
+    assert (type(plain).__name__, plain.own, plain.marker) == ("FSDPLlamaModel", 2, 1)
+
+
+def test_a_backbone_that_was_replaced_is_named():
+    model, _, _ = adapted(LLAMA)
+    model.get_base_model().model = build(LLAMA).model
+    with pytest.raises(ValueError, match="The backbone `model` was replaced by a LlamaModel after"):
+        model(input_ids=ids(2, 7))
+
+
+@pytest.mark.parametrize("family", [LLAMA, FAMILIES["bert"]], ids=str)
+@pytest.mark.parametrize("wrong", [-1, -4, -100, 97])
+def test_ids_that_are_none_are_errors_as_in_the_base(family, wrong):
+    model, base, _ = adapted(family)
+    row = ids(1, 7)
+    row[0, 2] = wrong
+    for one in (base, model):
+        with pytest.raises(IndexError):
+            one(input_ids=row)
+
+
+@torch.no_grad()
+def test_a_cache_made_anew_of_its_tensors():
+    model, _, _ = adapted(LLAMA)
+    cache = transformers.DynamicCache()
+    model(input_ids=ids(1, 5), past_key_values=cache)
+    again = transformers.DynamicCache([(layer.keys, layer.values) for layer in cache.layers])
+    mask = torch.ones(1, 8, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"4 less, the virtual tokens\. The cache was made anew"):
+        model(input_ids=ids(1, 3, seed=2), attention_mask=mask, past_key_values=again)
+
+
+class AnyArguments(transformers.T5ForConditionalGeneration):
+    def forward(self, *args, **kwargs):
+        return super().forward(*args, **kwargs)
+
+
+@torch.no_grad()
+def test_a_forward_of_any_arguments_called_by_position():
+    torch.manual_seed(0)
+    base = AnyArguments(FAMILIES["t5"].config()).eval()
+    model = get_peft_model(copy.deepcopy(base), config(FAMILIES["t5"])).eval()
+    randomize(model)
+    row, decoded = ids(1, 7), ids(1, 4, seed=3)
+    want = row_output(base, adapter_weights(model), row[0], decoder_input_ids=decoded)
+    assert_close(model.get_base_model()(row, None, decoded).logits[0], want, **TOLERANCE)

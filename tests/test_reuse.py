@@ -330,3 +330,65 @@ def test_dynamic_rope_takes_the_usual_way(runs):
     with reuse_prompts(model):
         generate(model, input_ids=ids(1, 7))
     assert runs == []
+
+
+# ---- what may change inside without a change of weights -------------------------------------------------------------
+
+
+def test_contexts_that_overlap(runs):
+    """Two threads of a server: the last one out switches it off."""
+    model, base, _ = adapted(llama)
+    first, second = reuse_prompts(model), reuse_prompts(model)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    generate(model, input_ids=ids(1, 7))
+    assert runs == ["default"]
+    second.__exit__(None, None, None)
+    assert model.base_model.layer.prompt_states is None
+    randomize(model, seed=7)
+    out = generate(model, input_ids=ids(1, 7))
+    assert torch.equal(out[0, 7:], greedy(base, adapter_weights(model), ids(1, 7)[0], 5))
+
+
+def test_an_adapter_that_is_loaded_over_the_one_in_use(tmp_path):
+    model, base, weights = adapted(llama)
+    model.save_pretrained(tmp_path)
+    with reuse_prompts(model):
+        randomize(model, seed=7)
+        generate(model, input_ids=ids(1, 7))
+        model.load_adapter(tmp_path, "default")
+        out = generate(model.eval(), input_ids=ids(1, 7))
+    assert torch.equal(out[0, 7:], greedy(base, weights, ids(1, 7)[0], 5))
+
+
+@torch.no_grad()
+def test_another_method_s_adapters_are_switched():
+    model = build(llama)
+    lora = LoraConfig(target_modules=["q_proj", "k_proj", "v_proj"], init_lora_weights=False)
+    model.add_adapter(lora, "lora")
+    model.add_adapter(config(), "default")
+    randomize(model)
+    model.eval()
+    row = {"input_ids": ids(1, 7), "use_cache": True}
+    want = {}
+    for active in (("lora", "default"), ("default",)):
+        model.set_adapter(list(active))
+        want[active] = model(**row, past_key_values=transformers.DynamicCache()).logits
+    with reuse_prompts(model):
+        for active in [*want, *want]:
+            model.set_adapter(list(active))
+            got = model(**row, past_key_values=transformers.DynamicCache()).logits
+            assert_close(got, want[active], atol=2e-4, rtol=1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="autocast of a CPU")
+def test_autocast_has_states_of_its_own():
+    model, _, _ = adapted(llama)
+    row = {"input_ids": ids(1, 7), "use_cache": True}
+    want = model(**row, past_key_values=transformers.DynamicCache()).logits
+    with reuse_prompts(model):
+        with torch.autocast("cpu", torch.bfloat16):
+            model(**row, past_key_values=transformers.DynamicCache())
+        assert_close(model(**row, past_key_values=transformers.DynamicCache()).logits, want, atol=1e-4, rtol=1e-4)

@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin
 
@@ -25,6 +26,7 @@ from .layout import count_left_pads
 from .mixed_batch import mixed_batch
 from .scope import embeddings_in_scope, input_of_generate
 from .subclass import Extension
+from .with_prompt import WithPrompt
 
 
 class Entrance(Extension):
@@ -33,6 +35,7 @@ class Entrance(Extension):
     needs_forward = False  # it is called first
     input_tuning_layer: tuple[InputTuningLayer]
     input_tuning_traits: BackboneTraits | None = None  # of its backbone, if it has one
+    input_tuning_backbone: str | None = None  # and where that is
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """TRL puts a `forward` of its own on a model: what `forward` does is done here too, and then not again."""
@@ -55,6 +58,16 @@ class Entrance(Extension):
             "resized once input-tuning wraps it. Resize the base model first, then call get_peft_model."
         )
 
+    def _check_backbone(self) -> None:
+        if self.input_tuning_backbone is None or torch.compiler.is_compiling():
+            return
+        backbone = self.get_submodule(self.input_tuning_backbone)  # type: ignore[attr-defined]
+        if not isinstance(getattr(backbone, "_orig_mod", backbone), WithPrompt):  # _orig_mod: of torch.compile
+            raise ValueError(
+                f"The backbone `{self.input_tuning_backbone}` was replaced by a {type(backbone).__name__} after "
+                "input-tuning was added, and knows of no prompt. Replace it first, then call get_peft_model."
+            )
+
     def _in_scope(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         (layer,) = self.input_tuning_layer
         if not layer.adapts_input_only:
@@ -64,6 +77,7 @@ class Entrance(Extension):
 
     @contextmanager
     def _rows(self, names: list[str] | None) -> Iterator[None]:
+        self._check_backbone()
         if names is None:
             yield
             return

@@ -17,7 +17,7 @@ from .subclass import Extension, check_can_be_extended, extend, unextend
 from .trial import WhatSeesIds
 from .with_prompt import WithPrompt
 
-ATTRIBUTES = ("input_tuning_traits", "input_tuning_layer", "input_tuning_ids")
+ATTRIBUTES = ("input_tuning_traits", "input_tuning_layer", "input_tuning_ids", "input_tuning_backbone")
 
 
 class SeesIds(Extension):
@@ -64,6 +64,7 @@ def install(model: nn.Module, backbone_path: str | None, embedding_path: str, se
         for module in model.modules():
             if isinstance(module, WithPrompt | SeesPrompt | HidesPrompt | Entrance):
                 module.input_tuning_traits = traits
+        model.input_tuning_backbone = backbone_path
         pad = getattr(model.get_submodule(backbone_path).config.get_text_config(), "pad_token_id", None)
         for module, where in seen.others:
             module.input_tuning_ids = (where, pad if isinstance(pad, int) and pad >= 0 else 0)
