@@ -257,6 +257,14 @@ def test_a_state_holds_the_prompt_once(name):
         whole = torch.cat([row, row.new_tensor(new)])
         new.append(likeliest(grown_output(base, weights, whole)[-1]))
     assert got.tolist() == new
+    rows = [ids(7), ids(4, seed=1)]
+    batch, mask = padded(rows, "left")
+    if base.config.model_type in ("mamba", "mamba2"):  # the others do not honour it, or take none
+        options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": PAD}
+        out = model.generate(input_ids=batch, attention_mask=mask, **options)
+        for i, own in enumerate(rows):
+            alone = model.generate(input_ids=own[None], **options)[0, len(own) :]
+            assert torch.equal(out[i, 7:], alone)
     if any(hasattr(part, "recurrent_states") for part in base.modules()):
         return  # RecurrentGemma before 5.23: states inside of the modules, which a new sequence by hand goes on from
     name = cache_name(forward_parameters(base))

@@ -154,7 +154,8 @@ def mark_of(cache: Any) -> CacheMark | None:
 
 
 def has_fixed_size(cache: Any) -> bool:
-    return isinstance(cache, Cache) and cache.is_compileable
+    """Whether a cache has places for so many tokens and no more; a state has none (-1)."""
+    return isinstance(cache, Cache) and cache.is_compileable and cache.get_max_length() > 0
 
 
 def mark_cache(cache: Any, mark: CacheMark | None) -> None:
