@@ -62,7 +62,9 @@ class Entrance(Extension):
         if self.input_tuning_backbone is None or torch.compiler.is_compiling():
             return
         backbone = self.get_submodule(self.input_tuning_backbone)  # type: ignore[attr-defined]
-        if not isinstance(getattr(backbone, "_orig_mod", backbone), WithPrompt):  # _orig_mod: of torch.compile
+        if isinstance(backbone, WithPrompt):
+            return
+        if not any(isinstance(part, WithPrompt) for part in backbone.modules()):  # FSDP and torch.compile wrap it
             raise ValueError(
                 f"The backbone `{self.input_tuning_backbone}` was replaced by a {type(backbone).__name__} after "
                 "input-tuning was added, and knows of no prompt. Replace it first, then call get_peft_model."
