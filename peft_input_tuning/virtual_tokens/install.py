@@ -14,7 +14,7 @@ from .backbone import describe_backbone, find_decoder
 from .encoder_decoder import HidesPrompt, SeesPrompt
 from .entrance import Entrance, GeneratingEntrance
 from .subclass import Extension, check_can_be_extended, extend, unextend
-from .trial import WhatSeesIds
+from .trial import WhatSeesIds, pad_id
 from .with_prompt import WithPrompt
 
 ATTRIBUTES = ("input_tuning_traits", "input_tuning_layer", "input_tuning_ids", "input_tuning_backbone")
@@ -65,9 +65,9 @@ def install(model: nn.Module, backbone_path: str | None, embedding_path: str, se
             if isinstance(module, WithPrompt | SeesPrompt | HidesPrompt | Entrance):
                 module.input_tuning_traits = traits
         model.input_tuning_backbone = backbone_path
-        pad = getattr(model.get_submodule(backbone_path).config.get_text_config(), "pad_token_id", None)
+        pad = pad_id(model.get_submodule(backbone_path))
         for module, where in seen.others:
-            module.input_tuning_ids = (where, pad if isinstance(pad, int) and pad >= 0 else 0)
+            module.input_tuning_ids = (where, pad)
             extend(module, SeesIds)
 
 

@@ -10,8 +10,7 @@ Nothing of it is done, or known, if weights are elsewhere (offloaded, sharded).
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -19,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..base_weights import base_embedding, execution_device
 from .backbone import forward_parameters
+from .unchanged import unchanged
 
 _LENGTH = 2
 _TOLERANCE = {torch.float16: 0.02, torch.bfloat16: 0.05}  # beside the largest value; 0.001 in other types
@@ -112,7 +111,8 @@ def _modules_with_ids(
                 note = partial(_note, these, calls, numbers[run])
                 stack.callback(module.register_forward_pre_hook(note, with_kwargs=True).remove)
             _run(backbone, these)
-    going = {module: call[0] for module, call in calls.items() if _goes_by_ids(module, *call)}
+    pad = pad_id(backbone)
+    going = {module: call[0] for module, call in calls.items() if _goes_by_ids(module, *call, pad)}
     parts = {module: set(module.modules()) - {module} for module in going}
     others = tuple((module, where) for module, where in going.items() if parts[module].isdisjoint(going))
     inside = {module for module, _ in others}.union(*(parts[module] for module, _ in others))
@@ -131,16 +131,31 @@ def _note(ids: Tensor, calls: dict, numbers: dict, module: nn.Module, args: tupl
                 numbers.setdefault(module, value.clone())
 
 
-def _goes_by_ids(module: nn.Module, where: int | str, args: tuple, kwargs: dict[str, Any]) -> bool:
-    """Whether other ids in a call make another output. M2M100 counts positions along ids, whatever they are."""
-    others = list(args), dict(kwargs)
+def _goes_by_ids(module: nn.Module, where: int | str, args: tuple, kwargs: dict[str, Any], pad: int) -> bool:
+    """Whether virtual tokens must be padding to a module: to one that might look ids up, whatever it finds. Not to one
+    that counts what is no padding, as M2M100 counts positions: padding makes a difference to it, other ids do not."""
     given = kwargs[where] if isinstance(where, str) else args[where]
-    others[isinstance(where, str)][where] = given.flip(-1)  # type: ignore[index]
+
+    def output_for(ids: Tensor) -> list[Tensor]:
+        if isinstance(where, str):
+            return _tensors(module(*args, **{**kwargs, where: ids}))
+        return _tensors(module(*args[:where], ids, *args[where + 1 :], **kwargs))
+
     try:
-        here, there = _tensors(module(*args, **kwargs)), _tensors(module(*others[0], **others[1]))
+        here = output_for(given)
+        same = [
+            all(torch.equal(one, other) for one, other in zip(here, output_for(ids), strict=True))
+            for ids in (given.flip(-1), torch.full_like(given, pad))
+        ]
     except Exception:  # it needs more around it than its arguments
         return True
-    return any(not torch.equal(one, other) for one, other in zip(here, there, strict=True))
+    return same != [True, False]
+
+
+def pad_id(backbone: nn.Module) -> int:
+    """The id of padding; 0 if a model has none."""
+    pad = getattr(backbone.config.get_text_config(), "pad_token_id", None)
+    return pad if isinstance(pad, int) and pad >= 0 else 0
 
 
 def _tensors(output: Any) -> list[Tensor]:
@@ -191,8 +206,7 @@ def _honours_mask(backbone: nn.Module, ids: Tensor, slack: str, first_position: 
     parameters = forward_parameters(backbone)
     if "attention_mask" not in parameters:
         return False
-    pad = getattr(backbone.config.get_text_config(), "pad_token_id", None)
-    pads = torch.full_like(ids[:, :2], pad if isinstance(pad, int) else 0)
+    pads = torch.full_like(ids[:, :2], pad_id(backbone))
     ones, zeros = torch.ones_like(ids), torch.zeros_like(pads)
     parts = {"input_ids": (pads, ids), "attention_mask": (zeros, ones)}
     if "position_ids" in parameters:
@@ -233,62 +247,3 @@ def plain_ids(module: nn.Module, embedding: nn.Module, count: int) -> Tensor:
     plain = [number for number in range(table.num_embeddings // 2, table.num_embeddings) if number not in special]
     plain = plain or [0]
     return torch.tensor([(plain * count)[:count]], device=execution_device(table))
-
-
-@contextmanager
-def unchanged(module: nn.Module) -> Iterator[None]:
-    """Puts a model into eval mode; afterwards modes, attributes, parameters, buffers and random numbers are as before.
-
-    RWKV divides weights by powers of two when it is run; NLLB's experts take another capacity.
-    """
-    before = [(one, dict(one.__dict__)) for one in module.modules()]
-    held = [value for _, attributes in before for value in attributes.values() if type(value) in (dict, list, set)]
-    containers = [(value, value.copy()) for value in held]  # what a run adds to them is taken out again
-    devices = {one.device.index for one in module.parameters() if one.device.type == "cuda"}
-    writes = _Writes()
-    with torch.random.fork_rng(devices=devices):
-        module.eval()
-        try:
-            with writes:
-                yield
-        finally:
-            for one, attributes in before:
-                one.__dict__.clear()
-                one.__dict__.update(attributes)
-            for value, copy in containers:
-                value.clear()
-                (value.extend if isinstance(value, list) else value.update)(copy)
-            writes.undo([*module.parameters(), *module.buffers()])
-
-
-class _Writes(TorchDispatchMode):
-    """Keeps what stood in a tensor before it was written to in place."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._before: dict[tuple, tuple[Tensor, Tensor]] = {}
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        for argument, value in zip(function._schema.arguments, args, strict=False):
-            self._keep(argument, value)
-        for argument in function._schema.arguments:
-            self._keep(argument, kwargs.get(argument.name))
-        return function(*args, **kwargs)
-
-    def _keep(self, argument: Any, value: Any) -> None:
-        if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, Tensor):
-            part = (_place(value), value.storage_offset(), value.shape, value.stride())
-            if part not in self._before:
-                self._before[part] = value, value.clone()
-
-    @torch.no_grad()
-    def undo(self, tensors: list[Tensor]) -> None:
-        ours = {_place(tensor) for tensor in tensors}
-        for tensor, value in reversed(self._before.values()):
-            if _place(tensor) in ours:
-                tensor.copy_(value)
-
-
-def _place(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
