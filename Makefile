@@ -9,6 +9,7 @@ TORCH ?= 2.13.0
 DEVICE ?= cpu
 export DEVICE
 NEWEST_TESTS ?= tests
+ARCHITECTURES ?=
 
 PIP_INSTALL = -m pip install --disable-pip-version-check --quiet
 # `make compatibility` reads what became of the tests from pytest's cache; runs on other versions keep a cache apart.
@@ -25,11 +26,11 @@ ENGINES = $(VENV)-engines/installed
 LLAMA_CPP = llama_cpp_python-0.3.36
 CONVERTER = $(abspath $(VENV)-engines)/source/$(LLAMA_CPP)/vendor/llama.cpp/convert_hf_to_gguf.py
 
-.PHONY: help demo bench test test-slow test-all test-lowest test-newest test-engines \
+.PHONY: help demo bench test test-slow test-all test-lowest test-newest test-engines test-architectures \
 	check format compatibility clean
 
 help:  ## list the targets
-	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 20
 
 demo: $(DEMO)  ## train prompt-tuning and input-tuning on real weights and compare them
 	$(VENV)/bin/python examples/quickstart.py --output-dir $(OUTPUT)
@@ -58,6 +59,10 @@ test-newest:  ## run the tests on the newest versions, torch excepted; NEWEST_TE
 
 test-engines: $(ENGINES)  ## build llama.cpp and run exported models in it and in ONNX Runtime
 	LLAMA_CPP_CONVERTER=$(CONVERTER) $(VENV)-engines/bin/python -m pytest -m engines tests/test_engines.py
+
+# Goes on where a run before it ended; remove the file for a new one.
+test-architectures: $(DEV)  ## try every text architecture of transformers and write the page of them
+	$(VENV)/bin/python -m tests.architectures --jobs $(WORKERS) --out outputs/architectures.jsonl --page $(ARCHITECTURES)
 
 check: $(DEV)  ## lint, formatting and types
 	$(VENV)/bin/ruff check .

@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokeni
 
 from extras import needs
 from packaged_model import PACKAGED, find_model
-from peft_input_tuning import set_prompt_cache  # and registers INPUT_TUNING with PEFT
+from peft_input_tuning import reuse_prompts  # and registers INPUT_TUNING with PEFT
 from peft_input_tuning.command_line.gguf import dense_weights
 from task_data import InputError
 
@@ -59,7 +59,6 @@ def load_model(base: str, adapters: dict[str, str]) -> tuple[PeftModel, Any]:
     model = PeftModel.from_pretrained(base_model, first[1], adapter_name=first[0])
     for adapter, folder in others:
         model.load_adapter(folder, adapter_name=adapter)
-    set_prompt_cache(model, True)  # nothing changes the base model here
     return model, AutoTokenizer.from_pretrained(name, **more)
 
 
@@ -101,7 +100,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"Serving {', '.join(app.state.batcher.adapters)} on http://{options.host}:{options.port}")
-    serve(app, options.host, options.port)
+    with reuse_prompts(model):  # nothing changes the weights here
+        serve(app, options.host, options.port)
     return 0
 
 

@@ -10,11 +10,12 @@ from .inspection import AdapterInspection, inspect_adapter
 from .layer import InputTuningLayer
 from .model import InputTuningModel
 from .optimizer import create_input_tuning_optimizer, input_tuning_parameter_groups
+from .prompt_embeds import prompt_embeds, soft_prompt
 from .prompt_tuning import from_prompt_tuning
 from .registration import register
 from .tested_versions import warn_of_untested_versions
 from .version import __version__
-from .virtual_tokens.prompt_cache import set_prompt_cache
+from .virtual_tokens.reuse import reuse_prompts
 
 register("input_tuning", InputTuningConfig, InputTuningModel)
 warn_of_untested_versions()
@@ -31,5 +32,7 @@ __all__ = [
     "from_prompt_tuning",
     "input_tuning_parameter_groups",
     "inspect_adapter",
-    "set_prompt_cache",
+    "prompt_embeds",
+    "reuse_prompts",
+    "soft_prompt",
 ]

@@ -10,14 +10,19 @@ says that it is floating point (torchao, quanto).
 from __future__ import annotations
 
 import torch
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 
 def base_embedding(embedding: nn.Module) -> nn.Module:
-    """The table itself, under the layers that other methods put around it (a LoRA on the embedding)."""
-    while hasattr(embedding, "base_layer"):
-        embedding = embedding.base_layer
-    return embedding
+    """The table itself, under what other methods put around it: a LoRA on the embedding, `trainable_token_indices`."""
+    while True:
+        if isinstance(embedding, AuxiliaryTrainingWrapper):
+            embedding = embedding.original_module
+        elif hasattr(embedding, "base_layer"):
+            embedding = embedding.base_layer
+        else:
+            return embedding
 
 
 def execution_device(embedding: nn.Module) -> torch.device:

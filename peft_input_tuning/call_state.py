@@ -1,5 +1,4 @@
-"""Which adapter each row of the current call uses (`adapter_names=[...]`), whether its prompt is already in place, and
-whether `generate` makes the call.
+"""Which adapter each row of the current call uses (`adapter_names=[...]`), and whether `generate` makes the call.
 
 All are properties of one call, not of the model: two threads may call one model with different rows. So they live in
 context variables, which every thread has for itself. Compiled code does not read them: `InputTuningModel` runs calls
@@ -8,7 +7,7 @@ with `adapter_names` eagerly.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -32,7 +31,7 @@ class RowAdapters:
     names: tuple[str, ...]
     prompt_lengths: tuple[int, ...]
     in_generate: bool = False
-    _tensors: dict[Any, torch.Tensor] = field(default_factory=dict, compare=False, repr=False)
+    _kept: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def _repeats(self, batch: int) -> int:
         repeats, rest = divmod(batch, len(self.names))
@@ -54,22 +53,30 @@ class RowAdapters:
         if len(set(self.prompt_lengths)) == 1:
             return None
         lengths = [length for length in self.prompt_lengths for _ in range(repeats)]
-        return self._kept("lengths", lengths, device).unsqueeze(1)
+        return self.kept(("lengths", batch, device), lambda: on_device(lengths, device)).unsqueeze(1)
 
-    def rows_of(self, name: str, batch: int, device: torch.device) -> torch.Tensor:
-        """Numbers of the rows that have an adapter, `(rows,)`."""
-        return self._kept(name, [row for row, other in enumerate(self.names_of(batch)) if other == name], device)
-
-    def _kept(self, what: str, values: list[int], device: torch.device) -> torch.Tensor:
-        """A tensor of host values that is brought to the device once for all steps of `generate`."""
-        key = (what, tuple(values), device)
-        if key not in self._tensors:
-            self._tensors[key] = on_device(values, device)
-        return self._tensors[key]
+    def kept(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What `make` gives, made once for all steps of `generate`."""
+        if key not in self._kept:
+            self._kept[key] = make()
+        return self._kept[key]
 
     @property
     def slots(self) -> int:
         return max(self.prompt_lengths)
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What a `generate` does with the arguments that it looked at once, at its start.
+
+    Args:
+        in_chunks: whether the input is fed in chunks, each with its own part of the mask; later tokens get ones.
+        makes_positions: whether positions are `generate`'s own: of a row they go up from the first token's.
+    """
+
+    in_chunks: bool = False
+    makes_positions: bool = True
 
 
 def on_device(values: list[int], device: torch.device) -> torch.Tensor:
@@ -79,8 +86,7 @@ def on_device(values: list[int], device: torch.device) -> torch.Tensor:
 
 # With the layer that a call is about: an assistant model, called inside the same call, has a layer of its own.
 _row_adapters: ContextVar[tuple[object, RowAdapters] | None] = ContextVar("row_adapters", default=None)
-_prompt_in_place: ContextVar[object] = ContextVar("prompt_in_place", default=None)
-_generating: ContextVar[object] = ContextVar("generating", default=None)
+_generation: ContextVar[tuple[object, Generation] | None] = ContextVar("generation", default=None)
 
 
 def current_row_adapters(layer: object) -> RowAdapters | None:
@@ -91,23 +97,21 @@ def current_row_adapters(layer: object) -> RowAdapters | None:
     return rows if owner is layer else None
 
 
-def is_prompt_in_place(layer: object) -> bool:
-    """Whether the caller's embeddings hold the virtual tokens already."""
-    return not torch.compiler.is_compiling() and _prompt_in_place.get() is layer
-
-
-def is_generating(layer: object) -> bool:
-    """Whether `generate` of the tuner is under way, which looks at its arguments once, at its start."""
-    return not torch.compiler.is_compiling() and _generating.get() is layer
+def generation_of(layer: object) -> Generation | None:
+    """The `generate` of `layer`'s model that is under way; None if there is none."""
+    if torch.compiler.is_compiling():
+        return None
+    owner, generation = _generation.get() or (None, None)
+    return generation if owner is layer else None
 
 
 @contextmanager
-def generating(layer: object) -> Iterator[None]:
-    token = _generating.set(layer)
+def generating(layer: object, generation: Generation) -> Iterator[None]:
+    token = _generation.set((layer, generation))
     try:
         yield
     finally:
-        _generating.reset(token)
+        _generation.reset(token)
 
 
 @contextmanager
@@ -117,12 +121,3 @@ def use_row_adapters(layer: object, rows: RowAdapters) -> Iterator[None]:
         yield
     finally:
         _row_adapters.reset(token)
-
-
-@contextmanager
-def prompt_in_place(layer: object) -> Iterator[None]:
-    token = _prompt_in_place.set(layer)
-    try:
-        yield
-    finally:
-        _prompt_in_place.reset(token)

@@ -10,27 +10,33 @@ import torch
 from peft.functional import delete_adapter
 from torch import Tensor, nn
 
+from .config import InputTuningConfig
 from .layer import InputTuningLayer, named_layer
+from .saved_config import check_saved_config
 
 PEFT_PREFIX = "base_model.model."
 
 
-def checked_state_dict(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+def checked_state_dict(
+    model: nn.Module, config: InputTuningConfig, adapter_name: str, state_dict: dict[str, Tensor]
+) -> dict[str, Tensor]:
     """Gives back what is to be loaded of a file; raises where it does not fit, and takes the half-made adapter back.
 
     Args:
         model: the `PeftModel`, or a model with adapters of transformers.
-        adapter_name: the adapter that is being loaded.
+        config: the configuration in use, of the adapter that gets the tensors.
+        adapter_name: its name.
         state_dict: tensors under the names they have in the model.
 
     Returns:
         The tensors; without those of the base model where other adapters are on it.
 
     Raises:
-        ValueError: names the tensor, the shapes, and what to do.
+        ValueError: names the tensor and the shapes, or the field of the configuration, and what to do.
     """
     path, layer = named_layer(model)
     try:
+        check_saved_config(config, adapter_name, layer.embedding_dim)
         of_base = _check(model, path, layer, adapter_name, state_dict)
         if len(layer.adapter_names) == 1:
             return state_dict
@@ -40,6 +46,20 @@ def checked_state_dict(model: nn.Module, adapter_name: str, state_dict: dict[str
         if layer.has_no_weights(adapter_name):
             _take_back(model, layer, adapter_name)
         raise
+
+
+def under_as_many_peft_models(model: nn.Module, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a file under the names that they have in `model`, which may have more or fewer `PeftModel`s
+    around it than the model that was saved: LoRA inside, or merged."""
+    path, _ = named_layer(model)
+    depth = max(1, (len(path) - len(_without_prefixes(path))) // len(PEFT_PREFIX))
+    return {PEFT_PREFIX * depth + _without_prefixes(key): tensor for key, tensor in state_dict.items()}
+
+
+def _without_prefixes(path: str) -> str:
+    while path.startswith(PEFT_PREFIX):
+        path = path.removeprefix(PEFT_PREFIX)
+    return path
 
 
 def _check(

@@ -7,6 +7,7 @@ from numbers import Real
 from typing import Any, ClassVar
 
 from peft.config import PeftConfig
+from peft.tuners.p_tuning import PromptEncoderConfig
 from peft.tuners.prompt_tuning import PromptTuningConfig, PromptTuningInit
 
 from .model_card import update_model_card
@@ -188,17 +189,19 @@ class InputTuningConfig(PeftConfig):
             )
 
     @classmethod
-    def from_prompt_tuning(cls, config: PromptTuningConfig, **changes: Any) -> InputTuningConfig:
-        """The configuration that goes on where a PEFT `PromptTuningConfig` stands.
+    def from_prompt_tuning(cls, config: PromptTuningConfig | PromptEncoderConfig, **changes: Any) -> InputTuningConfig:
+        """The configuration that goes on where one of PEFT's prompt-tuning stands.
 
         `peft_input_tuning.from_prompt_tuning` does the same for a trained adapter, weights included.
 
         Args:
-            config: a configuration of PEFT's prompt-tuning.
+            config: a configuration of PEFT's prompt-tuning, or of its P-tuning, which names no start of the prompt.
             **changes: fields to set otherwise, for example `adapter_hidden_dim=64`.
         """
-        if not isinstance(config, PromptTuningConfig):
-            raise ValueError(f"`config` must be a PromptTuningConfig of PEFT, got {type(config).__name__}.")
+        if not isinstance(config, (PromptTuningConfig, PromptEncoderConfig)):
+            raise ValueError(
+                f"`config` must be a PromptTuningConfig or a PromptEncoderConfig of PEFT, got {type(config).__name__}."
+            )
         shared = (
             "num_virtual_tokens",
             "prompt_tuning_init",
@@ -210,7 +213,7 @@ class InputTuningConfig(PeftConfig):
             "revision",
             "modules_to_save",
         )
-        return cls(**{**{name: getattr(config, name, None) for name in shared}, **changes})
+        return cls(**{**{name: getattr(config, name) for name in shared if hasattr(config, name)}, **changes})
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Saves `adapter_config.json` as PEFT does, and says in the model card to import this package first."""

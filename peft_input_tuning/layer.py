@@ -13,16 +13,16 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers.activations import ACT2FN
 
-from .base_weights import execution_device
-from .call_state import BASE, RowAdapters, current_row_adapters, on_device
+from .base_weights import base_embedding, execution_device
+from .call_state import current_row_adapters, on_device
 from .config import InputTuningConfig
 from .merging import MergeableTable
-from .modules import InputDtypeLinear, SoftPrompt, adapt
-from .pending_weights import PendingWeights
+from .mixed_rows import MixedRows
+from .modules import VIRTUAL, InputDtypeLinear, SoftPrompt
 from .prompt_start import initial_prompt
+from .prompt_states import PromptStates
 
 IsOutput = Tensor | bool  # which tokens are the output's: `(batch, length)` booleans, or one for all
 
@@ -33,17 +33,17 @@ CANNOT_TELL = (
 )
 
 
-class InputTuningLayer(MergeableTable, PendingWeights):
+class InputTuningLayer(MergeableTable, MixedRows, PromptStates):
     """The wrapped word embedding.
 
-    How it merges stands in `merging.py`, what it does while weights have still to come in `pending_weights.py`.
+    How it merges stands in `merging.py`, how it runs input-adapters, in mixed batches too, in `mixed_rows.py`, what it
+    does while weights have still to come in `pending_weights.py`.
 
     Args:
         base_layer: the embedding, `(batch, length)` ids → `(batch, length, embedding_dim)`.
     """
 
     adapter_layer_names = ("input_tuning_prompt", "input_tuning_fc1", "input_tuning_activation", "input_tuning_fc2")
-    caches_prompt = False  # see virtual_tokens/prompt_cache.py
     other_param_names = ("input_tuning_dropout",)
 
     def __init__(self, base_layer: nn.Module) -> None:
@@ -56,11 +56,10 @@ class InputTuningLayer(MergeableTable, PendingWeights):
         self.input_tuning_dropout = nn.ModuleDict()
         self.input_only: set[str] = set()  # adapters that leave the output's tokens alone, see virtual_tokens/scope.py
         self.seen_labels: set[tuple[str, bool]] = set()  # of those, whose labels were looked at, in training or not
-        self.prompt_states: dict[str, Any] = {}
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles compute their prompts' states again."""
-        return {**self.__dict__, "prompt_states": {}}
+    def get_base_layer(self) -> nn.Module:
+        """The table itself, under what other methods put around it; PEFT stops at their `AuxiliaryTrainingWrapper`."""
+        return base_embedding(self.base_layer)
 
     @property
     def embedding_dim(self) -> int:
@@ -105,6 +104,13 @@ class InputTuningLayer(MergeableTable, PendingWeights):
         rows = current_row_adapters(self)
         return not self.input_only.isdisjoint([self.enabled_adapter] if rows is None else rows.names)
 
+    def check_weights_in_use(self) -> None:
+        """Raises if an adapter of the call under way still waits for its file."""
+        if self.pending:
+            rows = current_row_adapters(self)
+            for name in [self.enabled_adapter] if rows is None else rows.names:
+                self.check_weights_have_come(str(name))
+
     def prompt_length(self, name: str) -> int:
         """Number of virtual tokens of an adapter; 0 for `"__base__"`."""
         return self.input_tuning_prompt[name].weight.shape[0] if name in self.input_tuning_prompt else 0
@@ -114,8 +120,8 @@ class InputTuningLayer(MergeableTable, PendingWeights):
     def update_layer(self, adapter_name: str, config: InputTuningConfig, input_only: bool = False) -> None:
         """Adds an adapter with its first weights; `input_only` for one that leaves the output's tokens alone.
 
-        An adapter that will be read from a file gets NaN instead: what the file does not hold is then noticed at the
-        first use, not silently random.
+        An adapter that will be read from a file gets NaN instead (`pending_weights.py`): what the file does not hold
+        is then noticed at the first use, not silently random.
         """
         width = self.embedding_dim
         hidden = 2 * width if config.adapter_hidden_dim is None else config.adapter_hidden_dim
@@ -138,14 +144,16 @@ class InputTuningLayer(MergeableTable, PendingWeights):
         for container in (*self.adapter_layer_names, *self.other_param_names):
             if adapter_name in getattr(self, container):
                 del getattr(self, container)[adapter_name]
+        device = "meta" if from_file else None  # no memory for what the file may not hold
         if config.num_virtual_tokens:
             scale = cast(float, config.prompt_scale)  # the configuration has put a number for None
-            self.input_tuning_prompt[adapter_name] = SoftPrompt(config.num_virtual_tokens, width, scale)
+            self.input_tuning_prompt[adapter_name] = SoftPrompt(config.num_virtual_tokens, width, scale, device)
         if hidden:
-            self.input_tuning_fc1[adapter_name] = InputDtypeLinear(width, hidden, bias=config.adapter_bias)
-            self.input_tuning_fc2[adapter_name] = InputDtypeLinear(hidden, width, bias=config.adapter_bias)
+            self.input_tuning_fc1[adapter_name] = InputDtypeLinear(width, hidden, config.adapter_bias, device)
+            self.input_tuning_fc2[adapter_name] = InputDtypeLinear(hidden, width, config.adapter_bias, device)
             self.input_tuning_activation[adapter_name] = ACT2FN[config.adapter_activation]
             self.input_tuning_dropout[adapter_name] = nn.Dropout(config.adapter_dropout)
+        self.forget_prompt_states()
         self.seen_labels -= {(adapter_name, True), (adapter_name, False)}
         if input_only and hidden:
             self.input_only.add(adapter_name)
@@ -153,33 +161,21 @@ class InputTuningLayer(MergeableTable, PendingWeights):
             self.input_only.discard(adapter_name)
         if from_file or (prompt is not None and prompt.is_meta):  # a base on "meta" has no embeddings to start from
             self.pending.add(adapter_name)
+        if from_file:
+            self.hold_places(adapter_name, execution_device(self.base_layer))
         self._reset_adapter(adapter_name, prompt, config.init_weights)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     @torch.no_grad()
     def _reset_adapter(self, name: str, prompt: Tensor | None, zero_start: bool) -> None:
-        parameters = [p for _, p in self.named_adapter_parameters(name)]
-        if any(p.is_meta for p in parameters):
-            return  # low_cpu_mem_usage: the file's tensors take the place of these
-        if name in self.pending:
-            for parameter in parameters:
-                parameter.fill_(float("nan"))
-            return
+        if name in self.pending or any(p.is_meta for _, p in self.named_adapter_parameters(name)):
+            return  # a file's tensors take the place of these
         if prompt is not None:
             self.input_tuning_prompt[name].start_from(prompt)
         if name in self.input_tuning_fc2 and zero_start:
             for parameter in self.input_tuning_fc2[name].parameters():
                 parameter.zero_()
-
-    def named_adapter_parameters(self, name: str) -> list[tuple[str, nn.Parameter]]:
-        """The parameters of one adapter, as `("input_tuning_fc1.weight", parameter)`."""
-        return [
-            (f"{container}.{key}", parameter)
-            for container in self.adapter_layer_names
-            if name in getattr(self, container)
-            for key, parameter in getattr(self, container)[name].named_parameters()
-        ]
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
@@ -194,39 +190,59 @@ class InputTuningLayer(MergeableTable, PendingWeights):
     def delete_adapter(self, adapter_name: str) -> None:
         self.pending.discard(adapter_name)
         self.input_only.discard(adapter_name)
-        self.prompt_states.pop(adapter_name, None)
+        self.forget_prompt_states()
         super().delete_adapter(adapter_name)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        super()._move_adapter_to_device_of_base_layer(adapter_name, device or execution_device(self.base_layer))
+        with self.small_places(adapter_name):
+            super()._move_adapter_to_device_of_base_layer(adapter_name, device or execution_device(self.base_layer))
 
     # ---- forward ------------------------------------------------------------------------------------------------
 
-    def forward(
-        self,
-        input_ids: Tensor | None,
-        *args: Any,
-        is_output: IsOutput | None = None,
-        prompts: tuple[int, int] | None = None,
-        **kwargs: Any,
-    ) -> Tensor:
+    def forward(self, input_ids: Tensor, *args: Any, is_output: IsOutput | None = None, **kwargs: Any) -> Tensor:
         """`(batch, length)` ids → `(batch, length, embedding_dim)` adapted embeddings.
 
-        `is_output` is asked for by adapters with `adapter_scope="input"` (`virtual_tokens/scope.py`); `prompts` is
-        how `prompt_rows` gets what it returns where the layer is sharded.
+        An id below `VIRTUAL` is a virtual token: -1 from there is the last row of the prompt; a call shorter than the
+        prompt has none. `is_output` is for adapters with `adapter_scope="input"` (`virtual_tokens/scope.py`).
         """
-        if prompts is not None:
-            return self._prompt_rows(*prompts)
         if self.merged and self.disable_adapters:
             self.unmerge()  # as PEFT's other methods do
-        embeddings = self.base_layer(input_ids, *args, **kwargs)
+        slots = self.slots
+        if not slots or input_ids.shape[-1] < slots:
+            return self._adapted(self.base_layer(input_ids, *args, **kwargs), is_output)
+        is_virtual = input_ids < VIRTUAL
+        words = self._adapted(self.base_layer(input_ids.masked_fill(is_virtual, 0), *args, **kwargs), is_output)
+        ids, is_virtual = input_ids.to(words.device), is_virtual.to(words.device)
+        return torch.where(is_virtual.unsqueeze(-1), self._virtual_tokens(ids, slots).to(words.dtype), words)
+
+    def _adapted(self, embeddings: Tensor, is_output: IsOutput | None) -> Tensor:
         if self.merged:
             return embeddings
         rows = None if self.disable_adapters else current_row_adapters(self)
         if rows is not None:
-            return self._adapt_rows(embeddings, rows, is_output)
+            return self.adapt_rows(embeddings, rows, is_output)
         name = self.enabled_adapter
         return embeddings if name is None else self.adapt_in_scope(embeddings, name, is_output)
+
+    def _virtual_tokens(self, ids: Tensor, slots: int) -> Tensor:
+        """The rows of the prompts that ids name, `(batch, length, embedding_dim)`; anything for words."""
+        places = (ids + (slots - VIRTUAL)).clamp(max=slots - 1)
+        rows = current_row_adapters(self)
+        if rows is None:
+            return nn.functional.embedding(places, self._prompt(str(self.enabled_adapter)))
+        names = rows.names_of(len(ids))
+        distinct = list(dict.fromkeys(names))
+        table = torch.cat([self._prompt(name, slots) for name in distinct])
+        first = on_device([distinct.index(name) * slots for name in names], ids.device)
+        return nn.functional.embedding(places + first.unsqueeze(1), table)
+
+    def _prompt(self, name: str, slots: int = 0) -> Tensor:
+        """An adapter's prompt at the right end of `slots` rows, `(slots, embedding_dim)`; zeros if it has none."""
+        self.check_weights_have_come(name)
+        if not self.prompt_length(name):
+            return next(iter(self.input_tuning_prompt.values())).weight.new_zeros(slots, self.embedding_dim)
+        prompt = self.input_tuning_prompt[name]()
+        return prompt if len(prompt) >= slots else nn.functional.pad(prompt, (0, 0, slots - len(prompt), 0))
 
     def adapt_in_scope(self, embeddings: Tensor, name: str, is_output: IsOutput | None) -> Tensor:
         """One adapter's T(e) of the tokens that it is for, `(batch, length, embedding_dim)` → the same shape."""
@@ -238,65 +254,14 @@ class InputTuningLayer(MergeableTable, PendingWeights):
             return embeddings
         return torch.where(is_output.unsqueeze(-1), embeddings, self.adapt(embeddings, name))
 
-    def adapt(self, embeddings: Tensor, name: str) -> Tensor:
-        """One adapter's T(e), `(..., embedding_dim)` → `(..., embedding_dim)` (paper, figure 4)."""
-        self.check_weights_have_come(name)
-        if name not in self.input_tuning_fc1:
-            return embeddings
-        return adapt(
-            embeddings,
-            self.input_tuning_fc1[name],
-            self.input_tuning_activation[name],
-            self.input_tuning_dropout[name],
-            self.input_tuning_fc2[name],
-        )
-
-    def _adapt_rows(self, embeddings: Tensor, rows: RowAdapters, is_output: IsOutput | None) -> Tensor:
-        """Each row with its own adapter; an adapter's work is done for its rows only."""
-        adapted = embeddings.clone()
-        for name in dict.fromkeys(rows.names):
-            if name == BASE:
-                continue
-            own = rows.rows_of(name, len(embeddings), embeddings.device)
-            of_rows = is_output[own] if isinstance(is_output, Tensor) else is_output
-            adapted[own] = self.adapt_in_scope(embeddings[own], name, of_rows)
-        return adapted
-
-    def prompt_rows(self, batch: int, slots: int) -> Tensor:
-        """The prompt of each row, at the right end of its slots: `(batch, slots, embedding_dim)`.
-
-        Accelerate's FSDP2 shards a model's input embeddings as one unit, whose weights, the prompt among them, are
-        whole only while that unit's own forward runs: the layer is called as a module then. Nowhere else, since hooks
-        on the embedding (NEFTune's noise) are not meant for the prompt.
-        """
-        if any(isinstance(prompt.weight, DTensor) for prompt in self.input_tuning_prompt.values()):
-            return self(None, prompts=(batch, slots))
-        return self._prompt_rows(batch, slots)
-
-    def _prompt_rows(self, batch: int, slots: int) -> Tensor:
-        rows = current_row_adapters(self)
-        if rows is None:
-            name = str(self.enabled_adapter)
-            self.check_weights_have_come(name)
-            return self.input_tuning_prompt[name]().unsqueeze(0).expand(batch, -1, -1)
-        names = rows.names_of(batch)
-        distinct = list(dict.fromkeys(names))
-        table = torch.stack([self._padded_prompt(name, slots) for name in distinct])
-        return table[on_device([distinct.index(name) for name in names], table.device)]
-
-    def _padded_prompt(self, name: str, slots: int) -> Tensor:
-        if not self.prompt_length(name):
-            reference = next(iter(self.input_tuning_prompt.values())).weight
-            return reference.new_zeros(slots, reference.shape[1])
-        self.check_weights_have_come(name)
-        prompt = self.input_tuning_prompt[name]()
-        return nn.functional.pad(prompt, (0, 0, slots - prompt.shape[0], 0))
-
     # ---- being the embedding for the rest of the world ------------------------------------------------------------
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """`tie_weights()` of T5 and BART assigns to `.weight`: that is the base layer's."""
-        if name == "weight":
+        """`tie_weights()` of T5 and BART assigns to `.weight`: that is the base layer's, of which a merged adapter
+        has put its own aside."""
+        if name == "weight" and self.merged:
+            self._unmerged_weight = (cast(nn.Parameter, param),)
+        elif name == "weight":
             self.get_base_layer().register_parameter(name, param)
         else:
             super().register_parameter(name, param)

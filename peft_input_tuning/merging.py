@@ -66,6 +66,11 @@ class MergeableTable(nn.Module, BaseTunerLayer):
         self.register_state_dict_post_hook(_put_unmerged_weight)
         self.register_load_state_dict_pre_hook(_check_not_merged)
 
+    @property
+    def weight(self) -> Tensor:
+        """The base's own table, also while another is merged in its place: a head that is tied to it stays so."""
+        return self._unmerged_weight[0] if self.merged else super().weight
+
     def fold_into(self, table: Tensor, name: str, progress: Progress | None = None) -> None:
         """Writes one adapter's T(E) / scale into the first rows of `table`, `(>= num_embeddings, embedding_dim)`."""
         self.check_weights_have_come(name)
@@ -116,10 +121,23 @@ class MergeableTable(nn.Module, BaseTunerLayer):
                     f"tokens are not weights of the base. {INSTEAD_OF_MERGING}"
                 )
             self.check_weights_have_come(name)
-        if self.weight.is_meta or is_quantized(self.weight) or isinstance(self.base_layer, BaseTunerLayer):
+        if self.weight.is_meta or is_quantized(self.weight) or self.base_layer is not self.get_base_layer():
             raise ValueError(
                 "The embedding is quantized, offloaded, or has an adapter of another method: nothing can be merged "
                 "into it. Load the base model in its own dtype on one device, with this adapter alone."
+            )
+
+    def check_active_beside(self, adapter_names: list[str] | None) -> None:
+        """Raises where the active adapter is not one of these (None: it is) and would put its prompt before a table
+        that is another's."""
+        active = self.enabled_adapter
+        if adapter_names is None or active is None or active in adapter_names or not self.prompt_length(active):
+            return
+        names = [name for name in adapter_names if self.has_adapter(name)]
+        if names:
+            raise ValueError(
+                f"Adapter {names[0]!r} cannot be merged while {active!r} is active: the {self.prompt_length(active)} "
+                f"virtual tokens of {active!r} would stand before its words. Call set_adapter({names[0]!r}) first."
             )
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

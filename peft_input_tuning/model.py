@@ -1,57 +1,88 @@
 """`InputTuningModel`: input-tuning as a tuner of PEFT.
 
-It wraps the word embedding of the model's backbone (`layer.py`) and puts hooks on the backbone (`virtual_tokens/`).
-All the rest, saving, switching, disabling, is PEFT's. What is added here: checks before anything is changed, mixed
-batches (`adapter_names=[...]`), static caches in `generate`, and a strict reading of adapter files.
+It wraps the word embedding of a model (`layer.py`) and gives the modules that a call goes through more than their
+classes (`virtual_tokens/`). All the rest, saving, switching, disabling, is PEFT's. What is added here: checks before
+anything is changed, mixed batches (`adapter_names=[...]`), and a strict reading of adapter files.
 """
 
 from __future__ import annotations
 
 import copy
-import inspect
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import replace
-from functools import partial
-from threading import Lock
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-import torch
+from peft import PeftModel
 from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
-from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
-from transformers import GenerationMixin
 
-from .base_weights import base_embedding, check_can_be_saved, keep_unpacked
-from .call_state import BASE, RowAdapters, current_row_adapters, generating, prompt_in_place, use_row_adapters
-from .checkpoint import checked_state_dict
+from .checkpoint import checked_state_dict, under_as_many_peft_models
 from .config import InputTuningConfig
 from .layer import InputTuningLayer
+from .nesting import (
+    Configurations,
+    check_inner_reads_ids,
+    check_is_only_owner,
+    check_trained_modules_inside,
+    own_modules,
+    plain_model,
+    without_trained_modules_inside,
+)
+from .placement import Placement, check_adapter_name, check_modules_to_save, holds_our_layer, place_of
+from .prompt_embeds import INSTEAD_OF_PROMPT_TUNING, OF_PROMPT_TUNING
 from .tested_versions import newer_than_tested
-from .virtual_tokens.backbone import find_backbone, has_window, refuse_changed_embedding, refuse_models_without_place
+from .tied_tables import keep_merged_table
+from .virtual_tokens.backbone import path_of
 from .virtual_tokens.cache_check import check_cached_equals_uncached
-from .virtual_tokens.cache_mark import cache_of, mark_cache, mark_of
-from .virtual_tokens.hooks import install_hooks, remove_hooks
-from .virtual_tokens.layout import count_left_pads
-from .virtual_tokens.refusals import refuse_mask_of_other_length, refuse_pads_behind_prompt
-from .virtual_tokens.scope import input_of_generate, tells_input_from_output
-from .virtual_tokens.static_cache import generation_setting, input_with_prompt, mask_of_ids, uses_static_cache
-
-MAX_HIDDEN_RATIO = 64  # an input-adapter wider than this many embeddings is a mistake, not a choice
+from .virtual_tokens.install import install, uninstall
+from .virtual_tokens.mixed_batch import mixed_batch
+from .virtual_tokens.scope import tells_input_from_output
+from .weighted import add_weighted_adapter
 
 
 class InputTuningModel(BaseTuner):
     """The tuner that `get_peft_model` makes of a model and an `InputTuningConfig`.
 
     Args:
-        model: a model of transformers (or any module with `get_input_embeddings` around one).
+        model: a model of transformers (or any module with `get_input_embeddings` around one); without virtual tokens
+            any module with `get_input_embeddings`; or a `PeftModel` with another method's adapters, which are frozen
+            then and stay as they are (`nesting.py`).
         peft_config: the configuration, or a dict of one for each adapter.
         adapter_name: the adapter's name.
     """
 
     prefix = "input_tuning_"
     tuner_layer_cls = InputTuningLayer
+    place: Placement
+    peft_config: dict[str, PeftConfig]
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig | dict[str, PeftConfig],
+        adapter_name: str,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        of_peft_model = isinstance(peft_config, dict)  # transformers passes one configuration
+        check_is_only_owner(model, adapter_name, of_peft_model)
+        check_inner_reads_ids(model)
+        inner = model.peft_config if isinstance(model, PeftModel) else None
+        super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+        if of_peft_model:
+            self.peft_config = Configurations(self.peft_config)
+            self.model.peft_config = self.peft_config if inner is None else inner
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "peft_config" and isinstance(self._modules.get("model"), PeftModel):
+            raise AttributeError(name)  # the inner model's, in which PEFT would put ours
+        try:
+            return super().__getattr__(name)
+        except AttributeError as error:
+            if name in OF_PROMPT_TUNING:
+                raise AttributeError(INSTEAD_OF_PROMPT_TUNING.format(name=name)) from error
+            raise
 
     # ---- injection ----------------------------------------------------------------------------------------------
 
@@ -60,28 +91,22 @@ class InputTuningModel(BaseTuner):
         super()._check_new_adapter_config(config)
         if not isinstance(config, InputTuningConfig):
             raise ValueError(f"`peft_config` must be an InputTuningConfig, got {type(config).__name__}.")
-        backbone_path, embedding_path = find_backbone(self.model)
-        backbone = self.model.get_submodule(backbone_path)
-        embedding = backbone.get_submodule(embedding_path)
-        self.embedding_path = ".".join(filter(None, (backbone_path, embedding_path)))
-        self._backbone_paths = backbone_path, embedding_path
-        if not isinstance(embedding, InputTuningLayer) and _holds_our_layer(embedding):
-            refuse_changed_embedding(backbone, embedding_path, embedding)
-        _check_modules_to_save(config, self.model, self.embedding_path)
-        check_can_be_saved(base_embedding(embedding))
-        _check_sizes(
-            config, base_embedding(embedding).embedding_dim, getattr(backbone.config, "max_position_embeddings", None)
-        )
-        keep_unpacked(self.model)  # before the model is run
-        input_only = config.adapter_scope == "input" and tells_input_from_output(self.model)
-        refuse_models_without_place(backbone, embedding, config.num_virtual_tokens, input_only)
+        plain = plain_model(self.model)
+        self.place = place_of(plain, config)
+        self.embedding_path = ".".join(filter(None, (path_of(self.model, plain), self.place.embedding_path)))
+        name = next(name for name, one in self.peft_config.items() if one is config)
+        check_trained_modules_inside(self.model, name, self.place.embedding)
+        check_modules_to_save(config, self.model, self.embedding_path)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        _check_adapter_name(adapter_name)
+        check_adapter_name(adapter_name)
         trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        if isinstance(model, PeftModel) and not holds_our_layer(model):
+            model.requires_grad_(False)  # what the inner adapters learned now would not be saved with the outer one
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
-            install_hooks(model, *self._backbone_paths)
+            place = self.place
+            install(place.model, place.backbone_path, place.embedding_path, place.seen)
             self._try_cache_out(model, adapter_name)
         except BaseException:
             self._share_embedding_again(model)
@@ -90,18 +115,18 @@ class InputTuningModel(BaseTuner):
             raise
 
     def _try_cache_out(self, model: nn.Module, adapter_name: str) -> None:
-        """Beside versions that were never tested, an adapter is refused, and taken away again, where the model's cache
+        """Beside versions that were never tested, an adapter is refused, and taken away again, if the model's cache
         loses its prompt."""
         if not newer_than_tested() or not self.layer.prompt_length(adapter_name):
             return
         try:
-            check_cached_equals_uncached(model.get_submodule(self._backbone_paths[0]), self.layer)
+            check_cached_equals_uncached(self.backbone, self.layer)
         except BaseException:
             self.layer.delete_adapter(adapter_name)
             if not self.layer.adapter_names:
                 parent, _, name = self.embedding_path.rpartition(".")
                 setattr(model.get_submodule(parent), name, self.layer.base_layer)
-                remove_hooks(model)
+                uninstall(plain_model(model))
             raise
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
@@ -133,7 +158,7 @@ class InputTuningModel(BaseTuner):
     def _create_and_replace(
         self, peft_config, adapter_name, target, target_name, parent, current_key, parameter_name=None
     ) -> None:
-        input_only = peft_config.adapter_scope == "input" and tells_input_from_output(self.model)
+        input_only = peft_config.adapter_scope == "input" and tells_input_from_output(plain_model(self.model))
         if isinstance(target, InputTuningLayer):
             target.update_layer(adapter_name, peft_config, input_only)
             return
@@ -146,9 +171,19 @@ class InputTuningModel(BaseTuner):
         setattr(parent, child_name, new_module)
 
     @property
+    def backbone(self) -> nn.Module:
+        """The module that gets virtual tokens; the whole model if none has a place for them."""
+        return plain_model(self.model).get_submodule(self.place.backbone_path or "")
+
+    @property
     def layer(self) -> InputTuningLayer:
         """The wrapped embedding."""
         return self.model.get_submodule(self.embedding_path)
+
+    @property
+    def word_embeddings(self) -> InputTuningLayer:
+        """The wrapped embedding, under the name that `PeftModel` has for prompt-tuning."""
+        return self.layer
 
     # ---- switching, unloading, merging --------------------------------------------------------------------------
 
@@ -158,6 +193,30 @@ class InputTuningModel(BaseTuner):
         if unknown:
             raise ValueError(f"Unknown adapter {unknown[0]!r}. Known: {sorted(self.peft_config)}.")
         super().set_adapter(adapter_name, inference_mode=inference_mode)
+
+    def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        """Called by PEFT (>= 0.18) to disable and to enable: ours only, as prompt-tuning does, and not the layers of
+        other methods inside or around."""
+        for _, module in own_modules(self.model, self.peft_config):
+            module.enable_adapters(enabled)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """As PEFT does; around a `PeftModel` without merging the adapters inside.
+
+        Raises:
+            ValueError: the adapter has virtual tokens, or another one that has is active.
+        """
+        self.layer.check_active_beside(adapter_names)
+        if isinstance(self.model, PeftModel):
+            self.layer.merge(safe_merge, adapter_names)
+        else:
+            super().merge_adapter(adapter_names, safe_merge)
+
+    def unmerge_adapter(self) -> None:
+        if isinstance(self.model, PeftModel):
+            self.layer.unmerge()
+        else:
+            super().unmerge_adapter()
 
     def _check_merge_allowed(self) -> None:
         """PEFT warns of tied embeddings here. Merging unties ours (`InputTuningLayer.merge`)."""
@@ -169,32 +228,53 @@ class InputTuningModel(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
+        layer = self.layer
         if merge:
-            self.layer.check_mergeable(adapter_names)  # before any module is unloaded
-        model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
-        remove_hooks(model)
-        if not merge:
+            layer.check_mergeable(adapter_names)  # before any module is unloaded
+        if isinstance(self.model, PeftModel):
+            model = self._unload_outer(self.model, merge, safe_merge, adapter_names)
+        else:
+            model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        uninstall(plain_model(model))
+        if layer.merged:
+            keep_merged_table(plain_model(model), self.place.embedding_path)
+        else:
             self._share_embedding_again(model)
         return model
 
-    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Module:
-        """The embedding is wrapped now, so only a resize that changes nothing is possible."""
-        if new_num_tokens in (None, self.layer.num_embeddings) and not kwargs.get("pad_to_multiple_of"):
-            return self.layer
-        raise ValueError(
-            f"`new_num_tokens` is {new_num_tokens}, but the embedding ({self.layer.num_embeddings} tokens) cannot be "
-            "resized once input-tuning wraps it. Resize the base model first, then call get_peft_model."
-        )
+    def _unload_outer(
+        self, inner: PeftModel, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> PeftModel:
+        """Gives the inner `PeftModel` back; PEFT would unload, and merge, its adapters too."""
+        for path, module in own_modules(inner, self.peft_config):
+            parent, _, name = path.rpartition(".")
+            unloaded = module.unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
+            setattr(inner.get_submodule(parent), name, unloaded)
+        return inner
+
+    add_weighted_adapter = add_weighted_adapter
 
     # ---- files --------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def _get_adapter_state_dict(cls, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Hook of PEFT (>= 0.21) that chooses what is saved: all methods' layers with an adapter of this name."""
+        found = super()._get_adapter_state_dict(*args, **kwargs)
+        return {key: tensor for key, tensor in found.items() if f".{cls.prefix}" in key}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """Hook of PEFT (>= 0.21) between reading a file and using it: refuses files that do not fit."""
+        state_dict = under_as_many_peft_models(model, state_dict)
+        state_dict = without_trained_modules_inside(model, config, state_dict)
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        return checked_state_dict(model, adapter_name, remapped)
+        return checked_state_dict(model, config, adapter_name, remapped)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        with self.layer.small_places(adapter_name):
+            super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
 
     # ---- calls --------------------------------------------------------------------------------------------------
 
@@ -205,166 +285,5 @@ class InputTuningModel(BaseTuner):
         if names is None:
             yield
             return
-        rows = self._row_adapters(names)
-        with ExitStack() as stack:
-            stack.enter_context(use_row_adapters(self.layer, rows))
-            stack.enter_context(_run_eagerly())
-            for module in self.model.modules():
-                if isinstance(module, AuxiliaryTrainingWrapper):  # modules_to_save, a classification head
-                    hook = partial(_pass_adapter_names, layer=self.layer)
-                    stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        with mixed_batch(self.model, self.layer, names, list(self.peft_config)):
             yield
-
-    def _row_adapters(self, names: list[str]) -> RowAdapters:
-        if self.training:
-            raise ValueError(
-                "`adapter_names` is for inference, and the model is in training mode. Call `eval()` first."
-            )
-        if not names:
-            raise ValueError("`adapter_names` is empty. Pass one name a row.")
-        if self.layer.merged:
-            raise ValueError(
-                "`adapter_names` cannot be used while an adapter is merged into the base model. Call "
-                "unmerge_adapter() first."
-            )
-        known = [BASE, *sorted(self.peft_config)]
-        unknown = [name for name in names if name not in known]
-        if unknown:
-            raise ValueError(f"`adapter_names` has the unknown name {unknown[0]!r}. Known: {known}.")
-        layer = self.layer
-        return RowAdapters(tuple(names), tuple(layer.prompt_length(name) for name in names))
-
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """`generate` of the model, where rows of a mixed batch are repeated for beams, and static caches get room for
-        the virtual tokens: the prompt is put in front here."""
-        kwargs = _by_name(self.model.generate, args, kwargs)
-        if kwargs.get("cache_implementation") == "paged":
-            raise ValueError(
-                '`cache_implementation` "paged" batches requests by itself and leaves no room for virtual tokens.'
-            )
-        cache = cache_of(kwargs)
-        mark = mark_of(cache)
-        ids = kwargs.get("inputs") if kwargs.get("inputs") is not None else kwargs.get("input_ids")
-        mask = kwargs.get("attention_mask")
-        if mark is not None:
-            mark_cache(cache, replace(mark, mask=None))  # of an earlier call, whose mask may have been another
-            if mark.layout.slots and ids is not None and mask is not None and mask.shape[1] > ids.shape[1]:
-                refuse_mask_of_other_length(mask, cache.get_seq_length(), ids.shape[1])
-        layer = self.layer
-        rows = current_row_adapters(layer)
-        chunk = generation_setting(self.model, kwargs, "prefill_chunk_size")
-        if chunk and layer.slots and has_window(self.model.get_submodule(self._backbone_paths[0])):
-            mask = mask_of_ids(self.model, ids, kwargs) if mask is None else mask
-            if mask is not None:
-                refuse_pads_behind_prompt(count_left_pads(mask), chunk)
-        with ExitStack() as stack:
-            stack.enter_context(generating(layer))
-            if rows is not None:
-                stack.enter_context(use_row_adapters(layer, replace(rows, in_generate=True)))
-            if layer.adapts_input_only:
-                stack.enter_context(input_of_generate(layer, ids, mask, cache))
-            if uses_static_cache(self.model, kwargs):
-                prepared = input_with_prompt(self.model, layer, kwargs)
-                if prepared is not None:
-                    stack.enter_context(prompt_in_place(layer))
-                    kwargs = prepared
-            return self.model.generate(**kwargs)
-
-
-def _by_name(generate: Callable, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """All arguments of a call by their names; a `generate` that takes `*args` hands them on to transformers'."""
-    parameters = list(inspect.signature(generate).parameters.values())
-    if any(one.kind is one.VAR_POSITIONAL for one in parameters):
-        parameters = list(inspect.signature(GenerationMixin.generate).parameters.values())[1:]
-    names = [one.name for one in parameters if one.kind is one.POSITIONAL_OR_KEYWORD]
-    if len(args) > len(names):
-        raise TypeError(f"`generate` takes {len(names)} arguments by position, got {len(args)}.")
-    given = dict(zip(names, args, strict=False))
-    twice = given.keys() & kwargs.keys()
-    if twice:
-        raise TypeError(f"`generate` got multiple values for the argument `{min(twice)}`.")
-    return given | kwargs
-
-
-_eager_calls = 0
-_eager_stance = ExitStack()
-_eager_lock = Lock()
-
-
-@contextmanager
-def _run_eagerly() -> Iterator[None]:
-    """Compiled code does not see the rows of a call, so calls with `adapter_names` run without it. A stance is the
-    whole process's: the first such call sets it, the last one under way puts back what was before."""
-    global _eager_calls
-    refusal = "`adapter_names` cannot be used inside torch.compile. Call the model outside of it."
-    if torch.compiler.is_compiling():
-        raise ValueError(refusal)
-    with _eager_lock:
-        if not _eager_calls:
-            try:
-                _eager_stance.enter_context(torch.compiler.set_stance("force_eager"))
-            except RuntimeError as error:  # torch: a stance cannot be set inside a compiled region
-                raise ValueError(refusal) from error
-        _eager_calls += 1
-    try:
-        yield
-    finally:
-        with _eager_lock:
-            _eager_calls -= 1
-            if not _eager_calls:
-                _eager_stance.close()
-
-
-def _pass_adapter_names(module: nn.Module, args: tuple, kwargs: dict[str, Any], *, layer: InputTuningLayer):
-    """The hook is on the module for all threads; the rows are those of this thread's call."""
-    rows = current_row_adapters(layer)
-    if rows is None or not args:
-        return None
-    return args, {**kwargs, "adapter_names": rows.names_of(args[0].shape[0])}
-
-
-def _holds_our_layer(module: nn.Module) -> bool:
-    return any(isinstance(inner, InputTuningLayer) for inner in module.modules())
-
-
-def _check_adapter_name(name: str) -> None:
-    """Adapters are parts of containers, in which some names mean something else."""
-    if name.startswith("__"):
-        raise ValueError(
-            f"`adapter_name` is {name!r}, but names with two underscores in front are kept: {BASE!r} is no adapter. "
-            "Choose another."
-        )
-    if not name or "." in name or hasattr(nn.ModuleDict(), name):
-        raise ValueError(
-            f"`adapter_name` is {name!r}, which cannot name a part of a module: it is empty, has a dot, or means "
-            "something else there. Choose another."
-        )
-
-
-def _check_modules_to_save(config: InputTuningConfig, model: nn.Module, embedding_path: str) -> None:
-    """Also T5's `shared` and a decoder's embedding: they hold the weight that the input-adapter wraps."""
-    weight = base_embedding(model.get_submodule(embedding_path)).weight
-    embeddings = [
-        path
-        for path, module in model.named_modules(remove_duplicate=False)
-        if hasattr(module, "num_embeddings") and getattr(module, "weight", None) is weight
-    ]
-    for name in config.modules_to_save or []:
-        if any(path.endswith(name) for path in (embedding_path, *embeddings)):
-            raise ValueError(
-                f"`modules_to_save` names {name!r}, which is the word embedding that the input-adapter wraps. Remove "
-                "it: the adapter changes the embeddings of all tokens already."
-            )
-
-
-def _check_sizes(config: InputTuningConfig, embedding_dim: int, max_positions: int | None) -> None:
-    if 0 < (max_positions or 0) <= config.num_virtual_tokens:
-        raise ValueError(
-            f"`num_virtual_tokens` is {config.num_virtual_tokens}, but the model has {max_positions} positions in "
-            "all. Use a shorter prompt; 5 to 200 virtual tokens are usual."
-        )
-    if (config.adapter_hidden_dim or 0) > MAX_HIDDEN_RATIO * embedding_dim:
-        raise ValueError(
-            f"`adapter_hidden_dim` is {config.adapter_hidden_dim}, more than {MAX_HIDDEN_RATIO} times the embedding "
-            f"size {embedding_dim}. The paper uses 2 times; leave it at None for that."
-        )

@@ -16,6 +16,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+VIRTUAL = -(1 << 30)  # ids below are virtual tokens; far from the -1 and -100 that callers pass by mistake
+
 
 class SoftPrompt(nn.Module):
     """The virtual tokens of one adapter: `prompt = weight * scale`.
@@ -30,12 +32,15 @@ class SoftPrompt(nn.Module):
         num_virtual_tokens: number of rows, >= 1.
         embedding_dim: size of the word embeddings.
         scale: what the parameter is multiplied by.
+        device: where the parameter is made, as in torch's own modules.
     """
 
-    def __init__(self, num_virtual_tokens: int, embedding_dim: int, scale: float = 1.0) -> None:
+    def __init__(
+        self, num_virtual_tokens: int, embedding_dim: int, scale: float = 1.0, device: str | None = None
+    ) -> None:
         super().__init__()
         self.scale = scale
-        self.weight = nn.Parameter(torch.empty(num_virtual_tokens, embedding_dim))
+        self.weight = nn.Parameter(torch.empty(num_virtual_tokens, embedding_dim, device=device))
 
     @torch.no_grad()
     def start_from(self, prompt: Tensor) -> None:
@@ -67,14 +72,21 @@ class InputDtypeLinear(nn.Linear):
     Weights are cast inside of `forward`: there, offloaded and sharded ones (accelerate, DeepSpeed ZeRO-3) are at hand.
     """
 
-    def forward(self, input: Tensor) -> Tensor:
-        if _autocasts(input):  # it chooses the dtype, and keeps the weights that it has cast
-            return super().forward(input)
-        bias = None if self.bias is None else self.bias.to(input.dtype)
-        return nn.functional.linear(input, self.weight.to(input.dtype), bias)
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """`(rows, in)` → `(rows, out)`, added to `residual`, `(rows, out)`, in the latter's dtype."""
+        if autocasts(input):  # it chooses the dtype, and keeps the weights that it has cast
+            product = super().forward(input)
+        elif residual is not None and self.bias is None and type(self.weight) is nn.Parameter:
+            # One operation for product and sum. Subclasses, quantized weights among them, may know linear layers only.
+            return torch.addmm(residual, input, self.weight.to(input.dtype).t())
+        else:
+            bias = None if self.bias is None else self.bias.to(input.dtype)
+            product = nn.functional.linear(input, self.weight.to(input.dtype), bias)
+        return product if residual is None else residual + product.to(residual.dtype)
 
 
-def _autocasts(tensor: Tensor) -> bool:
+def autocasts(tensor: Tensor) -> bool:
+    """Whether products with a tensor are in autocast's dtype."""
     kind = tensor.device.type
     if not torch.amp.is_autocast_available(kind):  # the device "meta"
         return False
@@ -84,12 +96,11 @@ def _autocasts(tensor: Tensor) -> bool:
 def adapt(embeddings: Tensor, fc1: nn.Module, activation: Callable, dropout: nn.Module, fc2: nn.Module) -> Tensor:
     """The input-adapter, T(x) = x + W2 · act(W1 · x) (paper, figure 4).
 
-    All of it is computed in the dtype of the embeddings, if fc1 and fc2 are `InputDtypeLinear`, or as autocast says.
-    A zero W2 changes no bit.
+    All of it is computed in the dtype of the embeddings, or as autocast says. A zero W2 changes no bit.
 
     Args:
         embeddings: `(..., embedding_dim)`.
-        fc1: W1, embedding_dim → hidden_dim.
+        fc1: W1, embedding_dim → hidden_dim, an `InputDtypeLinear`, like `fc2`.
         activation: element-wise; one with parameters of its own (PReLU) runs in their dtype.
         dropout: over the activations; the paper draws none.
         fc2: W2, hidden_dim → embedding_dim.
@@ -99,7 +110,7 @@ def adapt(embeddings: Tensor, fc1: nn.Module, activation: Callable, dropout: nn.
     """
     rows = embeddings.flatten(0, -2)  # a linear layer takes more operations over three dimensions
     hidden = _activated(activation, fc1(rows))
-    return (rows + fc2(dropout(hidden)).to(rows.dtype)).view(embeddings.shape)
+    return fc2(dropout(hidden), rows).view(embeddings.shape)
 
 
 def _activated(activation: Callable, hidden: Tensor) -> Tensor:

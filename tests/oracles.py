@@ -3,6 +3,8 @@ one row at a time, without masks, caches or hooks."""
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
@@ -64,6 +66,27 @@ def embed(
     e = torch.cat([transform(weights, e[:count], activation), e[count:]])
     prompt = weights.get("prompt.weight")
     return (e if prompt is None else torch.cat([prompt.to(e.dtype), e])).unsqueeze(0)
+
+
+@torch.no_grad()
+def grown(
+    base: nn.Module, weights: dict[str, Tensor], activation: str = "relu", table: nn.Module | None = None
+) -> tuple[nn.Module, Tensor]:
+    """A copy of the base whose table holds T(e) for every word and one word more for each virtual token, and the ids
+    of those: what input-tuning does with ids only. For models that do more with ids than look them up."""
+    table = encoder_of(base).get_input_embeddings() if table is None else table
+    memo: dict[int, object] = {}
+    model = copy.deepcopy(base, memo)
+    table = memo[id(table)]
+    words = table.num_embeddings
+    ids = torch.arange(words, device=base.device)
+    e = table(ids)
+    scale = (e / table.weight[:words].to(e.dtype)).nanmedian()  # what the module multiplies its rows with
+    prompt = weights.get("prompt.weight", e[:0]).to(e.dtype)
+    rows = torch.cat([transform(weights, e, activation), prompt]) / scale
+    table.weight = nn.Parameter(rows.to(table.weight.dtype), requires_grad=False)
+    table.num_embeddings = len(rows)
+    return model, torch.arange(words, len(rows), device=base.device)
 
 
 def prompt_length(weights: dict[str, Tensor]) -> int:

@@ -291,14 +291,6 @@ def test_a_name_that_occurs_in_paths_does_not_open_the_base(file, name):
     assert torch.equal(base.model.norm.weight, before)
 
 
-def test_an_adapter_that_is_there_is_loaded_with_its_own_configuration(file):
-    """PEFT does not look at the folder's then, and the tensors fit."""
-    model, _, _ = adapted(LLAMA, seed=7)
-    change_config(num_virtual_tokens=6)(file)
-    model.load_adapter(file, "default")
-    assert torch.equal(answer(model), answer(adapted(LLAMA)[0]))
-
-
 # ---- state dicts in memory ----------------------------------------------------------------------------------------
 
 

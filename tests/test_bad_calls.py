@@ -9,7 +9,7 @@ from peft import get_peft_model
 
 from adapters import adapted, add, config
 from device import DEVICE
-from families import DECODERS, FAMILIES, UNPADDED_STATIC_CACHE, build, ids, padded
+from families import DECODERS, FAMILIES, build, ids, padded
 
 llama, gpt2, opt, bart, t5, bert, roberta = (
     FAMILIES[name] for name in ("llama", "gpt2", "opt", "bart", "t5", "bert", "roberta")
@@ -70,34 +70,13 @@ def test_expanded_masks(family):
 
 
 @each_decoder
-def test_static_cache_where_no_one_makes_room(family):
+def test_a_static_cache_without_room_for_the_prompt(family):
     model, base, _ = adapted(family)
-    cache = transformers.StaticCache(config=base.config, max_cache_len=32)
-    with pytest.raises(ValueError, match="` is a StaticCache of fixed size"):
+    cache = transformers.StaticCache(config=base.config, max_cache_len=8)
+    if all(cache.is_sliding):
+        return  # it forgets what has no room
+    with pytest.raises(ValueError, match="is a StaticCache of 8 places, and the input and its virtual tokens take 9"):
         model(input_ids=ids(1, 5), past_key_values=cache)
-    with pytest.raises(ValueError, match=r"Call `generate` of the PeftModel|two-dimensional mask"):
-        model.get_base_model().generate(input_ids=ids(1, 5), cache_implementation="static", max_new_tokens=3)
-
-
-@pytest.mark.parametrize("family", UNPADDED_STATIC_CACHE, ids=str)
-def test_static_cache_that_is_not_empty(family):
-    model, base, _ = adapted(family)
-    cache = transformers.StaticCache(config=base.config, max_cache_len=64)
-    options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0, "disable_compile": True}
-    model.generate(input_ids=ids(1, 5), past_key_values=cache, **options)
-    with pytest.raises(ValueError, match="is not empty"):
-        model.generate(input_ids=ids(1, 9), past_key_values=cache, **options)
-
-
-READ_THE_INPUT = {"guidance_scale": 2.0, "encoder_repetition_penalty": 3.0, "encoder_no_repeat_ngram_size": 2}
-
-
-@pytest.mark.parametrize("setting", READ_THE_INPUT)
-def test_static_cache_with_settings_that_read_the_input_beside_it(setting):
-    model, _, _ = adapted(llama)
-    options = {"max_new_tokens": 3, "do_sample": False, "cache_implementation": "static", "disable_compile": True}
-    with pytest.raises(ValueError, match=rf"`{setting}` is \d.*Use a dynamic cache"):
-        model.generate(input_ids=ids(1, 5), **{setting: READ_THE_INPUT[setting]}, **options)
     assert still_works(model)
 
 
@@ -130,8 +109,8 @@ def test_packed_rows_in_a_compiled_model():
 
 def test_positions_of_a_wrong_shape():
     model, _, _ = adapted(llama)
-    with pytest.raises(ValueError, match=r"`position_ids` must have the shape \(batch, length\), got \(3, 1, 5\)"):
-        model(input_ids=ids(1, 5), position_ids=torch.arange(5, device=DEVICE).expand(3, 1, 5))
+    with pytest.raises(ValueError, match=r"`position_ids` must have the shape \(batch, length\) or .*, got \(5,\)"):
+        model(input_ids=ids(1, 5), position_ids=torch.arange(5, device=DEVICE))
 
 
 @each_decoder

@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch.testing import assert_close
+from transformers import CompileConfig
 
 from adapters import adapted, add, config, randomize
 from families import FAMILIES, PAD, build, ids, padded
@@ -133,3 +134,57 @@ def test_mixed_batch_inside_a_compiled_function_is_refused():
     compiled = torch.compile(lambda names: model(input_ids=batch, adapter_names=names).logits, backend="eager")
     with torch.no_grad(), pytest.raises(ValueError, match=r"`adapter_names` cannot be used inside torch\.compile"):
         compiled(["default", "__base__"])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("masked", [False, True], ids=["no mask", "left padding"])
+@pytest.mark.parametrize("family", [FAMILIES["llama"], FAMILIES["gpt2"]], ids=str)
+def test_exported_with_open_sizes(family, masked):
+    """torch.export with batch and length left open, tried at others than it was traced at."""
+    model, base, weights = adapted(family)
+    inner, open_sizes = model.get_base_model().eval(), {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    traced = {"input_ids": ids(2, 7), **({"attention_mask": torch.ones_like(ids(2, 7))} if masked else {})}
+    program = torch.export.export(
+        inner,
+        (),
+        {**traced, "use_cache": False},
+        dynamic_shapes={**dict.fromkeys(traced, open_sizes), "use_cache": None},
+        strict=False,
+    )
+    rows = [ids(9), ids(4 if masked and family.name != "gpt2" else 9, seed=1), ids(9, seed=2)]
+    batch, mask = padded(rows, "left")
+    out = program.module()(input_ids=batch, use_cache=False, **({"attention_mask": mask} if masked else {})).logits
+    for i, row in enumerate(rows):
+        assert_close(out[i, -len(row) :], row_output(base, weights, row), atol=2e-4, rtol=1e-3)
+
+
+@torch.no_grad()
+def test_one_graph_serves_all_lengths():
+    model, base, weights = adapted(FAMILIES["llama"])
+    compiled = torch.compile(model.get_base_model(), backend="eager", dynamic=True, fullgraph=True)
+    for length in range(3, 18):
+        row = ids(length, seed=length)
+        out = compiled(input_ids=row[None], use_cache=False).logits[0]
+        assert_close(out, row_output(base, weights, row), atol=2e-4, rtol=1e-3)
+
+
+@torch.no_grad()
+def test_padded_steps_on_a_static_cache_share_graphs():
+    """As `generate` compiles them by itself on a GPU."""
+    model, base, weights = adapted(FAMILIES["llama"])
+    rows = [ids(9, seed=1), ids(3, seed=2)]
+    batch, mask = padded(rows, "left")
+    settings = CompileConfig(backend="eager", fullgraph=True)
+    settings._compile_all_devices = True
+    out = model.generate(
+        input_ids=batch,
+        attention_mask=mask,
+        max_new_tokens=20,
+        min_new_tokens=20,
+        do_sample=False,
+        pad_token_id=PAD,
+        cache_implementation="static",
+        compile_config=settings,
+    )
+    for i, row in enumerate(rows):
+        assert out[i, 9:14].tolist() == greedy(base, weights, row, 5).tolist()

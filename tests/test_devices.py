@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ from accelerate import (
     load_checkpoint_and_dispatch,
 )
 from peft import PeftModel, get_peft_model
+from torch.ao.quantization import quantize_dynamic
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -22,7 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from adapters import adapted, config, randomize
 from device import DEVICE
 from families import ALL, FAMILIES, PAD, build, ids, padded
-from oracles import adapter_weights, embed, greedy, row_output
+from oracles import adapter_gradients, adapter_weights, embed, greedy, row_output
 
 llama = FAMILIES["llama"]
 TOLERANCE = {"atol": 2e-4, "rtol": 1e-3}
@@ -277,3 +281,70 @@ def test_adapter_on_a_base_without_weights(tmp_path):
     other.get_base_model().model.rotary_emb = model.get_base_model().model.rotary_emb
     row = ids(7)
     assert_close(other(input_ids=row[None]).logits[0], row_output(base, weights, row), **TOLERANCE)
+
+
+# ---- other ways to run a model: torch's dynamic quantization, DataParallel ------------------------------------------
+
+
+@pytest.mark.not_emulated("quantized kernels are the CPU's")
+@pytest.mark.parametrize("family", [llama, FAMILIES["t5"], FAMILIES["bart"]], ids=str)
+def test_dynamic_quantization_of_linear_layers(family):
+    """The base's layers are quantized, the adapter's are not: the formula over the quantized base."""
+    model, base, weights = adapted(family)
+    model, base = (quantize_dynamic(one.cpu(), {torch.nn.Linear}, dtype=torch.qint8).eval() for one in (model, base))
+    row, more = ids(6).cpu(), {"decoder_input_ids": ids(1, 4, seed=9).cpu()} if family.kind == "seq2seq" else {}
+    x = embed(base, {name: value.cpu() for name, value in weights.items()}, row)
+    with torch.no_grad():
+        found = model(input_ids=row[None], **more).logits
+        if family.kind == "seq2seq":
+            want = base(inputs_embeds=x, **more).logits
+        else:  # the head quantizes what it is given, which are the tokens alone
+            want = base.lm_head(base.model(inputs_embeds=x).last_hidden_state[:, 4:])
+    assert_close(found, want, **TOLERANCE)
+
+
+def replicas(model: torch.nn.Module, count: int, monkeypatch) -> list[torch.nn.Module]:
+    """What DataParallel makes of a model for each of its devices, here all on one."""
+    module = sys.modules["torch.nn.parallel.replicate"]
+    monkeypatch.setattr(module, "_get_device_index", lambda device, *_: device)
+
+    def copied(tensors, devices, detach=False):
+        return [[one.detach().clone() if detach else one.clone() for one in tensors] for _ in devices]
+
+    monkeypatch.setattr(module, "_broadcast_coalesced_reshape", copied)
+    return module.replicate(model, list(range(count)))
+
+
+@pytest.mark.parametrize("family", [llama, FAMILIES["t5"], FAMILIES["bert"]], ids=str)
+def test_replicas_of_data_parallel(family, monkeypatch):
+    model, base, weights = adapted(family)
+    rows = [ids(6), ids(6, seed=1)]
+    more = {"decoder_input_ids": ids(1, 4, seed=9)} if family.kind == "seq2seq" else {}
+    found = parallel_apply_on_threads(
+        [
+            partial(one, input_ids=row[None], **more)
+            for one, row in zip(replicas(model, 2, monkeypatch), rows, strict=True)
+        ]
+    )
+    for row, output in zip(rows, found, strict=True):
+        assert_close(output.logits[0], row_output(base, weights, row, **more), **TOLERANCE)
+    sum(output.logits.square().mean() for output in found).backward()
+    got = adapter_gradients(model)
+    model.zero_grad()
+    sum(model(input_ids=row[None], **more).logits.square().mean() for row in rows).backward()
+    for name, gradient in adapter_gradients(model).items():
+        assert_close(got[name], gradient, **TOLERANCE)
+
+
+def test_replicas_of_data_parallel_refuse_the_names_of_the_whole_batch(monkeypatch):
+    """DataParallel gives each replica its rows, and all names."""
+    model, _, _ = adapted(llama)
+    one, _ = replicas(model, 2, monkeypatch)
+    with pytest.raises(ValueError, match="`adapter_names` has 4 names for a batch of 2 rows"):
+        one(input_ids=ids(2, 6), adapter_names=["default", "default", "__base__", "__base__"])
+
+
+def parallel_apply_on_threads(calls: list) -> list:
+    """As DataParallel calls its replicas: each on a thread of its own, all at once."""
+    with ThreadPoolExecutor(len(calls)) as pool:
+        return [one.result() for one in [pool.submit(call) for call in calls]]

@@ -489,7 +489,8 @@ def test_sixteen_adapters_in_one_forward_pass_each_for_its_rows_only(family):
         )
     out = model(input_ids=batch, attention_mask=mask, adapter_names=names, **more).logits
     assert len(calls) == 1
-    assert seen == {name: [2 * batch.shape[1]] for name in adapters}  # places of two rows
+    longest = max(model.peft_config[name].num_virtual_tokens for name in adapters)
+    assert seen == {name: [2 * (batch.shape[1] + longest)] for name in adapters}  # places of two rows
     for i, (name, row) in enumerate(zip(names, rows, strict=True)):
         own = {key: value[i : i + 1] for key, value in more.items()}
         got = out[i] if more else out[i][mask[i] == 1]
@@ -630,5 +631,5 @@ def test_a_model_whose_generate_has_another_signature(wrapper):
     assert torch.equal(model.generate(row[None], settings)[0, 7:], want)
     mask = torch.ones(1, 7, dtype=torch.long, device=DEVICE)
     assert torch.equal(model.generate(inputs=row[None], attention_mask=mask, generation_config=settings)[0, 7:], want)
-    with pytest.raises(TypeError, match=r"by position, got 40\."):
+    with pytest.raises(TypeError, match="positional arguments"):
         model.generate(*range(40))

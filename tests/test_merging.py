@@ -37,6 +37,10 @@ def mergeable(family=LLAMA, **changes):
     return adapted(family, num_virtual_tokens=0, **changes)
 
 
+def want_of(base: nn.Module, weights: dict, family) -> torch.Tensor:
+    return row_output(base, weights, ids(1, 6)[0], **more(family))
+
+
 def head(model: nn.Module) -> torch.Tensor:
     return model.get_output_embeddings().weight
 
@@ -109,6 +113,76 @@ def test_an_encoder_that_shares_its_embedding_module(family, tmp_path):
     assert_close(output(type(base).from_pretrained(tmp_path).eval().to(DEVICE), family), want, **TOLERANCE)
 
 
+ENCODER_DECODERS = [FAMILIES["t5"], FAMILIES["bart"]]
+each_encoder_decoder = pytest.mark.parametrize("family", ENCODER_DECODERS, ids=str)
+each_tied = pytest.mark.parametrize("family", [*ENCODER_DECODERS, TIED, FAMILIES["bert"]], ids=str)
+
+
+@pytest.mark.parametrize("family", [*ENCODER_DECODERS, TIED], ids=str)
+def test_tying_again_leaves_a_merged_adapter_and_the_head(family):
+    model, base, weights = mergeable(family)
+    want = want_of(base, weights, family)
+    model.merge_adapter()
+    model.get_base_model().tie_weights()
+    assert torch.equal(head(model), head(base))
+    assert_close(output(model, family), want, **TOLERANCE)
+    model.unmerge_adapter()
+    assert_close(output(model, family), want, **TOLERANCE)
+    assert head(model) is model.get_input_embeddings().weight
+
+
+@each_tied
+def test_tying_again_leaves_a_plain_model(family, tmp_path):
+    model, base, weights = mergeable(family)
+    want = want_of(base, weights, family)
+    plain = model.merge_and_unload()
+    for recompute in (True, False):
+        plain.tie_weights(recompute_mapping=recompute)
+        assert torch.equal(head(plain), head(base))
+        assert_close(output(plain, family), want, **TOLERANCE)
+    copy.deepcopy(plain).save_pretrained(tmp_path)
+    again = type(base).from_pretrained(tmp_path).eval().to(DEVICE)
+    assert_close(output(again, family), want, **TOLERANCE)
+
+
+@each_encoder_decoder
+def test_the_rest_of_a_plain_model_stays_tied(family):
+    plain = mergeable(family)[0].merge_and_unload()
+    plain.get_input_embeddings().weight = nn.Parameter(torch.ones_like(head(plain)))
+    plain.tie_weights()
+    assert (head(plain) == 1).all()
+    assert (plain.get_decoder().get_input_embeddings().weight == 1).all()
+    assert not (plain.get_encoder().get_input_embeddings().weight == 1).any()
+
+
+@each_encoder_decoder
+def test_a_plain_encoder_decoder_cannot_be_resized(family):
+    """transformers gives all of it one embedding then, even for the size that it has."""
+    model, base, weights = mergeable(family)
+    want = want_of(base, weights, family)
+    with pytest.warns(UserWarning, match="The encoder has an embedding of its own now"):
+        plain = model.merge_and_unload()
+    for size in (VOCAB, VOCAB + 3):
+        with pytest.raises(ValueError, match=f"`new_num_tokens` is {size}, but an input-adapter was merged"):
+            copy.deepcopy(plain).resize_token_embeddings(size)
+    assert_close(output(plain, family), want, **TOLERANCE)
+
+
+def test_a_plain_decoder_is_resized():
+    model, base, weights = mergeable(TIED)
+    plain = model.merge_and_unload()
+    plain.resize_token_embeddings(VOCAB + 3)
+    assert_close(output(plain, TIED)[:, :VOCAB], want_of(base, weights, TIED), **TOLERANCE)
+
+
+@each_encoder_decoder
+def test_other_models_of_the_class_are_tied_as_before(family):
+    mergeable(family)[0].merge_and_unload()
+    other = build(family)
+    other.tie_weights()
+    assert other.get_encoder().get_input_embeddings().weight is head(other)
+
+
 def test_bfloat16():
     """The table is worked out in float32 and rounded once."""
     model = get_peft_model(build(LLAMA).bfloat16(), config(LLAMA, num_virtual_tokens=0)).eval()
@@ -116,8 +190,10 @@ def test_bfloat16():
     layer = model.base_model.layer
     want = transform(adapter_weights(model), layer.weight.detach().float()).bfloat16()
     model.merge_adapter()
-    assert layer.weight.dtype == torch.bfloat16
-    assert_close(layer.weight.detach(), want, atol=0, rtol=2**-7)  # a sum in another order may round the other way
+    assert layer.base_layer.weight.dtype == torch.bfloat16
+    assert_close(
+        layer.base_layer.weight.detach(), want, atol=0, rtol=2**-7
+    )  # a sum in another order may round the other way
 
 
 # ---- while it is merged ---------------------------------------------------------------------------------------------
@@ -206,10 +282,10 @@ def test_token_types_are_not_adapted():
 def test_merging_twice_changes_nothing():
     model, _, _ = mergeable()
     model.merge_adapter()
-    table = model.base_model.layer.weight.clone()
+    table = model.base_model.layer.base_layer.weight.clone()
     with pytest.warns(UserWarning, match="already merged"):
         model.merge_adapter()
-    assert torch.equal(model.base_model.layer.weight, table)
+    assert torch.equal(model.base_model.layer.base_layer.weight, table)
     model.unmerge_adapter()
     with pytest.warns(UserWarning, match="Already unmerged"):
         model.unmerge_adapter()
@@ -221,6 +297,27 @@ def test_another_adapter_of_the_model():
     model.eval()
     model.merge_adapter(adapter_names=["b"])
     assert_close(output(model), row_output(base, weights, ids(1, 6)[0]), **TOLERANCE)
+
+
+def test_another_adapter_while_one_with_a_prompt_is_active():
+    model, base, weights = adapted(LLAMA)
+    others = add(model, "b", seed=2, num_virtual_tokens=0)
+    model.eval()
+    with pytest.raises(
+        ValueError, match=r"'b' cannot be merged while 'default' is active: the 4 .*set_adapter\('b'\)"
+    ):
+        model.merge_adapter(adapter_names=["b"])
+    assert_close(output(model), want_of(base, weights, LLAMA), **TOLERANCE)
+    model.set_adapter("b")
+    model.merge_adapter(adapter_names=["b"])
+    assert_close(output(model), want_of(base, others, LLAMA), **TOLERANCE)
+
+
+def test_unloading_with_another_adapter_than_the_active_one_merged():
+    model, base, _ = adapted(LLAMA)
+    others = add(model, "b", seed=2, num_virtual_tokens=0)
+    plain = model.merge_and_unload(adapter_names=["b"]).eval()
+    assert_close(output(plain), want_of(base, others, LLAMA), **TOLERANCE)
 
 
 # ---- what is refused ------------------------------------------------------------------------------------------------

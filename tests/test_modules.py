@@ -96,10 +96,11 @@ def test_gradients_are_float32_and_near_to_those_of_float32_arithmetic(dtype, to
 
 
 @pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
-def test_over_a_float32_base_nothing_changes_by_a_bit(bias):
+def test_over_a_float32_base_t_is_what_plain_layers_give(bias):
+    """To the last bits: product and sum are one operation."""
     x = torch.randn(2, 9, WIDTH)
     for ours, plain in zip(transformed(x, bias), transformed_by_plain_layers(x, bias), strict=True):
-        assert torch.equal(ours, plain)
+        assert_close(ours, plain)
 
 
 @pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
@@ -123,6 +124,36 @@ def test_over_a_float64_base_t_is_in_float64():
     assert (out.dtype, products.seen) == (torch.float64, {torch.float64})
     with torch.autocast("cpu", dtype=torch.bfloat16):  # leaves float64 alone
         assert torch.equal(transformed(x)[0], out)
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALVES], ids=str)
+@pytest.mark.parametrize("rows", [1, 3, 64])
+def test_a_zero_w2_changes_no_bit(dtype, rows, bias):
+    fc1, fc2 = layers(InputDtypeLinear, bias)
+    for parameter in fc2.parameters():
+        nn.init.zeros_(parameter)
+    x = torch.randn(rows, WIDTH).to(dtype)
+    for enabled in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            assert torch.equal(adapt(x, fc1, nn.ReLU(), nn.Identity(), fc2), x)
+
+
+class KnowsLinearLayersOnly(nn.Parameter):
+    """As torchao's quantized weights are."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func in (torch.addmm, torch.Tensor.t):
+            raise NotImplementedError(func)
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_weights_of_a_tensor_subclass():
+    x, (fc1, fc2) = torch.randn(3, WIDTH), layers(InputDtypeLinear)
+    want = in_dtype_of_weights(x, fc1, nn.ReLU(), fc2)
+    fc2.weight = KnowsLinearLayersOnly(fc2.weight.detach())
+    assert torch.equal(adapt(x, fc1, nn.ReLU(), nn.Identity(), fc2), want)
 
 
 def test_shapes_can_be_worked_out_on_meta():

@@ -12,6 +12,7 @@ from peft import (
     MultitaskPromptTuningConfig,
     PeftModel,
     PrefixTuningConfig,
+    PromptEncoderConfig,
     PromptTuningConfig,
     get_peft_model,
 )
@@ -253,27 +254,93 @@ def test_a_loaded_adapter_is_taken(tmp_path):
     assert torch.equal(output(again.eval(), LLAMA), output(ours.eval(), LLAMA))
 
 
+# ---- from P-tuning, whose prompt an encoder makes -----------------------------------------------------------------
+
+ENCODINGS = {
+    "MLP": {"encoder_reparameterization_type": "MLP"},
+    "LSTM": {"encoder_reparameterization_type": "LSTM"},
+    "LSTM with dropout": {"encoder_reparameterization_type": "LSTM", "encoder_dropout": 0.5},
+}
+each_encoding = pytest.mark.parametrize("encoding", ENCODINGS.values(), ids=ENCODINGS)
+
+
+def p_tuned(family, **changes) -> PeftModel:
+    """PEFT's P-tuning with a prompt that matters."""
+    base = build(family)
+    fields = {
+        "num_virtual_tokens": LENGTH,
+        "task_type": family.task_type,
+        "num_transformer_submodules": 1,
+        "token_dim": encoder_of(base).get_input_embeddings().embedding_dim,
+        "encoder_hidden_size": 24,
+    }
+    model = get_peft_model(base, PromptEncoderConfig(**{**fields, **changes})).eval()
+    generator = torch.Generator().manual_seed(3)
+    for parameter in model.prompt_encoder.parameters():
+        parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return model
+
+
+@each_encoding
+@pytest.mark.parametrize("family", DECODERS + SEQ2SEQ, ids=str)
+def test_from_p_tuning_says_the_same(family, encoding):
+    theirs = p_tuned(family, **encoding)
+    want = peft_output(theirs, family)
+    assert_close(output(from_prompt_tuning(theirs).eval(), family), want, **TOLERANCE)
+    assert not torch.allclose(want, output(build(family), family), atol=1e-2)
+
+
+@each_encoding
+def test_the_encoder_is_asked_without_dropout_and_left_in_its_mode(encoding):
+    theirs = p_tuned(LLAMA, **encoding)
+    want = peft_output(theirs, LLAMA)
+    encoder = theirs.train().prompt_encoder["default"]
+    ours = from_prompt_tuning(theirs)
+    assert encoder.training
+    assert_close(output(ours.eval(), LLAMA), want, **TOLERANCE)
+
+
+@each_encoding
+def test_p_tuning_of_a_folder_is_taken(tmp_path, encoding):
+    """PEFT saves what the encoder makes, without the encoder."""
+    saved = p_tuned(LLAMA, **encoding)
+    want = peft_output(saved, LLAMA)
+    saved.save_pretrained(tmp_path)
+    theirs = PeftModel.from_pretrained(build(LLAMA), tmp_path)
+    assert_close(output(from_prompt_tuning(theirs).eval(), LLAMA), want, **TOLERANCE)
+
+
+def test_the_configuration_of_p_tuning_goes_over():
+    made = InputTuningConfig.from_prompt_tuning(p_tuned(LLAMA).peft_config["default"], adapter_hidden_dim=8)
+    assert (made.num_virtual_tokens, made.adapter_hidden_dim, made.task_type) == (LENGTH, 8, "CAUSAL_LM")
+    assert made.prompt_tuning_init == InputTuningConfig().prompt_tuning_init
+
+
 # ---- what is refused ----------------------------------------------------------------------------------------------
 
 REFUSED = {
     "LoRA": (
         lambda: get_peft_model(build(LLAMA), LoraConfig(target_modules=["q_proj"])),
         {},
-        ["must be a PROMPT_TUNING adapter", "LoraConfig", "['default']"],
+        ["must be a PROMPT_TUNING or P_TUNING adapter", "LoraConfig", "['default']"],
     ),
     "prefix-tuning": (
         lambda: get_peft_model(build(LLAMA), PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")),
         {},
-        ["must be a PROMPT_TUNING adapter", "PrefixTuningConfig"],
+        ["must be a PROMPT_TUNING or P_TUNING adapter", "PrefixTuningConfig"],
     ),
     "multitask prompt-tuning, whose tasks have matrices of their own": (
         lambda: get_peft_model(
             build(LLAMA), MultitaskPromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM", num_tasks=2)
         ),
         {},
-        ["must be a PROMPT_TUNING adapter", "MultitaskPromptTuningConfig"],
+        ["must be a PROMPT_TUNING or P_TUNING adapter", "MultitaskPromptTuningConfig"],
     ),
-    "input-tuning": (lambda: adapted(LLAMA)[0], {}, ["must be a PROMPT_TUNING adapter", "InputTuningConfig"]),
+    "input-tuning": (
+        lambda: adapted(LLAMA)[0],
+        {},
+        ["must be a PROMPT_TUNING or P_TUNING adapter", "InputTuningConfig"],
+    ),
     "unknown name": (
         lambda: prompt_tuned(LLAMA),
         {"adapter_name": "nobody"},

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 from peft import PeftModel, get_peft_model
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -17,6 +18,8 @@ from device import DEVICE
 from families import DECODERS, ENCODERS, FAMILIES, PAD, SEQ2SEQ, build, ids, padded
 from oracles import adapter_gradients, embed, row_output, transform
 from peft_input_tuning import InputTuningConfig, export_model
+from peft_input_tuning.virtual_tokens.backbone import forward_parameters
+from peft_input_tuning.virtual_tokens.cache_mark import cache_name
 
 LLAMA = FAMILIES["llama"]
 INPUT = {"adapter_scope": "input"}
@@ -234,6 +237,57 @@ def test_switched_off_and_unloaded():
     assert torch.equal(plain(input_ids=row).logits, want)
 
 
+# ---- a conversation -------------------------------------------------------------------------------------------------
+
+
+OPTIONS = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": PAD}
+
+
+@pytest.mark.parametrize("static", [False, True])
+@each_decoder
+def test_a_conversation_on_its_cache_and_as_ids_with_labels(family, static):
+    """What was generated stays output, whether its cache says so or the caller."""
+    if static and family.name == "bloom" and Version(transformers.__version__) < Version("5.21"):
+        return
+    model, base, weights = adapted(family, **INPUT)
+    cache = (transformers.StaticCache if static else transformers.DynamicCache)(
+        config=base.config, **({"max_cache_len": 64} if static else {})
+    )
+    name = cache_name(forward_parameters(model.get_base_model()))
+    first = model.generate(input_ids=ids(1, 6), **{name: cache}, **OPTIONS, disable_compile=True)
+    turn = torch.cat([first, ids(1, 4, seed=5)], dim=1)
+    on_cache = model.generate(input_ids=turn, **{name: cache}, **OPTIONS, disable_compile=True)
+    again = model.generate(input_ids=turn, labels=labels_of_cached(turn), **OPTIONS)
+    assert torch.equal(on_cache, again)
+    assert again[0, 15:].tolist() == by_hand(base, weights, turn[0], output=range(6, 10))
+
+
+def labels_of_cached(turn: Tensor) -> Tensor:
+    """The last token of an answer is not in the cache: it is given with the next turn, as input."""
+    labels = torch.full_like(turn, -100)
+    labels[:, 6:10] = turn[:, 6:10]
+    return labels
+
+
+def by_hand(base, weights, row: Tensor, output: range, new_tokens: int = 5) -> list[int]:
+    """Greedy decoding in which the tokens at `output` and the new ones are not adapted."""
+    whole = row
+    for _ in range(new_tokens):
+        e = base.get_input_embeddings()(whole)
+        adapted_rows = transform(weights, e)
+        plain = torch.tensor([at in output or at >= len(row) for at in range(len(whole))], device=DEVICE)
+        x = torch.cat([weights["prompt.weight"], torch.where(plain[:, None], e, adapted_rows)])
+        with torch.no_grad():
+            whole = torch.cat([whole, base(inputs_embeds=x[None], use_cache=False).logits[0, -1:].argmax(-1)])
+    return whole[len(row) :].tolist()
+
+
+def test_labels_of_another_shape_in_generate():
+    model, *_ = adapted(LLAMA, **INPUT)
+    with pytest.raises(ValueError, match=r"`labels` have the shape \(1, 5\), and `input_ids` \(1, 6\)"):
+        model.generate(input_ids=ids(1, 6), labels=ids(1, 5), **OPTIONS)
+
+
 # ---- refusals -------------------------------------------------------------------------------------------------------
 
 
@@ -243,7 +297,6 @@ def test_what_cannot_be_told_apart_is_refused():
     for call in (
         lambda: model(input_ids=row),
         lambda: model.get_base_model().model(input_ids=row),
-        lambda: model.get_base_model().generate(input_ids=row, max_new_tokens=2),
         lambda: model.get_input_embeddings()(row),
     ):
         with pytest.raises(ValueError, match=r'`adapter_scope` is "input".*adapter_scope="all"'):

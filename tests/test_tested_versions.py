@@ -20,7 +20,7 @@ from adapters import adapted, config
 from device import DEVICE
 from families import ALL, DECODERS, FAMILIES, build, ids
 from peft_input_tuning.tested_versions import newer_than_tested, warn_of_untested_versions
-from peft_input_tuning.virtual_tokens.backbone import forward_parameters
+from peft_input_tuning.virtual_tokens.backbone import forward_parameters, path_of
 from peft_input_tuning.virtual_tokens.cache_check import check_cached_equals_uncached
 from peft_input_tuning.virtual_tokens.cache_mark import cache_name
 
@@ -165,4 +165,4 @@ def test_a_model_that_cannot_be_tried_out_is_warned_of(newer):
 
 
 def _path_of_backbone(model: nn.Module) -> str:
-    return "base_model.model." + model.base_model._backbone_paths[0]
+    return "base_model.model." + path_of(model.get_base_model(), model.base_model.backbone)

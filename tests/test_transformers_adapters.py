@@ -31,8 +31,8 @@ def more(family, batch: int = 1) -> dict:
 
 
 @torch.no_grad()
-def output(model, family=LLAMA) -> torch.Tensor:
-    return model(input_ids=ids(2, 6), **more(family, 2)).logits
+def output(model, family=LLAMA, **options) -> torch.Tensor:
+    return model(input_ids=ids(2, 6), **more(family, 2), **options).logits
 
 
 def added(family, name: str = "default", **changes):
@@ -149,11 +149,14 @@ def test_state_dict_of_an_adapter():
     assert all(torch.equal(tensor, weights[name.rpartition("input_tuning_")[2]]) for name, tensor in tensors.items())
 
 
-def test_a_model_of_transformers_takes_a_mixed_batch_of_nothing():
-    """`adapter_names` is PEFT's argument; transformers' models do not know it and must not take it silently."""
-    model = added(LLAMA)
-    with pytest.raises((TypeError, ValueError), match=r"adapter_names|model_kwargs"):
-        model.generate(ids(2, 5), adapter_names=["default", "default"], max_new_tokens=2)
+@each_family
+def test_a_model_of_transformers_takes_mixed_batches(family):
+    """`adapter_names` is PEFT's argument; the model takes it at its entrance."""
+    model = added(family)
+    alone = output(model, family)
+    out = output(model, family, adapter_names=["default", "__base__"])
+    assert_close(out[0], alone[0], atol=1e-4, rtol=1e-3)
+    assert_close(out[1], output(build(family), family)[1], atol=1e-4, rtol=1e-3)
 
 
 # ---- several adapters ---------------------------------------------------------------------------------------------

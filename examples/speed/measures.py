@@ -12,17 +12,20 @@ from pathlib import Path
 
 import torch
 import transformers
+from peft import PeftConfig
 from torch import nn
 
 from memory import offloaded_activations, peak_of, resident
 from models import Bench, input_tuning, lora, prompt_tuning
-from peft_input_tuning import export_model, set_prompt_cache
+from peft_input_tuning import export_model, reuse_prompts
 from rounds import Measure
 
 INPUT_TUNING, PROMPT_TUNING, LORA, BASE = "input-tuning", "prompt-tuning", "LoRA", "base model"
+LORA_EVERYWHERE = "LoRA, all linear layers"
 VIRTUAL_TOKENS = 20
 BATCH, LENGTH = 8, 64
 NEW_TOKENS = 32
+TASKS = 8
 
 
 def training_step(bench: Bench) -> Measure:
@@ -150,38 +153,60 @@ def exported(bench: Bench) -> Measure:
 
 
 def first_token(bench: Bench, virtual_tokens: int, target: float) -> Measure:
-    """Time to the first token, 8 rows of 32 tokens; the prompt's keys and values are known."""
+    """Time to the first token, 8 rows of 32 tokens, inside of `reuse_prompts`."""
     ids = bench.ids(BATCH, 32)
     ours, theirs = bench.adapted(input_tuning(virtual_tokens)), bench.adapted(prompt_tuning(virtual_tokens))
-    set_prompt_cache(ours, True)
+    reusing = reuse_prompts(ours)
+    reusing.__enter__()
+
+    def first_of_ours(_: object = reusing) -> None:  # what is not held ends: the measure holds it
+        _discard(_generate(ours, ids, 1))
+
     variants = {
-        INPUT_TUNING: lambda: _discard(_generate(ours, ids, 1)),
+        INPUT_TUNING: first_of_ours,
         PROMPT_TUNING: lambda: _discard(_generate(theirs, ids, 1)),
     }
     name = f"first token, {virtual_tokens} virtual tokens"
     return Measure(name, "ms", variants, [(INPUT_TUNING, PROMPT_TUNING, target)])
 
 
+def _of_tasks(bench: Bench, config: PeftConfig) -> tuple[nn.Module, list[str]]:
+    """A model with 8 adapters, and the adapter of each of 16 rows."""
+    model = bench.adapted(config)
+    names = ["default", *(f"task-{number}" for number in range(1, TASKS))]
+    for name in names[1:]:
+        model.add_adapter(name, config)
+    return model.eval(), [name for name in names for _ in range(2)]
+
+
+def mixed_batch(bench: Bench) -> Measure:
+    """8 adapters x 2 rows in one batch, 8 tokens in and 32 out. The base has as many tokens before as input-tuning."""
+    ids, longer = bench.ids(2 * TASKS, 8), bench.ids(2 * TASKS, 8 + VIRTUAL_TOKENS)
+    base = bench.base()
+    variants: dict = {BASE: lambda: _discard(_generate(base, longer, NEW_TOKENS))}
+    methods = {INPUT_TUNING: input_tuning(VIRTUAL_TOKENS), LORA: lora(), LORA_EVERYWHERE: lora(all_linear=True)}
+    for name, config in methods.items():
+        model, rows = _of_tasks(bench, config)
+        variants[name] = partial(_generate_mixed, model, ids, rows)
+    compared: list = [(INPUT_TUNING, BASE, 1.02), (LORA, BASE, None), (LORA_EVERYWHERE, BASE, None)]
+    return Measure("8 adapters x 2 rows, one batch", "ms", variants, compared)
+
+
+def _generate_mixed(model: nn.Module, ids: torch.Tensor, rows: list[str]) -> None:
+    _generate(model, ids, NEW_TOKENS, adapter_names=rows)
+
+
 def many_tasks(bench: Bench) -> Measure:
     """8 adapters x 2 rows in one batch, against 8 batches with `set_adapter` between them; 32 new tokens."""
-    model = bench.adapted(input_tuning(VIRTUAL_TOKENS))
-    names = ["default"]
-    for i in range(1, 8):
-        model.add_adapter(f"task-{i}", input_tuning(VIRTUAL_TOKENS))
-        names.append(f"task-{i}")
-    model.eval()
-    ids = bench.ids(2 * len(names), 8)
-    rows = [name for name in names for _ in range(2)]
-
-    def one_batch() -> None:
-        _generate(model, ids, NEW_TOKENS, adapter_names=rows)
+    model, rows = _of_tasks(bench, input_tuning(VIRTUAL_TOKENS))
+    ids = bench.ids(2 * TASKS, 8)
 
     def eight_batches() -> None:
-        for i, name in enumerate(names):
-            model.set_adapter(name)
-            _generate(model, ids[2 * i : 2 * i + 2], NEW_TOKENS)
+        for start in range(0, 2 * TASKS, 2):
+            model.set_adapter(rows[start])
+            _generate(model, ids[start : start + 2], NEW_TOKENS)
 
-    variants = {"one batch": one_batch, "eight batches": eight_batches}
+    variants = {"one batch": partial(_generate_mixed, model, ids, rows), "eight batches": eight_batches}
     return Measure("8 adapters x 2 rows", "ms", variants, [("one batch", "eight batches", 1 / 3)])
 
 
@@ -233,6 +258,7 @@ MEASURES: dict[str, Callable[[Bench], Measure]] = {
     "exported": exported,
     "first-token-100": partial(first_token, virtual_tokens=100, target=0.5),
     "first-token-20": partial(first_token, virtual_tokens=20, target=0.85),
+    "mixed-batch": mixed_batch,
     "many-tasks": many_tasks,
     "loading": loading,
     "switching": switching,

@@ -95,5 +95,6 @@ def prompt_tuning(virtual_tokens: int) -> PromptTuningConfig:
     )
 
 
-def lora() -> LoraConfig:
-    return LoraConfig(task_type="CAUSAL_LM", r=8, target_modules=["q_proj", "v_proj"])
+def lora(all_linear: bool = False) -> LoraConfig:
+    modules = "all-linear" if all_linear else ["q_proj", "v_proj"]
+    return LoraConfig(task_type="CAUSAL_LM", r=8, target_modules=modules)

@@ -26,6 +26,7 @@ from ..base_weights import is_quantized
 from ..layer import InputTuningLayer, named_layer
 from ..merging import Progress
 from ..virtual_tokens.backbone import find_decoder
+from ..virtual_tokens.subclass import class_of
 from .card import write_export_card
 from .report import ExportReport
 from .state import folded_table, grow_vocabulary, plain_state_dict
@@ -173,7 +174,7 @@ def _empty_model(base: nn.Module, rows: int) -> nn.Module:
     if find_decoder(base, base.get_encoder()) is None:
         config.tie_word_embeddings = False
     with torch.device("meta"):
-        plain = type(base)(config)
+        plain = class_of(base)(config)
     if base.can_generate():
         plain.generation_config = copy.deepcopy(base.generation_config)
     return plain
@@ -213,7 +214,7 @@ def _compare(
     base: nn.Module, layer: InputTuningLayer, name: str, folder: Path, virtual_ids: list[int], dtype: torch.dtype
 ) -> tuple[float, float]:
     """Largest difference between the adapted model and the folder, loaded again, and the largest output."""
-    plain = type(base).from_pretrained(folder, dtype=dtype).eval()
+    plain = class_of(base).from_pretrained(folder, dtype=dtype).eval()
     device = layer.weight.device
     generator = torch.Generator().manual_seed(0)
     pad, end = (getattr(base.config, name, None) for name in ("pad_token_id", "eos_token_id"))

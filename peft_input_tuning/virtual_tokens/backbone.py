@@ -1,38 +1,38 @@
-"""The backbone of a model: the module that consumes the word embeddings, and what the hooks have to know of it.
+"""The backbone of a model: the module in which masks and positions are made, and what a call has to know of it.
 
-LlamaModel, GPT2Model, OPTDecoder, BertModel, the encoder of T5 and BART. Found through `get_encoder` and
-`get_input_embeddings`, never by the size of a parameter: heads and position tables can have the vocabulary's.
+LlamaModel, GPT2Model, OPTDecoder, BertModel, the encoder of T5 and BART; of a model that takes images too, the module
+under its head (Gemma3Model, Qwen2VLModel), where images get their places. Found through `get_encoder`,
+`get_input_embeddings` and `base_model`, never by the size of a parameter: heads and position tables can have the
+vocabulary's.
 """
 
 from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
-from types import NoneType
-from typing import Any, NoReturn, get_args
+from typing import NoReturn
 
-import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..base_weights import base_embedding
 from ..layer import InputTuningLayer
 from .cache_mark import cache_name
-from .trial_run import plain_ids, unchanged, weights_are_here
 
-# Arguments for what other models have a cache for; transformers' ALL_CACHE_NAMES are these and `CACHE_NAMES`.
-_STATES = ("cache_params", "state", "mems", "past_buckets_states")
+# Arguments in which models keep a past that cannot carry a mark: lists and tuples of tensors.
+_STATES = ("state", "mems", "past_buckets_states")
 # A method of the module that counts positions along the ids, for calls with embeddings.
 _FROM_EMBEDDINGS = "create_position_ids_from_inputs_embeds"
+_MORE = {"inputs_embeds", "attention_mask"}
 _WINDOWS = ("sliding_window", "window_size", "attention_chunk_size")
 
 
 @dataclass(frozen=True)
-class Backbone:
-    """What the hooks have to know of a backbone; plain values, so that it can be pickled and compiled.
+class BackboneTraits:
+    """What a call has to know of a backbone; plain values, so that it can be pickled and compiled.
 
     Args:
-        embedding: path of the wrapped embedding inside the backbone.
+        embedding: path of the wrapped embedding inside the backbone; None if the module around it looks ids up.
         parameters: names of the arguments of its `forward`.
         cache: which of them is the cache; it has the same name in the output. None if it has none.
         feeds_decoder: whether a decoder reads its output, so that virtual places stay in the last hidden state.
@@ -40,14 +40,15 @@ class Backbone:
         positions_from_mask: whether positions that are not passed are counted along the mask (OPT).
         padding_id: of a model that counts positions along the ids which are not padding (RoBERTa), or None.
         first_position: the position of a row's first token (RoBERTa starts after the padding's).
-        loses_left_pads: whether positions are counted so, and cannot be passed instead (M2M100).
         max_positions: rows of its table of absolute positions, or None.
         is_causal: whether its attention looks back only.
         has_window: whether attention sees only the nearest places (Mistral, Gemma).
         adds_token_types: whether token types go through the word embedding (GPT-2).
+        takes_embeddings: whether embeddings give what their ids give; None if that is not known.
+        honours_mask: whether masked places change nothing beside them; None if that is not known.
     """
 
-    embedding: str
+    embedding: str | None
     parameters: tuple[str, ...]
     cache: str | None = None
     feeds_decoder: bool = False
@@ -55,19 +56,36 @@ class Backbone:
     positions_from_mask: bool = False
     padding_id: int | None = None
     first_position: int = 0
-    loses_left_pads: bool = False
     max_positions: int | None = None
     is_causal: bool = False
     has_window: bool = False
     adds_token_types: bool = False
+    takes_embeddings: bool | None = None
+    honours_mask: bool | None = None
 
 
 def forward_parameters(module: nn.Module) -> tuple[str, ...]:
-    return tuple(inspect.signature(type(module).forward).parameters)[1:]
+    """Names of the arguments of a module's forward; with `**kwargs`, those of its parent class too."""
+    found: dict[str, None] = {}
+    for part in type(module).__mro__:
+        if "forward" in vars(part):
+            parameters = list(inspect.signature(vars(part)["forward"]).parameters.values())[1:]
+            named = [one for one in parameters if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)]
+            found |= dict.fromkeys(one.name for one in named)
+            if len(named) == len(parameters):
+                break
+    return tuple(found)
 
 
-def consumes_embeddings(module: nn.Module) -> bool:
-    return isinstance(module, PreTrainedModel) and "inputs_embeds" in forward_parameters(module)
+def takes_ids(module: nn.Module) -> bool:
+    return isinstance(module, PreTrainedModel) and "input_ids" in forward_parameters(module)
+
+
+def reads_ids(module: nn.Module) -> bool:
+    """Whether a module of transformers goes from ids to hidden states: no head is a part of it."""
+    if not isinstance(module, PreTrainedModel) or not takes_ids(module):
+        return False
+    return not module.can_generate() and module.get_output_embeddings() is None
 
 
 def path_of(model: nn.Module, wanted: nn.Module) -> str:
@@ -77,64 +95,95 @@ def path_of(model: nn.Module, wanted: nn.Module) -> str:
     raise ValueError(f"{type(wanted).__name__} is not a part of {type(model).__name__}.")
 
 
-def find_backbone(model: nn.Module) -> tuple[str, str]:
-    """Paths of the backbone in the model and of the word embedding in the backbone.
+def find_embedding(model: nn.Module, of_encoder: bool = True) -> str:
+    """Path of the word embedding in the model; of an encoder-decoder model, the encoder's.
+
+    `of_encoder=False` is for models around one that look ids up themselves (Florence-2).
 
     Raises:
-        ValueError: the model has no token embedding, or no module that takes `inputs_embeds`.
+        ValueError: the model has no token embedding.
     """
-    encoder = model.get_encoder() if hasattr(model, "get_encoder") else None
-    if encoder is not None and encoder is not model and consumes_embeddings(encoder):
-        return path_of(model, encoder), path_of(encoder, _word_embedding(encoder))
-    embedding = _word_embedding(model)
-    path = path_of(model, embedding)
-    parent = path
-    while parent:
-        parent = parent.rpartition(".")[0]
-        if consumes_embeddings(model.get_submodule(parent)):
-            return parent, path[len(parent) + 1 :] if parent else path
-    raise ValueError(
-        f"No part of {type(model).__name__} around its embedding `{path}` takes `inputs_embeds`, so there is no place "
-        "for virtual tokens. Input-tuning needs a model of transformers that accepts `inputs_embeds`."
-    )
-
-
-def _word_embedding(model: nn.Module) -> nn.Module:
+    encoder = _encoder(model)
+    owner = model if encoder is None or not of_encoder else encoder
     try:
-        embedding = model.get_input_embeddings()
+        embedding = owner.get_input_embeddings()
     except (AttributeError, NotImplementedError):
         embedding = None
     table = base_embedding(embedding)
     if not isinstance(getattr(table, "weight", None), Tensor) or not hasattr(table, "num_embeddings"):
         raise ValueError(
             f"{type(model).__name__} has no token embedding: `get_input_embeddings()` gave "
-            f"{type(embedding).__name__}. Input-tuning needs a text model of transformers."
+            f"{type(embedding).__name__}. Input-tuning needs a model with one."
         )
-    return embedding
+    return ".".join(filter(None, ("" if owner is model else path_of(model, owner), path_of(owner, embedding))))
+
+
+def _encoder(model: nn.Module) -> nn.Module | None:
+    """The encoder of an encoder-decoder model, which reads its input."""
+    encoder = model.get_encoder() if hasattr(model, "get_encoder") else None
+    return encoder if encoder is not None and encoder is not model and takes_ids(encoder) else None
+
+
+def find_backbone(model: nn.Module, embedding_path: str) -> str | None:
+    """Path of the backbone in the model; None if nothing around the embedding reads ids, or if an encoder-decoder
+    model has no encoder that does."""
+    encoder = _encoder(model)
+    if encoder is not None:
+        return path_of(model, encoder)
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return None
+    candidates = _around(model, embedding_path)
+    if not candidates:
+        return None
+    innermost, base = candidates[0], getattr(model, "base_model", None)
+    under_head = next((path for path in candidates if model.get_submodule(path) is base), innermost)
+    more = {*forward_parameters(model.get_submodule(under_head))}
+    more -= {*forward_parameters(model.get_submodule(innermost))}
+    return under_head if more else innermost  # it takes images, say, and gives them their places
+
+
+def _around(model: nn.Module, embedding_path: str) -> list[str]:
+    """Paths of the modules around an embedding that go from ids to hidden states, the innermost first."""
+    paths = [embedding_path]
+    while paths[-1]:
+        paths.append(paths[-1].rpartition(".")[0])
+    found = [path for path in paths[1:] if reads_ids(model.get_submodule(path))]
+    # Embeddings may be looked up in a module of their own, which reads ids, too: a backbone takes more.
+    return [path for path in found if _MORE.intersection(forward_parameters(model.get_submodule(path)))]
 
 
 def find_decoder(model: nn.Module, backbone: nn.Module) -> str | None:
-    """Path of the decoder that reads the backbone's output; None where there is none."""
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
-    if decoder is None or decoder is model or decoder is backbone or not isinstance(decoder, nn.Module):
+    """Path of the decoder that reads the backbone's output; None if there is none."""
+    decoder = model
+    while isinstance(decoder, nn.Module) and backbone in decoder.modules():  # Florence-2 gives both first
+        inner = decoder.get_decoder() if hasattr(decoder, "get_decoder") else None
+        if inner is decoder:
+            return None
+        decoder = inner
+    if not isinstance(decoder, nn.Module) or decoder in backbone.modules():
         return None
-    if backbone in decoder.modules() or "encoder_hidden_states" not in forward_parameters(decoder):
-        return None
-    return path_of(model, decoder)
+    return path_of(model, decoder) if "encoder_hidden_states" in forward_parameters(decoder) else None
 
 
-def describe_backbone(model: nn.Module, backbone_path: str, embedding_path: str) -> Backbone:
-    """Reads off a model what the hooks need to know; called before the embedding is wrapped or after."""
+def describe_backbone(model: nn.Module, backbone_path: str, embedding_path: str) -> BackboneTraits:
+    """Reads off a model what a call needs to know; called before the embedding is wrapped or after."""
     backbone = model.get_submodule(backbone_path)
-    parameters = forward_parameters(backbone)
-    owner_path = embedding_path.rpartition(".")[0]
-    owner = backbone.get_submodule(owner_path)
-    table = next((m for p, m in backbone.named_modules() if _is_position_table(p)), None)
-    by_place = table is not None and "position_ids" not in parameters
-    padding_id = owner.padding_idx if hasattr(owner, _FROM_EMBEDDINGS) else None
+    innermost = next(
+        (path for path in _around(model, embedding_path) if path.startswith(backbone_path)), backbone_path
+    )
+    text = model.get_submodule(innermost)  # without the encoder of images or sound
+    parameters = (*forward_parameters(backbone), *forward_parameters(text))  # the outer one hands arguments on
+    parameters = tuple(dict.fromkeys(parameters))
+    prefix = f"{backbone_path}." if backbone_path else ""
+    inside = embedding_path.removeprefix(prefix) if embedding_path.startswith(prefix) else None
+    owner = backbone if inside is None else backbone.get_submodule(inside.rpartition(".")[0])
+    table = next((m for p, m in text.named_modules() if _is_position_table(p)), None)
+    counting = next((one for one in (owner, table) if hasattr(one, _FROM_EMBEDDINGS)), None)  # RoBERTa, M2M100
+    padding_id = None if counting is None else counting.padding_idx
+    by_place = table is not None and "position_ids" not in parameters and counting is None
     first_position = 0 if padding_id is None else padding_id + 1
-    return Backbone(
-        embedding=embedding_path,
+    return BackboneTraits(
+        embedding=inside,
         parameters=parameters,
         cache=cache_name(parameters),
         feeds_decoder=find_decoder(model, backbone) is not None,
@@ -142,74 +191,17 @@ def describe_backbone(model: nn.Module, backbone_path: str, embedding_path: str)
         positions_from_mask=backbone.config.model_type == "opt",  # the table of BioGPT could, but is never left to
         padding_id=padding_id,
         first_position=first_position,
-        loses_left_pads=hasattr(table, _FROM_EMBEDDINGS),
         max_positions=_max_positions(table, first_position),
-        is_causal=is_causal(backbone),
-        has_window=has_window(backbone),
+        is_causal=is_causal(text),
+        has_window=has_window(text),
         # XLNet has its table in the backbone as GPT-2 does, and looks types up elsewhere.
-        adds_token_types="token_type_ids" in parameters and owner is backbone and not _state_argument(backbone),
+        adds_token_types="token_type_ids" in parameters and owner is backbone and _state_argument(backbone) is None,
     )
 
 
 def _state_argument(backbone: nn.Module) -> str | None:
-    """The argument in which a model keeps a past that has no length; None if it has none.
-
-    Since transformers 5.24 state-space models call theirs a cache, too: one without a layer of attention, or of a
-    class of its own (xLSTM).
-    """
-    parameters = inspect.signature(type(backbone).forward).parameters
-    name = cache_name(parameters)
-    if name is None:
-        return next((name for name in parameters if name in _STATES), None)
-    kinds = [one for one in get_args(parameters[name].annotation) if inspect.isclass(one) and one is not NoneType]
-    kinds = [one for one in kinds if one.__module__ != "builtins"]
-    without_length = bool(kinds) and not any(hasattr(one, "get_seq_length") for one in kinds)
-    layers = DynamicCache(config=backbone.config).is_linear
-    return name if without_length or (layers and all(layers)) else None
-
-
-def refuse_models_without_place(
-    backbone: nn.Module, embedding: nn.Module, virtual_tokens: int, input_only: bool
-) -> None:
-    """Raises ValueError where a prompt would be lost or put in again and again, or output be taken for input.
-
-    Args:
-        embedding: of words, `(batch, length)` ids → `(batch, length, embedding_dim)`.
-        virtual_tokens: of the adapter.
-        input_only: whether it leaves the output's tokens alone.
-    """
-    if not virtual_tokens and not input_only:
-        return
-    state = _state_argument(backbone)
-    if state is not None:
-        why = f"keeps its past in `{state}`, as a state without a length: a generated token looks like a text's start"
-    elif getattr(backbone.config, "hidden_size_per_layer_input", None):
-        why = "looks up each token's id in every layer, and would get embeddings instead of ids"
-    elif virtual_tokens and _treats_ids_otherwise(backbone, embedding):
-        why = "does more with ids than look up their embeddings (it may scale them), and would get embeddings"
-    else:
-        return
-    what = f"`num_virtual_tokens` is {virtual_tokens}" if virtual_tokens else '`adapter_scope` is "input"'
-    raise ValueError(f'{what}, but {type(backbone).__name__} {why}. Use num_virtual_tokens=0 and adapter_scope="all".')
-
-
-@torch.no_grad()
-def _treats_ids_otherwise(backbone: nn.Module, embedding: nn.Module) -> bool:
-    """Whether two ids give another output than their embeddings: in Marian and Pegasus, which scale what they look up
-    and take embeddings as they are. Read off a run, since others scale both. False where weights are elsewhere."""
-    if not weights_are_here(backbone):
-        return False
-    ids = plain_ids(backbone, embedding, 2)
-    settings: dict[str, Any] = {"return_dict": True}
-    if "use_cache" in forward_parameters(backbone):
-        settings["use_cache"] = False
-    with unchanged(backbone):
-        try:
-            expected = backbone(input_ids=ids, **settings).last_hidden_state
-            found = backbone(inputs_embeds=embedding(ids), **settings).last_hidden_state
-        except Exception:  # it wants more than ids, or no embeddings: its own error says so at the first call
-            return False
-    return not torch.allclose(found, expected, rtol=0, atol=1e-3 * float(expected.abs().max()), equal_nan=True)
+    """The argument in which a model keeps a past that is no cache (RWKV, XLNet, Reformer); None if it has none."""
+    return next((name for name in forward_parameters(backbone) if name in _STATES), None)
 
 
 def is_causal(backbone: nn.Module) -> bool:
@@ -218,8 +210,10 @@ def is_causal(backbone: nn.Module) -> bool:
 
 
 def has_window(backbone: nn.Module) -> bool:
-    """Whether attention sees only the nearest places."""
-    return any(getattr(backbone.config, name, None) for name in _WINDOWS)
+    """Whether attention sees only the nearest places, in any layer."""
+    config = backbone.config.get_text_config()
+    layers = list(getattr(config, "per_layer_config", ())) or [config]
+    return any(getattr(layer, name, None) for layer in layers for name in _WINDOWS)
 
 
 def _is_position_table(path: str) -> bool:
@@ -232,11 +226,37 @@ def _max_positions(table: nn.Module | None, first_position: int) -> int | None:
     return table.num_embeddings - first_position - getattr(table, "offset", 0)  # OPT and BART keep rows for an offset
 
 
-def find_layer(backbone: nn.Module, site: Backbone) -> InputTuningLayer:
-    layer = backbone.get_submodule(site.embedding)
-    if not isinstance(layer, InputTuningLayer):
-        refuse_changed_embedding(backbone, site.embedding, layer)
-    return layer
+def check_has_place(model: nn.Module, backbone_path: str | None, embedding_path: str, num_virtual_tokens: int) -> None:
+    """Raises ValueError if virtual tokens would be lost, or put in again and again."""
+    if not num_virtual_tokens:
+        return
+    if backbone_path is None:
+        raise ValueError(
+            f"`num_virtual_tokens` is {num_virtual_tokens}, but no part of {type(model).__name__} around its "
+            f"embedding `{embedding_path}` goes from `input_ids` to hidden states, so there is no place for them. Use "
+            "num_virtual_tokens=0, or a model of transformers whose backbone does."
+        )
+    backbone = model.get_submodule(backbone_path)
+    if _encoder(model) is backbone and model.can_generate() and find_decoder(model, backbone) is None:
+        raise ValueError(
+            f"`num_virtual_tokens` is {num_virtual_tokens}, but nothing tells how {type(model).__name__} reads the "
+            f"output of its {type(backbone).__name__}: virtual tokens might be lost. Use num_virtual_tokens=0."
+        )
+    state = _state_argument(backbone)
+    if state is not None:
+        raise ValueError(
+            f"`num_virtual_tokens` is {num_virtual_tokens}, but {type(backbone).__name__} keeps its past in "
+            f"`{state}`, as plain tensors, which cannot say whether a prompt is in them: a generated token looks like "
+            "the start of a text. Use num_virtual_tokens=0."
+        )
+
+
+def check_embedding(backbone: nn.Module, traits: BackboneTraits) -> None:
+    """Raises ValueError if the wrapped embedding is not in its place any more."""
+    if traits.embedding is not None:
+        embedding = backbone.get_submodule(traits.embedding)
+        if not isinstance(embedding, InputTuningLayer):
+            refuse_changed_embedding(backbone, traits.embedding, embedding)
 
 
 def refuse_changed_embedding(backbone: nn.Module, path: str, now: nn.Module) -> NoReturn:

@@ -7,24 +7,26 @@ would have to wait for it), and caches that were filled without a prompt pass un
     everyone else (`generate`)                [ tokens ]      ids are cut by the number of tokens
 
 So a marked cache has two lengths. It gets a subclass of its class, which tells each the one that it needs.
+States without a length (Mamba's) are marked as well: the mark alone says that they hold a prompt.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache as cached
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import Cache
 
 from .layout import PromptLayout
+from .subclass import Extension, class_of, extend
 
-# What transformers calls the cache, as an argument and in outputs: since 5.24, and before. Until 5.40 the older name
-# is understood as well.
-CACHE_NAMES = ("cache", "past_key_values")
-_MARK = "input_tuning_mark"
+# What transformers calls the cache, as an argument and in outputs: since 5.24, and before; the last is that of
+# state-space models. Until 5.40 the older names are understood as well.
+CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 
 
 @dataclass(frozen=True)
@@ -32,51 +34,58 @@ class CacheMark:
     """The mark on a cache that holds a prompt.
 
     Args:
-        layout: how the prompts stand in its rows; 0 slots where the caller's own input held them.
-        mask: `(batch, slots + length)`, of the call that put the prompts in, where it had one.
+        layout: how the prompts stand in its rows; 0 slots if the caller's own input was all that it was filled from.
+        mask: `(batch, slots + length)`, of the call that put the prompts in, if it had one.
     """
 
     layout: PromptLayout
     mask: Tensor | None = None
 
 
-class _MarkedCache:
-    """What a cache with a mark has more than its class."""
+class MarkedState(Extension):
+    """What a state without a length has more than its class."""
 
-    input_tuning_mark: CacheMark
+    input_tuning_mark: CacheMark | None = None
+
+    def reset(self) -> None:
+        """Empties it; then it holds no prompt any more."""
+        super().reset()  # type: ignore[misc]
+        self.input_tuning_mark = None
+
+
+class MarkedCache(MarkedState):
+    """What a cache of transformers has more than its class."""
+
     in_backbone = False
+    makes_masks = True
+
+    @property
+    def slots(self) -> int:
+        """Number of places that virtual tokens take, for those who are not to know of them; 0 for the backbone."""
+        mark = self.input_tuning_mark
+        return 0 if mark is None or self.in_backbone else mark.layout.slots
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether it has a fixed size. `generate` expands masks then, which it is kept from (`without_masks`)."""
+        return self.makes_masks and super().is_compileable  # type: ignore[misc]
 
     def get_seq_length(self, layer_idx: int = 0) -> Any:
         """Number of the caller's tokens; for the backbone that runs on the cache, of places."""
         places = super().get_seq_length(layer_idx)  # type: ignore[misc]
-        slots = self.input_tuning_mark.layout.slots
-        return places if self.in_backbone or not slots or not places else places - slots
+        slots = self.slots
+        return places if not slots or (isinstance(places, int) and not places) else places - slots
 
     def update(self, *args: Any, **kwargs: Any) -> Any:
         """As the cache's own; a model that does not know of the prompt would count its positions without it."""
-        if not self.in_backbone and not places_in(self):
-            self.input_tuning_mark = CacheMark(PromptLayout(0))  # it was emptied, and holds no prompt any more
-        slots = self.input_tuning_mark.layout.slots
-        if slots and not self.in_backbone:
+        if self.slots and mark_of(self) is None:
+            self.input_tuning_mark = None  # it was emptied, and holds no prompt any more
+        if self.slots:
             raise ValueError(
-                f"The cache holds {slots} virtual tokens, and a model without input-tuning goes on from it. Use the "
-                "model that filled it (its adapter may be disabled), or start a new cache."
+                f"The cache holds {self.slots} virtual tokens, and a model without input-tuning goes on from it. Use "
+                "the model that filled it (its adapter may be disabled), or start a new cache."
             )
         return super().update(*args, **kwargs)  # type: ignore[misc]
-
-    def __reduce_ex__(self, protocol: Any) -> tuple:
-        """Copies and pickles name the class that the subclass was made of."""
-        return _empty_marked, (type(self).__mro__[2],), self.__dict__
-
-
-@cached
-def _marked_class(cache_class: Any) -> Any:
-    return type(cache_class.__name__, (_MarkedCache, cache_class), {"__module__": cache_class.__module__})
-
-
-def _empty_marked(cache_class: type) -> Any:
-    marked = _marked_class(cache_class)
-    return marked.__new__(marked)
 
 
 def cache_name(parameters: Iterable[str]) -> str | None:
@@ -90,20 +99,52 @@ def cache_of(call: dict[str, Any]) -> Any:
     return next((call[name] for name in CACHE_NAMES if call.get(name) is not None), None)
 
 
-def mark_of(cache: Any) -> CacheMark | None:
-    """The mark on a cache; None where the cache is empty or was filled without a prompt.
+def places_in(cache: Any) -> Any:
+    """Length of a cache, virtual tokens included: an int, or a tensor if its size is fixed; None if it has none."""
+    if not isinstance(cache, Cache) or (_layers(cache) and all(cache.is_linear)):
+        return None
+    return class_of(cache).get_seq_length(cache)
 
-    The length of a cache that was filled from the caller's own input (0 slots) is not asked for: static caches keep it
-    on the device.
+
+def _layers(cache: Any) -> list:
+    """BERT as a decoder has a cache for cross-attention as well."""
+    return getattr(cache, "self_attention_cache", cache).layers
+
+
+def is_empty(cache: Any) -> bool:
+    """Whether a cache without a mark holds nothing. Of one of a fixed size that was used before, a device is asked.
+
+    Raises:
+        ValueError: a state of which nothing tells.
+    """
+    if cache is None or not isinstance(cache, Cache):
+        if cache is None or isinstance(cache, MarkedState):
+            return True
+        raise ValueError(
+            f"Nothing tells whether this {type(cache).__name__} is empty, and so whether the prompt belongs in front. "
+            "Start without one, and go on with the one that comes back."
+        )
+    if len(cache) > len(_layers(cache)):  # MiniMax keeps states beside its layers
+        return False
+    if any(cache.is_linear) and cache.has_previous_state():
+        return False
+    length = places_in(cache)
+    return length is None or int(length) == 0
+
+
+def mark_of(cache: Any) -> CacheMark | None:
+    """The mark on a cache; None if the cache is empty or was filled without a prompt.
 
     Raises:
         ValueError: part of the prompt was cropped away.
     """
-    mark = getattr(cache, _MARK, None)
+    mark = getattr(cache, "input_tuning_mark", None)
     if mark is None or not mark.layout.slots:
         return mark
     _tell_tokens(cache)
     places = places_in(cache)
+    if not isinstance(places, int) or len(cache) > len(_layers(cache)):
+        return mark  # it can be emptied by `reset` only, which takes the mark away
     if 0 < places < mark.layout.slots:
         raise ValueError(
             f"The cache was cropped to {places} places, but its first {mark.layout.slots} are virtual tokens. Crop "
@@ -112,33 +153,46 @@ def mark_of(cache: Any) -> CacheMark | None:
     return mark if places else None
 
 
-def places_in(cache: Any) -> int:
-    """Length of a cache, virtual tokens included."""
-    if not isinstance(cache, _MarkedCache):
-        return cache.get_seq_length()
-    return super(_MarkedCache, cache).get_seq_length()  # type: ignore[misc]
+def has_fixed_size(cache: Any) -> bool:
+    """Whether a cache has places for so many tokens and no more; a state has none (-1)."""
+    return isinstance(cache, Cache) and cache.is_compileable and cache.get_max_length() > 0
 
 
-def mark_cache(cache: Any, mark: CacheMark) -> None:
+def mark_cache(cache: Any, mark: CacheMark | None) -> None:
     """Says of a cache what it holds."""
-    setattr(cache, _MARK, mark)
-    if mark.layout.slots:
-        _tell_tokens(cache)
+    cache.input_tuning_mark = mark
+    _tell_tokens(cache)
 
 
 def _tell_tokens(cache: Any) -> None:
     """Compiled code cannot change a class; then the next call outside of it does."""
-    if not isinstance(cache, _MarkedCache) and not torch.compiler.is_compiling():
-        cache_class: Any = type(cache)
-        cache.__class__ = _marked_class(cache_class)
+    if torch.compiler.is_compiling():
+        return
+    if isinstance(cache, Cache):
+        extend(cache, MarkedCache)
+    elif hasattr(cache, "reset"):
+        extend(cache, MarkedState)
 
 
 def enter_backbone(cache: Any) -> None:
-    """The backbone runs on a cache from now on."""
-    if isinstance(cache, _MarkedCache):
+    """The backbone runs on a cache from now on: it is told places instead of tokens."""
+    if isinstance(cache, MarkedCache):
         cache.in_backbone = True
 
 
 def leave_backbone(cache: Any) -> None:
-    if isinstance(cache, _MarkedCache):
+    if isinstance(cache, MarkedCache):
         cache.in_backbone = False
+
+
+@contextmanager
+def without_masks(cache: Any) -> Iterator[None]:
+    """`generate` prepares a call on a cache of a fixed size: it leaves the mask to the backbone, which widens it."""
+    if not isinstance(cache, MarkedCache):
+        yield
+        return
+    cache.makes_masks = False
+    try:
+        yield
+    finally:
+        cache.makes_masks = True

@@ -29,15 +29,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from ..modules import VIRTUAL
+
 
 def count_left_pads(mask: Tensor) -> Tensor:
     """Number of masked places before the first token of each row: `(batch, length)` → `(batch, 1)`.
 
     A row without any token counts as all left pads.
     """
-    is_token = mask != 0
-    first = is_token.int().argmax(dim=-1, keepdim=True)
-    return torch.where(is_token.any(dim=-1, keepdim=True), first, mask.shape[-1])
+    return (mask.cumsum(dim=-1) == 0).sum(dim=-1, keepdim=True)
 
 
 def repeat_rows(rows: Tensor, batch: int) -> Tensor:
@@ -50,6 +50,8 @@ def repeat_rows(rows: Tensor, batch: int) -> Tensor:
 def gather_places(x: Tensor, index: Tensor, dim: int = 1) -> Tensor:
     """Picks places along `dim`, row by row: `index` is `(batch, places)`, dim 0 of `x` is the batch."""
     dim = dim % x.ndim
+    if x.ndim == 2:
+        return x.gather(dim, index)
     shape = [1] * x.ndim
     shape[0], shape[dim] = index.shape
     target = list(x.shape)
@@ -63,56 +65,72 @@ class PromptLayout:
 
     Args:
         slots: places added to each row, the length of the longest prompt.
-        lengths: `(batch, 1)`, each row's prompt length; None where all have `slots`.
-        pads: `(batch, 1)`, each row's left pads; None where there are none (no mask).
+        lengths: `(batch, 1)`, each row's prompt length; None if all have `slots`.
+        mask: `(batch, length)`, of the call that the prompts were put into; None if it has no pads.
         slack: "left" or "right", see the module's picture.
     """
 
     slots: int
     lengths: Tensor | None = None
-    pads: Tensor | None = None
+    mask: Tensor | None = None
     slack: str = "left"
     _indices: dict[int, Tensor | None] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def pads(self) -> Tensor | None:
+        """Each row's left pads, `(batch, 1)`; None if there is no mask."""
+        return None if self.mask is None else count_left_pads(self.mask)
 
     def index(self, length: int) -> Tensor | None:
         """Places to take from `[slots right-aligned prompt places | length places of x]`, `(batch, slots + length)`.
 
-        None where that is already the wanted order. Worked out once for each length.
+        None if that is already the wanted order. Worked out once for each length.
         """
+        if torch.compiler.is_compiling():  # there would be a graph for each length
+            return self._index(length)
         if length not in self._indices:
             self._indices[length] = self._index(length)
         return self._indices[length]
 
     def _index(self, length: int) -> Tensor | None:
-        reference = self.pads if self.pads is not None else self.lengths
-        if reference is None:
+        """Every place gets a rank, and a stable sort does the rest: 0 for left pads and slack on the left, 1 for
+        prompts and what follows them, 2 for slack on the right."""
+        lengths, slack_rank = self.lengths, {"left": 0, "right": 2}[self.slack]
+        if self.mask is None and (lengths is None or self.slack == "left"):
             return None
-        slots = self.slots
-        if self.lengths is None:
-            at = torch.arange(slots + length, device=reference.device)
-            past = at - reference
-            return torch.where(past < 0, at + slots, torch.where(past < slots, past, at))
-        pads = self.pads if self.pads is not None else torch.zeros_like(reference)
-        lengths = self.lengths
-        at = torch.arange(slots + length, device=reference.device)
-        unused = slots - lengths
-        if self.slack == "left":
-            start = pads + unused  # of the prompt
-            x_after, x_before, leftover = at, at + lengths, at
-            is_leftover = at < unused
+        if self.mask is None:
+            assert lengths is not None
+            of_row = torch.ones(lengths.shape[0], length, dtype=torch.long, device=lengths.device)
         else:
-            start = pads
-            x_after, x_before, leftover = at + unused, at + slots, at - length - lengths
-            is_leftover = at >= length + lengths
-        in_prompt = at - start + unused
-        index = torch.where(at < start, x_before, torch.where(at < start + lengths, in_prompt, x_after))
-        return torch.where(is_leftover, leftover, index)
+            of_row = self.mask.cumsum(dim=-1).clamp(max=1)
+            if of_row.shape[1] < length:  # what follows later is no left pad
+                of_row = nn.functional.pad(of_row, (0, length - of_row.shape[1]), value=1)
+        if lengths is None:
+            ranks = nn.functional.pad(of_row, (self.slots, 0), value=1)
+        else:
+            ranks = torch.cat([torch.where(self._visible(lengths), 1, slack_rank), of_row], dim=1)
+        return ranks.argsort(dim=1, stable=True)
+
+    def _visible(self, lengths: Tensor) -> Tensor:
+        """Which slots hold virtual tokens, `(batch, slots)`."""
+        return torch.arange(self.slots, device=lengths.device) >= self.slots - lengths
 
     def join(self, prompt: Tensor, x: Tensor) -> Tensor:
         """Puts `prompt` `(batch, slots, ...)` into `x` `(batch, length, ...)` → `(batch, slots + length, ...)`."""
-        joined = torch.cat([prompt.to(x.dtype), x], dim=1)
-        index = self.index(x.shape[1])
+        return self._in_order(torch.cat([prompt.to(x.dtype), x], dim=1), x.shape[1])
+
+    def _in_order(self, joined: Tensor, length: int) -> Tensor:
+        index = self.index(length)
         return joined if index is None else gather_places(joined, index)
+
+    def virtual_ids(self, batch: int, device: torch.device, slack: int = 0) -> Tensor:
+        """The ids of the prompts, `(batch, slots)`: `VIRTUAL` - 1 is a prompt's last virtual token, `VIRTUAL` - 2 the
+        one before it.
+
+        Unused slots of shorter prompts get the id `slack`.
+        """
+        ids = torch.arange(VIRTUAL - self.slots, VIRTUAL, device=device).expand(batch, -1)
+        return ids if self.lengths is None else torch.where(ids >= VIRTUAL - self.lengths, ids, slack)
 
     def join_mask(self, mask: Tensor | None, batch: int, length: int) -> Tensor | None:
         """The mask with virtual tokens visible and slack hidden, `(batch, slots + length)`; None if none is needed."""
@@ -120,34 +138,36 @@ class PromptLayout:
             if self.lengths is None:
                 return None
             mask = torch.ones(batch, length, dtype=torch.long, device=self.lengths.device)
-        if self.pads is None and self.lengths is None:
-            return nn.functional.pad(mask, (self.slots, 0), value=1)
-        if self.slack == "right" and self.lengths is not None:
-            visible = torch.arange(self.slots, device=mask.device) >= self.slots - self.lengths
-            return self.join(visible, mask)
-        # Up to the first token nothing but the prompt is visible, and the prompt ends there.
-        at = torch.arange(self.slots + length, device=mask.device)
-        end = self.slots if self.pads is None else self.pads + self.slots
-        start = end - (self.slots if self.lengths is None else self.lengths)
-        return nn.functional.pad(mask, (self.slots, 0)).masked_fill_((at >= start) & (at < end), 1)
+        if self.lengths is None:
+            return self._in_order(nn.functional.pad(mask, (self.slots, 0), value=1), length)
+        return self.join(self._visible(self.lengths), mask)
 
-    def join_positions(self, positions: Tensor) -> Tensor:
+    def join_positions(self, positions: Tensor, first_is_smallest: bool = False) -> Tensor:
         """Positions `(batch or 1, length)` → `(.., slots + length)`: the prompt takes the first token's position and
-        those after it; tokens move on by the row's prompt length; pads stay where they were."""
+        those after it; what follows moves on by the row's prompt length (and so do pads, which nobody reads).
+
+        Positions with axes (time, height, width) are `(axes, batch, length)`: each axis does so.
+        `first_is_smallest` says that no position of a row is smaller than its first token's.
+        """
+        if positions.ndim == 3:
+            return torch.stack([self.join_positions(axis, first_is_smallest) for axis in positions])
         slots, length = self.slots, positions.shape[1]
-        reference = self.pads if self.pads is not None else self.lengths
+        reference = self.mask if self.mask is not None else self.lengths
         if reference is not None:
             positions = positions.expand(reference.shape[0], -1)
-        pads = 0 if self.pads is None else self.pads
-        lengths = slots if self.lengths is None else self.lengths
-        first = positions[:, :1] if self.pads is None else positions.gather(1, self.pads.clamp(max=length - 1))
-        ahead = torch.arange(slots, device=positions.device)
-        prompt = first + (ahead if self.lengths is None else (ahead - (slots - lengths)).clamp(min=0))
-        moved = positions + torch.where(torch.arange(length, device=positions.device) >= pads, lengths, 0)
-        return self.join(prompt, moved)
+        prompt = torch.arange(slots, device=positions.device).expand(positions.shape[0], -1)
+        if self.lengths is not None:
+            prompt = (prompt - (slots - self.lengths)).clamp(min=0)
+        if self.mask is None:
+            first = positions[:, :1]
+        elif first_is_smallest:
+            first = positions.amin(dim=1, keepdim=True)
+        else:
+            first = positions.gather(1, count_left_pads(self.mask).clamp(max=length - 1))
+        return self.join(prompt + first, self.shift_positions(positions))
 
     def shift_positions(self, positions: Tensor) -> Tensor:
-        """Positions of tokens that follow a prompt which is already in the cache."""
+        """Positions `(..., batch or 1, length)` of tokens that follow a prompt which is already in the cache."""
         return positions + (self.slots if self.lengths is None else self.lengths)
 
     def remove(self, x: Tensor, dim: int = 1) -> Tensor:
@@ -157,29 +177,19 @@ class PromptLayout:
         got (nothing reads it), which makes this a slice instead of a gather.
         """
         length = x.shape[dim] - self.slots
-        if self.slack == "left" or self.lengths is None:
+        index = None if self.slack == "left" or self.lengths is None else self.index(length)
+        if index is None:
             # Contiguous: in bfloat16 on a CPU, a head over a slice copies its weight for every row of the batch.
             return x.narrow(dim, self.slots, length).contiguous()
-        at = torch.arange(length, device=x.device)
-        pads = 0 if self.pads is None else self.pads
-        return gather_places(x, at + torch.where(at >= pads, self.lengths, 0), dim)
-
-    def to(self, device: torch.device) -> PromptLayout:
-        """The same layout on another device."""
-        known = [one.device for one in (self.lengths, self.pads) if one is not None]
-        if all(one == device for one in known):
-            return self
-        lengths = None if self.lengths is None else self.lengths.to(device)
-        pads = None if self.pads is None else self.pads.to(device)
-        return PromptLayout(self.slots, lengths, pads, self.slack)
+        return gather_places(x, index.argsort(dim=1)[:, self.slots :], dim)
 
     def repeated(self, batch: int) -> PromptLayout:
         """The same layout for a batch whose rows were repeated."""
-        if all(one is None or one.shape[0] == batch for one in (self.lengths, self.pads)):
+        if all(one is None or one.shape[0] == batch for one in (self.lengths, self.mask)):
             return self
         lengths = None if self.lengths is None else repeat_rows(self.lengths, batch)
-        pads = None if self.pads is None else repeat_rows(self.pads, batch)
-        return PromptLayout(self.slots, lengths, pads, self.slack)
+        mask = None if self.mask is None else repeat_rows(self.mask, batch)
+        return PromptLayout(self.slots, lengths, mask, self.slack)
 
 
 # ---- rows of several sequences --------------------------------------------------------------------------------------

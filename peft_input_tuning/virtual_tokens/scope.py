@@ -5,9 +5,14 @@
 
 Of a decoder-only language model, both go through one embedding. What tells them apart is known at the model's entrance
 only: in training a token with a label is the output's; in `generate`, so is every token after those that it was given.
-Hence a hook there, which looks the embeddings up and passes them on in place of the ids. Where neither is known the
-call is refused. All other models read nothing but input: an encoder-decoder's input goes through the encoder, and
-models without a language model's head put nothing out that they read again.
+Hence it is there that embeddings are looked up and passed on in place of the ids. If neither is known the call is
+refused. All other models read nothing but input: an encoder-decoder's input goes through the encoder, and models
+without a language model's head put nothing out that they read again.
+
+One rule: a token is output if it has a label or was generated, in this call or in an earlier one on the same cache;
+all else is input, and with it the last token of an answer, which no cache holds yet. A conversation that is given
+again as ids, without its cache, is the same with `generate(labels=...)`: -100 at the tokens of the input, anything
+else at those of earlier answers.
 """
 
 from __future__ import annotations
@@ -15,19 +20,45 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..call_state import current_row_adapters, is_prompt_in_place
+from ..call_state import current_row_adapters
 from ..layer import CANNOT_TELL, InputTuningLayer, IsOutput
 from .cache_mark import cache_of
+from .layout import repeat_rows
+from .start import IGNORED
 
-IGNORED = -100  # the label of a token that has none, in all of transformers
+
+@dataclass(frozen=True)
+class GivenInput:
+    """What a `generate` was given; all that follows is output.
+
+    Args:
+        length: number of its tokens, those in a cache included.
+        is_output: `(batch, length)`, which of them are output of earlier turns; None if none are.
+    """
+
+    length: int
+    is_output: Tensor | None = None
+
+    def output_at(self, start: Any, ids: Tensor) -> IsOutput:
+        """Which of `ids`, `(batch, length)`, are output if the first of them is at the place `start`."""
+        on_one_side = isinstance(start, int) and (start >= self.length or start + ids.shape[1] <= self.length)
+        if self.is_output is None and on_one_side:
+            return start >= self.length
+        places = torch.arange(ids.shape[1], device=ids.device) + start
+        if self.is_output is None:
+            return (places >= self.length).expand(ids.shape[0], -1)
+        table = nn.functional.pad(repeat_rows(self.is_output, ids.shape[0]).to(ids.device), (0, 1), value=True)
+        return table[:, places.clamp(max=self.length)]
+
 
 # With the layer that it is about, as in call_state.py: an assistant model has an input of its own.
-_input_end: ContextVar[tuple[object, int] | None] = ContextVar("input_end", default=None)
+_given_input: ContextVar[tuple[object, GivenInput | None]] = ContextVar("given_input", default=(None, None))
 
 
 def tells_input_from_output(model: nn.Module) -> bool:
@@ -45,33 +76,38 @@ def tells_input_from_output(model: nn.Module) -> bool:
 
 
 @contextmanager
-def input_of_generate(layer: InputTuningLayer, ids: Tensor | None, mask: Tensor | None, cache: Any) -> Iterator[None]:
-    """While `generate` runs on these ids, tokens at later places are the output's. Without ids it starts from one.
+def input_of_generate(layer: InputTuningLayer, arguments: dict[str, Any], labels: Tensor | None) -> Iterator[None]:
+    """While `generate` runs on these arguments, later tokens are the output's. Without ids it starts from one.
 
-    Ids are the whole sequence, of which a cache may hold a part, or, where the mask is longer, what follows the cache.
+    Ids are the whole sequence, of which a cache may hold a part, or, if the mask is longer, what follows the cache.
+
+    Raises:
+        ValueError: labels of another shape than the ids.
     """
+    ids = arguments.get("input_ids") if arguments.get("inputs") is None else arguments["inputs"]
+    mask, cache = arguments.get("attention_mask"), cache_of(arguments)
     length = 1 if ids is None else ids.shape[1]
+    is_output = None
+    if labels is not None:
+        _check_labels(labels, ids)
+        is_output = labels != IGNORED
     if cache is not None and mask is not None and mask.shape[1] > length:
-        length += int(cache.get_seq_length())
-    token = _input_end.set((layer, length))
+        before = int(cache.get_seq_length())
+        length += before
+        is_output = None if is_output is None else nn.functional.pad(is_output, (before, 0))  # nobody asks for those
+    token = _given_input.set((layer, GivenInput(length, is_output)))
     try:
         yield
     finally:
-        _input_end.reset(token)
+        _given_input.reset(token)
 
 
-def adapt_input_only(model: nn.Module, args: tuple, kwargs: dict[str, Any], *, embedding_path: str, parameters: tuple):
-    """Pre-hook of a decoder-only language model: ids → embeddings, adapted where they are the input's."""
-    layer = model.get_submodule(embedding_path)
-    if not isinstance(layer, InputTuningLayer) or not layer.adapts_input_only:
-        return None
-    call = dict(zip(parameters, args, strict=False)) | kwargs
+def embeddings_in_scope(call: dict[str, Any], layer: InputTuningLayer) -> dict[str, Any]:
+    """The arguments of a call with embeddings for its ids, adapted if they are the input's."""
     ids = call.get("input_ids")
     if ids is None or call.get("inputs_embeds") is not None:
-        return None
-    call["inputs_embeds"] = layer(ids, is_output=output_tokens(call, ids, layer))
-    call["input_ids"] = None
-    return (), call
+        return call
+    return {**call, "input_ids": None, "inputs_embeds": layer(ids, is_output=output_tokens(call, ids, layer))}
 
 
 def output_tokens(call: dict[str, Any], ids: Tensor, layer: InputTuningLayer) -> IsOutput:
@@ -82,24 +118,24 @@ def output_tokens(call: dict[str, Any], ids: Tensor, layer: InputTuningLayer) ->
     """
     labels = call.get("labels")
     if labels is not None:
-        if labels.shape != ids.shape:
-            raise ValueError(f"`labels` have the shape {tuple(labels.shape)}, and `input_ids` {tuple(ids.shape)}.")
+        _check_labels(labels, ids)
         is_output = labels.to(ids.device) != IGNORED
-        _refuse_rows_without_input(is_output, call.get("attention_mask"), layer)
+        _check_rows_have_input(is_output, call.get("attention_mask"), layer)
         return is_output
-    owner, end = (None, 0) if torch.compiler.is_compiling() else _input_end.get() or (None, 0)
-    if owner is not layer:
+    owner, given = (None, None) if torch.compiler.is_compiling() else _given_input.get()
+    if owner is not layer or given is None:
         raise ValueError(CANNOT_TELL)
-    if is_prompt_in_place(layer):
-        return True  # the input came as embeddings (static_cache.py): these ids follow it
     cache = cache_of(call)
-    start = 0 if cache is None else cache.get_seq_length()
-    if isinstance(start, int) and (start >= end or start + ids.shape[1] <= end):
-        return start >= end
-    return (torch.arange(ids.shape[1], device=ids.device) + start >= end).expand(ids.shape[0], -1)
+    return given.output_at(0 if cache is None else cache.get_seq_length(), ids)
 
 
-def _refuse_rows_without_input(is_output: Tensor, mask: Any, layer: InputTuningLayer) -> None:
+def _check_labels(labels: Tensor, ids: Any) -> None:
+    shape = None if ids is None else tuple(ids.shape)
+    if tuple(labels.shape) != shape:
+        raise ValueError(f"`labels` have the shape {tuple(labels.shape)}, and `input_ids` {shape}.")
+
+
+def _check_rows_have_input(is_output: Tensor, mask: Any, layer: InputTuningLayer) -> None:
     """Looks at the first labels that adapters get, in training and outside of it: a GPU would have to wait each time,
     and rows that are made wrong are wrong from the first batch on."""
     rows = current_row_adapters(layer)

@@ -1,0 +1,98 @@
+"""Mixed batches: `adapter_names=[...]` gives each row of a batch its adapter, at inference."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from threading import Lock
+from typing import Any
+
+import torch
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import nn
+
+from ..call_state import BASE, RowAdapters, current_row_adapters, use_row_adapters
+from ..layer import InputTuningLayer
+
+
+@contextmanager
+def mixed_batch(
+    model: nn.Module, layer: InputTuningLayer, names: Sequence[str], known: Sequence[str]
+) -> Iterator[None]:
+    """Inside, calls of `model` give each row its adapter.
+
+    Args:
+        model: the module that is called; `layer` is in it.
+        layer: its wrapped embedding.
+        names: an adapter's name for each row, or `"__base__"`.
+        known: the names of all of the model's adapters.
+
+    Raises:
+        ValueError: names that cannot be used, or a model that cannot use them now.
+    """
+    rows = _row_adapters(model, layer, names, known)
+    with ExitStack() as stack:
+        stack.enter_context(use_row_adapters(layer, rows))
+        stack.enter_context(_run_eagerly())
+        for module in model.modules():
+            if isinstance(module, AuxiliaryTrainingWrapper):  # modules_to_save, a classification head
+                hook = partial(_pass_adapter_names, layer=layer)
+                stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        yield
+
+
+def _row_adapters(
+    model: nn.Module, layer: InputTuningLayer, names: Sequence[str], known: Sequence[str]
+) -> RowAdapters:
+    if model.training:
+        raise ValueError("`adapter_names` is for inference, and the model is in training mode. Call `eval()` first.")
+    if not names:
+        raise ValueError("`adapter_names` is empty. Pass one name a row.")
+    if layer.merged:
+        raise ValueError(
+            "`adapter_names` cannot be used while an adapter is merged into the base model. Call "
+            "unmerge_adapter() first."
+        )
+    known = [BASE, *sorted(known)]
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ValueError(f"`adapter_names` has the unknown name {unknown[0]!r}. Known: {known}.")
+    return RowAdapters(tuple(names), tuple(layer.prompt_length(name) for name in names))
+
+
+_eager_calls = 0
+_eager_stance = ExitStack()
+_eager_lock = Lock()
+
+
+@contextmanager
+def _run_eagerly() -> Iterator[None]:
+    """Compiled code does not see the rows of a call, so calls with `adapter_names` run without it. A stance is the
+    whole process's: the first such call sets it, the last one under way puts back what was before."""
+    global _eager_calls
+    refusal = "`adapter_names` cannot be used inside torch.compile. Call the model outside of it."
+    if torch.compiler.is_compiling():
+        raise ValueError(refusal)
+    with _eager_lock:
+        if not _eager_calls:
+            try:
+                _eager_stance.enter_context(torch.compiler.set_stance("force_eager"))
+            except RuntimeError as error:  # torch: a stance cannot be set inside a compiled region
+                raise ValueError(refusal) from error
+        _eager_calls += 1
+    try:
+        yield
+    finally:
+        with _eager_lock:
+            _eager_calls -= 1
+            if not _eager_calls:
+                _eager_stance.close()
+
+
+def _pass_adapter_names(module: nn.Module, args: tuple, kwargs: dict[str, Any], *, layer: InputTuningLayer):
+    """The hook is on the module for all threads; the rows are those of this thread's call."""
+    rows = current_row_adapters(layer)
+    if rows is None or not args:
+        return None
+    return args, {**kwargs, "adapter_names": rows.names_of(args[0].shape[0])}

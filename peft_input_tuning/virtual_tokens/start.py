@@ -1,0 +1,74 @@
+"""A sequence starts: its prompt goes in front, as negative ids.
+
+    ids    [ pads | a b c ]    ──►    [ pads | -P … -1 | a b c ]
+
+The embedding looks up -1 as the last row of the prompt, -2 as the one before it; whatever else the model does with ids
+it does with these as well.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..call_state import current_row_adapters, generation_of
+from .cache_mark import CacheMark
+from .call import BackboneCall
+from .checks import TYPES, check_mixed_lengths, check_not_too_long, check_other_arguments, check_room
+from .layout import PromptLayout
+
+IGNORED = -100  # the label of a token that has none, in all of transformers
+OF_PACKED_ROWS = ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+
+
+def start(call: BackboneCall, slots: int) -> None:
+    """Puts the prompts of a batch, at most `slots` long, in front of its rows."""
+    arguments, traits, given = call.arguments, call.traits, call.given
+    for name in OF_PACKED_ROWS:
+        arguments.pop(name, None)  # a row is one sequence here: they say no more
+    check_other_arguments(call.backbone, arguments, given)
+    check_room(call.cache, slots + given.shape[1])
+    batch, length, device = given.shape[0], given.shape[1], given.device
+    mask = arguments.get("attention_mask")
+    mask = None if mask is None else mask.to(device)
+    rows = current_row_adapters(call.layer)
+    layout = PromptLayout(
+        slots,
+        lengths=None if rows is None else rows.lengths_of(batch, device),
+        mask=mask,
+        slack=traits.slack,
+    )
+    if layout.lengths is not None:
+        check_mixed_lengths(call.backbone, traits)
+    positions, generation = arguments.get("position_ids"), generation_of(call.layer)
+    by_generate = positions is not None and generation is not None and generation.makes_positions
+    positions = _default_positions(call, layout) if positions is None else positions
+    if positions is not None:
+        arguments["position_ids"] = layout.join_positions(positions.to(device), by_generate)
+    wide = layout.join_mask(mask, batch, length)
+    call.set_mask(wide)
+    check_not_too_long(arguments, slots + length, slots, traits)
+    for name, fill in (*((name, 0) for name in TYPES), ("labels", IGNORED)):
+        if arguments.get(name) is not None:
+            known = arguments[name].expand(batch, -1).to(device)
+            arguments[name] = layout.join(known.new_full((batch, slots), fill), known)
+    virtual = layout.virtual_ids(batch, device, traits.padding_id or 0)
+    call.join_input(layout, virtual)
+    call.layout, call.places = layout, slots + length
+    call.mark = CacheMark(layout, None if mask is None else wide)
+    call.ask_for_names()
+
+
+def _default_positions(call: BackboneCall, layout: PromptLayout) -> Tensor | None:
+    """The positions that the backbone would use, if it would not find them by itself any more: along embeddings
+    RoBERTa counts all places, and slack moves the places of a mixed batch. None if it still finds them."""
+    given, traits = call.given, call.traits
+    if "position_ids" not in traits.parameters:
+        return None
+    if traits.padding_id is not None:
+        if given.ndim == 2:
+            return None
+        return torch.arange(given.shape[1], device=given.device).expand(len(given), -1) + traits.first_position
+    if layout.lengths is None or traits.positions_from_mask:
+        return None
+    return torch.arange(given.shape[1], device=layout.lengths.device).unsqueeze(0)

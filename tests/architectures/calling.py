@@ -1,0 +1,244 @@
+"""Cells of one call and of several: forward, padding, caches, generation, mixed batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .judging import Cell, judge
+from .oracle import Oracle
+from .registry import cell
+from .subject import Subject, forget, main_outputs, padded
+
+NEW_TOKENS = 5
+CACHES = ("cache", "past_key_values", "cache_params", "state", "past_buckets_states", "mems")
+
+
+def forward_against(s: Subject, model: Callable[[], nn.Module], oracle: str, mask: Tensor | None = None) -> Cell:
+    return judge(
+        lambda: main_outputs(s.call(model(), s.ids, mask)),
+        lambda: s.wanted(s.oracle(oracle), s.ids, mask),
+        lambda: main_outputs(s.call(s.base, s.ids, mask)),
+    )
+
+
+@cell("forward")
+def forward(s: Subject) -> Cell:
+    return forward_against(s, lambda: s.model, "default")
+
+
+def padding(s: Subject, side: str) -> Cell:
+    rows = s.rows[:2]
+    ids, mask = padded(rows, side)
+
+    def alone() -> list[Tensor]:
+        o = s.oracle()
+        if s.is_seq2seq:
+            each = [s.wanted(o, row[None], decoder_input_ids=s.decoder_ids[i : i + 1]) for i, row in enumerate(rows)]
+            return [torch.cat(x) for x in zip(*each, strict=True)]
+        each = [s.wanted(o, row[None]) for row in rows]
+        return [torch.cat([y.squeeze(0) if y.ndim > 1 and s.head != "sequence classification" else y for y in x])
+                for x in zip(*each, strict=True)]  # fmt: skip
+
+    return judge(
+        lambda: s.of_tokens(main_outputs(s.call(s.model, ids, mask)), mask),
+        lambda: s.of_tokens(s.wanted(s.oracle(), ids, mask), mask),
+        lambda: main_outputs(s.call(s.base, ids, mask)),
+        alone,
+    )
+
+
+@cell("left padding")
+def left_padding(s: Subject) -> Cell:
+    return padding(s, "left")
+
+
+@cell("right padding")
+def right_padding(s: Subject) -> Cell:
+    return padding(s, "right")
+
+
+def by_hand(s: Subject, model: nn.Module, ids: Tensor, mask: Tensor | None, first: int) -> list[Tensor]:
+    """Outputs of a first call and two more on its cache: logits of all new places, `(batch, length, ...)`."""
+    forget(model)
+    found, steps = [], [slice(0, first), slice(first, first + 1), slice(first + 1, None)]
+    whole, given = ids, s.more(ids, decoded=False)
+    if s.is_seq2seq:
+        encoder = model.get_encoder()
+        given["encoder_outputs"] = encoder(ids) if mask is None else encoder(ids, attention_mask=mask)
+        whole, steps = s.decoder_ids[: ids.shape[0]], [slice(0, 2), slice(2, 3), slice(3, None)]
+        if mask is not None:
+            given["attention_mask"] = mask
+    for step in steps:
+        if s.is_seq2seq:
+            out = model(decoder_input_ids=whole[:, step], use_cache=True, **given)
+        else:
+            if mask is not None:
+                given["attention_mask"] = mask[:, : step.stop]
+            out = model(**{**given, "input_ids": whole[:, step], "use_cache": True})
+            given = {}
+        found.append(main_outputs(out)[0])
+        names = [name for name in CACHES if getattr(out, name, None) is not None]
+        if not names:
+            raise ValueError("no cache comes back")
+        for name in CACHES:
+            given.pop(name, None)
+        given[names[0]] = getattr(out, names[0])
+    return [torch.cat(found, 1)]
+
+
+def _by_hand(s: Subject, ids: Tensor, mask: Tensor | None) -> Cell:
+    first = ids.shape[1] - 2
+
+    def wanted() -> list[Tensor]:
+        o = s.oracle()
+        (out,) = by_hand(s, o.model, *o.widen(ids, mask), first + o.length)
+        return s.of_tokens(s.cut([out], o, ids.shape[1] + o.length), mask)
+
+    return judge(
+        lambda: s.of_tokens(by_hand(s, s.model, ids, mask, first), mask),
+        wanted,
+        lambda: by_hand(s, s.base, ids, mask, first),
+        lambda: s.of_tokens(s.wanted(s.oracle(), ids, mask), mask),
+    )
+
+
+@cell("cache by hand")
+def cache_by_hand(s: Subject) -> Cell | None:
+    return _by_hand(s, s.ids, None) if s.is_generator else None
+
+
+@cell("cache by hand, padded")
+def cache_by_hand_padded(s: Subject) -> Cell | None:
+    return _by_hand(s, *padded(s.rows[:2], s.side)) if s.is_generator else None
+
+
+def generated(s: Subject, model: nn.Module, ids: Tensor, mask: Tensor | None = None, **settings: Any) -> list[Tensor]:
+    """New tokens and the logits that they were chosen by, of greedy decoding."""
+    if mask is not None:
+        settings["attention_mask"] = mask
+    settings = {**s.more(ids, decoded=False), **settings}
+    forget(model)
+    torch.manual_seed(0)
+    out = model.generate(
+        input_ids=ids,
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_logits=True,
+        **settings,
+    )
+    logits = torch.stack(out.logits, 1)
+    return [out.sequences[:, -logits.shape[1] :], logits]
+
+
+def by_forwards(s: Subject, oracle: Oracle, row: Tensor) -> list[Tensor]:
+    """The same for one row by whole forward passes."""
+    new, logits = torch.empty(1, 0, dtype=torch.long), []
+    start = torch.tensor([[s.base.config.decoder_start_token_id]]) if s.is_seq2seq else None
+    for _ in range(NEW_TOKENS):
+        if start is not None:
+            (out,) = s.wanted(oracle, row[None], decoder_input_ids=torch.cat([start, new], 1))
+        else:
+            (out,) = s.wanted(oracle, torch.cat([row[None], new], 1))
+        logits.append(out[:, -1])
+        new = torch.cat([new, out[:, -1:].argmax(-1)], 1)
+    return [new, torch.stack(logits, 1)]
+
+
+def _joined(each: list[list[Tensor]]) -> list[Tensor]:
+    return [torch.cat(x) for x in zip(*each, strict=True)]
+
+
+def greedy(
+    s: Subject, model: Callable[[], nn.Module], oracle: str, rows: list[Tensor], mask: bool, **settings: Any
+) -> Cell:
+    ids, filled = padded(rows, s.side) if mask else (torch.stack(rows), None)
+    return judge(
+        lambda: generated(s, model(), ids, filled, **settings),
+        lambda: generated(s, (o := s.oracle(oracle)).model, *o.widen(ids, filled), **settings),
+        lambda: generated(s, s.base, ids, filled, **settings),
+        lambda: _joined([by_forwards(s, s.oracle(oracle), row) for row in rows]),
+    )
+
+
+@cell("generate")
+def generate(s: Subject) -> Cell | None:
+    return greedy(s, lambda: s.model, "default", [s.rows[0], s.rows[2]], mask=False) if s.is_generator else None
+
+
+@cell("generate without cache")
+def generate_without_cache(s: Subject) -> Cell | None:
+    if not s.is_generator:
+        return None
+    return greedy(s, lambda: s.model, "default", [s.rows[0], s.rows[2]], mask=False, use_cache=False)
+
+
+@cell("generate, padded")
+def generate_padded(s: Subject) -> Cell | None:
+    return greedy(s, lambda: s.model, "default", s.rows[:2], mask=True) if s.is_generator else None
+
+
+@cell("static cache")
+def static_cache(s: Subject) -> Cell | None:
+    if not s.is_generator:
+        return None
+    return greedy(s, lambda: s.model, "default", s.rows[:2], mask=True, cache_implementation="static")
+
+
+# ---- mixed batches
+
+
+def _mixed(s: Subject, names: list[str], rows: list[Tensor], run: str) -> Cell:
+    """Rows of several adapters against each row's oracle: alone, or in the same padding."""
+    is_padded = len({len(row) for row in rows}) > 1
+    ids, mask = padded(rows, s.side) if is_padded else (torch.stack(rows), None)
+
+    def ours(model: nn.Module, **more: Any) -> list[Tensor]:
+        if run == "generate":
+            return generated(s, model, ids, mask, **more)
+        return s.of_tokens(main_outputs(s.call(model, ids, mask, **more)), mask)
+
+    def row_by_row(keep_pads: bool) -> list[Tensor]:
+        each = []
+        for i, (name, row) in enumerate(zip(names, rows, strict=True)):
+            o = s.oracle(name)
+            one, filled = (ids[i : i + 1], mask[i : i + 1]) if keep_pads and mask is not None else (row[None], None)
+            if run == "generate":
+                each.append(generated(s, o.model, *o.widen(one, filled)))
+                continue
+            more = {"decoder_input_ids": s.decoder_ids[i : i + 1]} if s.is_seq2seq else {}
+            out = s.of_tokens(s.wanted(o, one, filled, **more), filled)
+            flat = is_padded and not s.is_seq2seq and filled is None
+            each.append([x.squeeze(0) for x in out] if flat else out)
+        return _joined(each)
+
+    return judge(
+        lambda: ours(s.mixed, adapter_names=names),
+        lambda: row_by_row(keep_pads=False),
+        lambda: ours(s.base),
+        (lambda: row_by_row(keep_pads=True)) if is_padded else None,
+    )
+
+
+@cell("mixed batch, equal prompts")
+def mixed_equal(s: Subject) -> Cell:
+    return _mixed(s, ["same", "default"], [s.rows[0], s.rows[2]], "forward")
+
+
+@cell("mixed batch, unequal prompts")
+def mixed_unequal(s: Subject) -> Cell:
+    return _mixed(s, ["default", "longer", "__base__"], [s.rows[0], s.rows[2], s.rows[0]], "forward")
+
+
+@cell("mixed batch, padded")
+def mixed_padded(s: Subject) -> Cell:
+    return _mixed(s, ["longer", "default"], s.rows[:2], "forward")
+
+
+@cell("mixed batch, generate")
+def mixed_generate(s: Subject) -> Cell | None:
+    return _mixed(s, ["longer", "default"], s.rows[:2], "generate") if s.is_generator else None
