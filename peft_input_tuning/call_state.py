@@ -52,8 +52,8 @@ class RowAdapters:
         repeats = self._repeats(batch)
         if len(set(self.prompt_lengths)) == 1:
             return None
-        lengths = [length for length in self.prompt_lengths for _ in range(repeats)]
-        return self.kept(("lengths", batch, device), lambda: on_device(lengths, device)).unsqueeze(1)
+        lengths = [[length] for length in self.prompt_lengths for _ in range(repeats)]
+        return self.kept(("lengths", batch, device), lambda: on_device(lengths, device))
 
     def kept(self, key: Any, make: Callable[[], Any]) -> Any:
         """What `make` gives, made once for all steps of `generate`."""
@@ -79,8 +79,8 @@ class Generation:
     makes_positions: bool = True
 
 
-def on_device(values: list[int], device: torch.device) -> torch.Tensor:
-    """A tensor of host values, `(len(values),)`, for which the host does not wait until the device is idle."""
+def on_device(values: list, device: torch.device) -> torch.Tensor:
+    """A tensor of host values, numbers or rows of them, for which the host does not wait until the device is idle."""
     return torch.tensor(values).to(device, non_blocking=True)
 
 

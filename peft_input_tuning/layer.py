@@ -225,24 +225,23 @@ class InputTuningLayer(MergeableTable, MixedRows, PromptStates):
         return embeddings if name is None else self.adapt_in_scope(embeddings, name, is_output)
 
     def _virtual_tokens(self, ids: Tensor, slots: int) -> Tensor:
-        """The rows of the prompts that ids name, `(batch, length, embedding_dim)`; anything for words."""
+        """The rows of the prompts that ids name, `(batch, length, embedding_dim)`; anything for words and for places
+        that a row's prompt leaves over."""
         places = (ids + (slots - VIRTUAL)).clamp(max=slots - 1)
         rows = current_row_adapters(self)
         if rows is None:
-            return nn.functional.embedding(places, self._prompt(str(self.enabled_adapter)))
+            return nn.functional.embedding(places, self._prompt(str(self.enabled_adapter), slots))
         names = rows.names_of(len(ids))
-        distinct = list(dict.fromkeys(names))
-        table = torch.cat([self._prompt(name, slots) for name in distinct])
-        first = on_device([distinct.index(name) * slots for name in names], ids.device)
-        return nn.functional.embedding(places + first.unsqueeze(1), table)
+        with_prompt = [name for name in dict.fromkeys(names) if self.prompt_length(name)]
+        table = torch.cat([self._prompt(name, slots) for name in with_prompt])
+        first = {name: at * slots for at, name in enumerate(with_prompt)}
+        return nn.functional.embedding(places + on_device([[first.get(name, 0)] for name in names], ids.device), table)
 
-    def _prompt(self, name: str, slots: int = 0) -> Tensor:
-        """An adapter's prompt at the right end of `slots` rows, `(slots, embedding_dim)`; zeros if it has none."""
+    def _prompt(self, name: str, slots: int) -> Tensor:
+        """An adapter's prompt at the right end of `slots` rows, `(slots, embedding_dim)`."""
         self.check_weights_have_come(name)
-        if not self.prompt_length(name):
-            return next(iter(self.input_tuning_prompt.values())).weight.new_zeros(slots, self.embedding_dim)
         prompt = self.input_tuning_prompt[name]()
-        return prompt if len(prompt) >= slots else nn.functional.pad(prompt, (0, 0, slots - len(prompt), 0))
+        return prompt if len(prompt) == slots else nn.functional.pad(prompt, (0, 0, slots - len(prompt), 0))
 
     def adapt_in_scope(self, embeddings: Tensor, name: str, is_output: IsOutput | None) -> Tensor:
         """One adapter's T(e) of the tokens that it is for, `(batch, length, embedding_dim)` → the same shape."""

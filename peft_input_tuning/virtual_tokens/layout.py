@@ -95,7 +95,7 @@ class PromptLayout:
     def _index(self, length: int) -> Tensor | None:
         """Every place gets a rank, and a stable sort does the rest: 0 for left pads and slack on the left, 1 for
         prompts and what follows them, 2 for slack on the right."""
-        lengths, slack_rank = self.lengths, {"left": 0, "right": 2}[self.slack]
+        lengths = self.lengths
         if self.mask is None and (lengths is None or self.slack == "left"):
             return None
         if self.mask is None:
@@ -108,12 +108,13 @@ class PromptLayout:
         if lengths is None:
             ranks = nn.functional.pad(of_row, (self.slots, 0), value=1)
         else:
-            ranks = torch.cat([torch.where(self._visible(lengths), 1, slack_rank), of_row], dim=1)
+            visible = self._visible(lengths)
+            ranks = torch.cat([visible if self.slack == "left" else 2 - visible, of_row], dim=1)
         return ranks.argsort(dim=1, stable=True)
 
     def _visible(self, lengths: Tensor) -> Tensor:
-        """Which slots hold virtual tokens, `(batch, slots)`."""
-        return torch.arange(self.slots, device=lengths.device) >= self.slots - lengths
+        """1 for slots that hold virtual tokens, 0 for others, `(batch, slots)`."""
+        return (torch.arange(self.slots, 0, -1, device=lengths.device) <= lengths).long()
 
     def join(self, prompt: Tensor, x: Tensor) -> Tensor:
         """Puts `prompt` `(batch, slots, ...)` into `x` `(batch, length, ...)` → `(batch, slots + length, ...)`."""
@@ -123,14 +124,16 @@ class PromptLayout:
         index = self.index(length)
         return joined if index is None else gather_places(joined, index)
 
-    def virtual_ids(self, batch: int, device: torch.device, slack: int = 0) -> Tensor:
+    def virtual_ids(self, batch: int, device: torch.device, slack: int | None = None) -> Tensor:
         """The ids of the prompts, `(batch, slots)`: `VIRTUAL` - 1 is a prompt's last virtual token, `VIRTUAL` - 2 the
         one before it.
 
-        Unused slots of shorter prompts get the id `slack`.
+        Slots that shorter prompts leave over get the id `slack`; None leaves them ids of virtual tokens.
         """
         ids = torch.arange(VIRTUAL - self.slots, VIRTUAL, device=device).expand(batch, -1)
-        return ids if self.lengths is None else torch.where(ids >= VIRTUAL - self.lengths, ids, slack)
+        if self.lengths is None or slack is None:
+            return ids
+        return torch.where(ids >= VIRTUAL - self.lengths, ids, slack)
 
     def join_mask(self, mask: Tensor | None, batch: int, length: int) -> Tensor | None:
         """The mask with virtual tokens visible and slack hidden, `(batch, slots + length)`; None if none is needed."""
@@ -155,9 +158,10 @@ class PromptLayout:
         reference = self.mask if self.mask is not None else self.lengths
         if reference is not None:
             positions = positions.expand(reference.shape[0], -1)
-        prompt = torch.arange(slots, device=positions.device).expand(positions.shape[0], -1)
-        if self.lengths is not None:
-            prompt = (prompt - (slots - self.lengths)).clamp(min=0)
+        if self.lengths is None:
+            prompt = torch.arange(slots, device=positions.device).expand(positions.shape[0], -1)
+        else:
+            prompt = (torch.arange(-slots, 0, device=positions.device) + self.lengths).clamp(min=0)
         if self.mask is None:
             first = positions[:, :1]
         elif first_is_smallest:

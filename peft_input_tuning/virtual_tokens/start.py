@@ -52,7 +52,7 @@ def start(call: BackboneCall, slots: int) -> None:
         if arguments.get(name) is not None:
             known = arguments[name].expand(batch, -1).to(device)
             arguments[name] = layout.join(known.new_full((batch, slots), fill), known)
-    virtual = layout.virtual_ids(batch, device, traits.padding_id or 0)
+    virtual = layout.virtual_ids(batch, device, traits.padding_id)
     call.join_input(layout, virtual)
     call.layout, call.places = layout, slots + length
     call.mark = CacheMark(layout, None if mask is None else wide)
