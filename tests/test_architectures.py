@@ -34,6 +34,30 @@ def test_an_adapter_gives_what_the_oracle_gives(name, request):
     assert cells["forward"].status == "exact"
 
 
+PECULIAR = [
+    ("Blip2ForConditionalGeneration", "static cache"),  # made by `generate` of the model inside
+    ("RwkvForCausalLM", "generate"),  # a list of tensors
+    ("XLNetLMHeadModel", "forward"),  # looks ids up as (length, batch)
+    ("XLNetLMHeadModel", "cache by hand"),
+    ("XLNetLMHeadModel", "mixed batch, padded"),
+    ("UdopForConditionalGeneration", "left padding"),  # its encoder puts out the decoder's mask
+    # arguments with something for each place
+    ("IdeficsForVisionText2Text", "generate"),
+    ("Kosmos2ForConditionalGeneration", "generate"),
+    ("LongformerForMaskedLM", "sequence classification"),
+    ("MllamaForConditionalGeneration", "image"),
+    ("MllamaForConditionalGeneration", "image, generate, padded"),
+]
+
+
+@pytest.mark.parametrize(("name", "cell"), PECULIAR)
+def test_what_few_models_do(name, cell):
+    if name not in KNOWN:
+        pytest.skip(f"this transformers has no {name}")
+    (found,) = run(KNOWN[name], lambda one: one == cell).values()
+    assert found.status == "exact", found
+
+
 def test_the_sample_has_classes_that_differ():
     assert len(set(SAMPLE.values())) == len(SAMPLE) >= 40
     assert set(CHOSEN) <= set(CELLS)

@@ -41,7 +41,7 @@ def adapted_to(base: torch.nn.Module, **changes):
     return model, adapter_weights(model)
 
 
-# ---- no place for virtual tokens ------------------------------------------------------------------------------------
+# ---- a past that is a list of tensors -------------------------------------------------------------------------------
 
 
 def xlnet():
@@ -58,27 +58,111 @@ def rwkv():
     return built(t.RwkvForCausalLM, t.RwkvConfig(**SMALL, hidden_size=32, num_hidden_layers=2))
 
 
-NO_PLACE = {"rwkv": rwkv, "xlnet": xlnet, "reformer": reformer}
+LISTS = {"rwkv": (rwkv, "state"), "xlnet": (xlnet, "mems"), "reformer": (reformer, "past_buckets_states")}
 
 
-@pytest.mark.parametrize("name", NO_PLACE)
-def test_models_without_a_place_for_virtual_tokens_are_refused(name):
-    """Each generated token would get a prompt of its own."""
-    base = NO_PLACE[name]()
-    with pytest.raises(
-        ValueError,
-        match=rf"`num_virtual_tokens` is 4, but {type(base.base_model).__name__} keeps its past in `\w+`.*=0",
-    ):
-        get_peft_model(base, config(num_virtual_tokens=4))
-    assert not any("input_tuning" in key for key in base.state_dict())
+def steps_on_a_list(model, row, name, **settings):
+    """Logits of three calls, each on the list that came back."""
+    found, past = [], {}
+    for part in (row[:, :4], row[:, 4:5], row[:, 5:6]):
+        out = model(input_ids=part, use_cache=True, **past, **settings)
+        found.append(out.logits)
+        past = {name: out[name]}
+    return torch.cat(found, 1), past
+
+
+@pytest.mark.parametrize("name", LISTS)
+@torch.no_grad()
+def test_a_list_of_tensors_says_whether_a_prompt_is_in_it(name):
+    build, past_name = LISTS[name]
+    base = build()
+    settings = {"use_mems": True} if name == "xlnet" else {}
+    model, weights = adapted_to(base, num_virtual_tokens=4)
+    oracle, prompt = grown(base, weights)
+    row = ids(1, 6)
+    expected = []
+    past = {}
+    for part in (torch.cat([prompt[None], row[:, :4]], 1), row[:, 4:5], row[:, 5:6]):
+        out = oracle(input_ids=part, use_cache=True, **past, **settings)
+        expected.append(out.logits)
+        past = {past_name: out[past_name]}
+    found, past = steps_on_a_list(model, row, past_name, **settings)
+    assert_close(found, torch.cat(expected, 1)[:, 4:], **TOLERANCE)
+    copied = copy.deepcopy(past)
+    again = model(input_ids=row[:, :1], use_cache=True, **copied, **settings).logits
+    assert_close(again, model(input_ids=row[:, :1], use_cache=True, **past, **settings).logits)
+
+
+@pytest.mark.parametrize("name", ["rwkv", "xlnet"])
+def test_a_list_made_anew_does_not_say_what_it_holds(name):
+    build, past_name = LISTS[name]
+    settings = {"use_mems": True} if name == "xlnet" else {}
+    model, _ = adapted_to(build(), num_virtual_tokens=4)
+    out = model(input_ids=ids(1, 4), use_cache=True, **settings)
+    with pytest.raises(ValueError, match="Nothing tells whether this list is empty"):
+        model(input_ids=ids(1, 1), use_cache=True, **{past_name: list(out[past_name])}, **settings)
+
+
+@pytest.mark.parametrize("name", ["rwkv", "reformer"])
+def test_generation_on_a_list_equals_whole_forward_passes(name):
+    model, _ = adapted_to(LISTS[name][0](), num_virtual_tokens=4)
+    row = ids(1, 5)
+    found = model.generate(input_ids=row, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    whole = row
+    for _ in range(4):
+        logits = model(input_ids=whole, use_cache=False).logits[:, -1].clone()
+        logits[:, EOS] = -torch.inf
+        whole = torch.cat([whole, logits.argmax(-1, keepdim=True)], 1)
+    assert found.tolist() == whole.tolist()
+
+
+@pytest.mark.parametrize("virtual_tokens", [0, 4])
+def test_rows_of_a_model_that_looks_them_up_by_length_keep_their_adapters(virtual_tokens):
+    """XLNet, with as many rows as tokens."""
+    base = xlnet()
+    model, _ = adapted_to(base, num_virtual_tokens=virtual_tokens)
+    add(model, "b", seed=2, num_virtual_tokens=virtual_tokens)
+    model.eval()
+    batch, names = ids(3, 3), ["b", "default", "__base__"]
+    found = model(input_ids=batch, adapter_names=names).logits
+    for row, name, logits in zip(batch, names, found, strict=True):
+        if name == "__base__":
+            expected = base(input_ids=row[None]).logits[0]
+        else:
+            expected = row_output(base, adapter_weights(model, name), row)
+        assert_close(logits, expected, **TOLERANCE)
 
 
 @pytest.mark.parametrize("name", ["rwkv", "xlnet"])
 def test_such_a_model_takes_the_adapter_alone(name):
-    base = NO_PLACE[name]()
+    base = LISTS[name][0]()
     model, weights = adapted_to(base, num_virtual_tokens=0)
     row = ids(7)
     assert_close(model(input_ids=row[None]).logits[0], row_output(base, weights, row), **TOLERANCE)
+
+
+def test_a_model_that_does_not_return_its_cache_is_refused_one():
+    """XLM cuts whole rows by the length of a cache, which it keeps to itself."""
+    settings = t.XLMConfig(vocab_size=VOCAB, emb_dim=32, n_layers=2, n_heads=4, pad_index=PAD, mask_token_id=9)
+    model, _ = adapted_to(built(t.XLMWithLMHeadModel, settings), num_virtual_tokens=4)
+    with pytest.raises(ValueError, match=r"was passed to XLMModel, which does not return it.*use_cache=False"):
+        model.generate(input_ids=ids(1, 5), max_new_tokens=2, do_sample=False)
+
+
+def test_virtual_tokens_have_the_language_of_their_row():
+    settings = {"emb_dim": 32, "n_layers": 2, "n_heads": 4, "pad_index": PAD, "n_langs": 3, "use_lang_emb": True}
+    base = built(t.XLMModel, t.XLMConfig(vocab_size=VOCAB, **settings, embed_init_std=0.3))
+    model, weights = adapted_to(base, num_virtual_tokens=4, task_type=None)
+    oracle, prompt = grown(base, weights)
+    rows, mask = padded([ids(6), ids(4, seed=1)], "left")
+    langs = torch.tensor([[1] * 6, [0, 0, 2, 2, 2, 2]], device=DEVICE)
+    found = model(input_ids=rows, attention_mask=mask, langs=langs).last_hidden_state
+    for at, pads in ((0, 0), (1, 2)):
+        row = torch.cat([rows[at, :pads], prompt, rows[at, pads:]])[None]
+        spread = torch.cat([langs[at, :pads], langs[at, -1:].expand(4), langs[at, pads:]])[None]
+        wide = torch.cat([mask[at, :pads], mask.new_ones(4), mask[at, pads:]])[None]
+        expected = oracle(input_ids=row, attention_mask=wide, langs=spread).last_hidden_state
+        assert_close(found[at, pads:], expected[0, pads + 4 :], **TOLERANCE)
 
 
 # ---- models that do more with ids than look them up -----------------------------------------------------------------

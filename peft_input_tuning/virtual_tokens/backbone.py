@@ -19,8 +19,6 @@ from ..base_weights import base_embedding
 from ..layer import InputTuningLayer
 from .cache_mark import cache_name
 
-# Arguments in which models keep a past that cannot carry a mark: lists and tuples of tensors.
-_STATES = ("state", "mems", "past_buckets_states")
 # A method of the module that counts positions along the ids, for calls with embeddings.
 _FROM_EMBEDDINGS = "create_position_ids_from_inputs_embeds"
 _MORE = {"inputs_embeds", "attention_mask"}
@@ -44,6 +42,7 @@ class BackboneTraits:
         is_causal: whether its attention looks back only.
         has_window: whether attention sees only the nearest places (Mistral, Gemma).
         adds_token_types: whether token types go through the word embedding (GPT-2).
+        length_first: whether it looks ids up as `(length, batch)` (XLNet); None if that is not known.
         takes_embeddings: whether embeddings give what their ids give; None if that is not known.
         honours_mask: whether masked places change nothing beside them; None if that is not known.
     """
@@ -60,6 +59,7 @@ class BackboneTraits:
     is_causal: bool = False
     has_window: bool = False
     adds_token_types: bool = False
+    length_first: bool | None = None
     takes_embeddings: bool | None = None
     honours_mask: bool | None = None
 
@@ -121,7 +121,9 @@ def find_embedding(model: nn.Module, of_encoder: bool = True) -> str:
 def _encoder(model: nn.Module) -> nn.Module | None:
     """The encoder of an encoder-decoder model, which reads its input."""
     encoder = model.get_encoder() if hasattr(model, "get_encoder") else None
-    return encoder if encoder is not None and encoder is not model and takes_ids(encoder) else None
+    if encoder is None or encoder is model or not takes_ids(encoder) or encoder.can_generate():
+        return None  # BLIP-2 gives its language model
+    return encoder
 
 
 def find_backbone(model: nn.Module, embedding_path: str) -> str | None:
@@ -195,13 +197,8 @@ def describe_backbone(model: nn.Module, backbone_path: str, embedding_path: str)
         is_causal=is_causal(text),
         has_window=has_window(text),
         # XLNet has its table in the backbone as GPT-2 does, and looks types up elsewhere.
-        adds_token_types="token_type_ids" in parameters and owner is backbone and _state_argument(backbone) is None,
+        adds_token_types="token_type_ids" in parameters and owner is backbone and "mems" not in parameters,
     )
-
-
-def _state_argument(backbone: nn.Module) -> str | None:
-    """The argument in which a model keeps a past that is no cache (RWKV, XLNet, Reformer); None if it has none."""
-    return next((name for name in forward_parameters(backbone) if name in _STATES), None)
 
 
 def is_causal(backbone: nn.Module) -> bool:
@@ -241,13 +238,6 @@ def check_has_place(model: nn.Module, backbone_path: str | None, embedding_path:
         raise ValueError(
             f"`num_virtual_tokens` is {num_virtual_tokens}, but nothing tells how {type(model).__name__} reads the "
             f"output of its {type(backbone).__name__}: virtual tokens might be lost. Use num_virtual_tokens=0."
-        )
-    state = _state_argument(backbone)
-    if state is not None:
-        raise ValueError(
-            f"`num_virtual_tokens` is {num_virtual_tokens}, but {type(backbone).__name__} keeps its past in "
-            f"`{state}`, as plain tensors, which cannot say whether a prompt is in them: a generated token looks like "
-            "the start of a text. Use num_virtual_tokens=0."
         )
 
 

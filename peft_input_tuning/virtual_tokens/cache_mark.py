@@ -7,7 +7,8 @@ would have to wait for it), and caches that were filled without a prompt pass un
     everyone else (`generate`)                [ tokens ]      ids are cut by the number of tokens
 
 So a marked cache has two lengths. It gets a subclass of its class, which tells each the one that it needs.
-States without a length (Mamba's) are marked as well: the mark alone says that they hold a prompt.
+States without a length are marked as well: the mark alone says that they hold a prompt. They are objects (Mamba's), or
+lists of tensors (RWKV's, XLNet's), which come back as lists that can carry a mark.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ from transformers import Cache
 from .layout import PromptLayout
 from .subclass import Extension, class_of, extend
 
-# What transformers calls the cache, as an argument and in outputs: since 5.24, and before; the last is that of
-# state-space models. Until 5.40 the older names are understood as well.
-CACHE_NAMES = ("cache", "past_key_values", "cache_params")
+# What transformers calls the cache, as an argument and in outputs: since 5.24, and before; the third is that of
+# state-space models, the last are those of RWKV, XLNet and Reformer. Until 5.40 older names are understood as well.
+CACHE_NAMES = ("cache", "past_key_values", "cache_params", "state", "mems", "past_buckets_states")
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,12 @@ class MarkedState(Extension):
         """Empties it; then it holds no prompt any more."""
         super().reset()  # type: ignore[misc]
         self.input_tuning_mark = None
+
+
+class MarkedTensors(list):
+    """A past that is a list of tensors, with a mark."""
+
+    input_tuning_mark: CacheMark | None = None
 
 
 class MarkedCache(MarkedState):
@@ -158,10 +165,13 @@ def has_fixed_size(cache: Any) -> bool:
     return isinstance(cache, Cache) and cache.is_compileable and cache.get_max_length() > 0
 
 
-def mark_cache(cache: Any, mark: CacheMark | None) -> None:
-    """Says of a cache what it holds."""
+def mark_cache(cache: Any, mark: CacheMark | None) -> Any:
+    """Says of a cache what it holds; returns the cache, in place of a list or tuple one that can say it."""
+    if isinstance(cache, list | tuple) and not isinstance(cache, MarkedTensors):
+        cache = MarkedTensors(cache)
     cache.input_tuning_mark = mark
     _tell_tokens(cache)
+    return cache
 
 
 def _tell_tokens(cache: Any) -> None:

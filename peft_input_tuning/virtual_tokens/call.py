@@ -62,6 +62,13 @@ class BackboneCall:
         embeddings = self.arguments.get("inputs_embeds")
         return self.arguments.get("input_ids") if embeddings is None else embeddings
 
+    def look_up_length_first(self) -> None:
+        """The embedding takes `(batch, length)`, of which each row has its adapter: it is asked here in the model's
+        place."""
+        call = self.arguments
+        if self.traits.length_first and call.get("input_ids") is not None and not self.layer.disable_adapters:
+            call.update(input_ids=None, inputs_embeds=self.layer(call["input_ids"]))
+
     def join_input(self, layout: PromptLayout | PackedLayout, virtual: Tensor) -> None:
         """What the caller passed as `inputs_embeds` came out of `get_input_embeddings()`, our layer: it is adapted
         already."""

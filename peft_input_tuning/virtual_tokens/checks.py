@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -11,9 +12,21 @@ from torch import Tensor, nn
 from .backbone import BackboneTraits
 from .cache_mark import has_fixed_size, places_in
 
-# Arguments with a value for each place of the input that get one for virtual tokens, too.
-TYPES = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
-_OF_PLACES = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "labels", *TYPES)
+IGNORED = -100  # the label of a token that has none, in all of transformers
+# What virtual tokens get in arguments that have something for each place of the input.
+FILLS = {
+    "labels": IGNORED,
+    "token_type_ids": 0,
+    "mm_token_type_ids": 0,  # text
+    "moe_mm_token_type_ids": 0,
+    "image_attention_mask": 0,  # images that a place sees (Idefics): none, as a word in front of them
+    "cross_attention_mask": 0,  # the same (Mllama)
+    "image_embeds_position_mask": 0,  # whether it is an image's place (Kosmos-2)
+    "bbox": 0,  # where it stands on a page (UDOP): nowhere
+    "global_attention_mask": 0,  # whether it sees all, and all see it (Longformer, LED): as other words
+    "langs": None,  # what the row's first token has (XLM)
+}
+_OF_PLACES = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", *FILLS)
 
 
 def check_one_input(call: dict[str, Any], backbone: nn.Module, traits: BackboneTraits) -> None:
@@ -141,6 +154,15 @@ def check_all_places_came_back(backbone: nn.Module, places: int, expected: int) 
         )
 
 
+def check_cache_comes_back(backbone: nn.Module, name: str | None, cache: Any, output: Any) -> None:
+    """XLM is given whole rows with a cache, and cuts them by its length."""
+    if cache is not None and name not in {field.name for field in fields(output)}:
+        raise ValueError(
+            f"`{name}` was passed to {type(backbone).__name__}, which does not return it: nothing tells how it goes "
+            "on. Pass use_cache=False, or use num_virtual_tokens=0."
+        )
+
+
 def check_output_is_known(backbone: nn.Module, name: str, value: Tensor, places: tuple[int, int]) -> None:
     """An output with something for each place, of which nothing is known (ProphetNet's stream of n-grams)."""
     if value.shape[0] == places[0] and value.shape[1] % places[1] == 0:
@@ -153,8 +175,8 @@ def check_output_is_known(backbone: nn.Module, name: str, value: Tensor, places:
 def check_mixed_lengths(backbone: nn.Module, traits: BackboneTraits) -> None:
     if traits.honours_mask is False:
         raise ValueError(
-            f"`adapter_names`: what is masked counts in {type(backbone).__name__}, so adapters with prompts of "
-            "different lengths cannot share a batch. Use adapters of one length, or one batch each."
+            f"`adapter_names`: {type(backbone).__name__} was not seen to leave out what is masked, so adapters with "
+            "prompts of different lengths cannot share a batch. Use adapters of one length, or one batch each."
         )
     if traits.slack == "right" and traits.cache is not None:
         raise ValueError(

@@ -88,7 +88,38 @@ class Entrance(Extension):
             yield
 
 
-class GeneratingEntrance(Entrance):
+class MakesCaches(Extension):
+    """A model that generates: caches of a fixed size get room for the virtual tokens. Its methods are called by
+    transformers' `generate` (seen in 5.20 to 5.24), of the model or of one inside of it (BLIP-2)."""
+
+    needs_forward = False
+    input_tuning_layer: tuple[InputTuningLayer]
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> Any:
+        """A cache of a fixed size gets room for the virtual tokens, and is known from its first call on."""
+        (layer,) = self.input_tuning_layer
+        slots = 0 if self.config.is_encoder_decoder else layer.slots  # type: ignore[attr-defined]
+        super()._prepare_cache_for_generation(  # type: ignore[misc]
+            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length + slots
+        )
+        cache = cache_of(model_kwargs)
+        if slots and getattr(cache, "is_compileable", False) and mark_of(cache) is None:
+            mark_cache(cache, None)
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+        """Masks stay `(batch, length)`: the backbone puts the virtual tokens in, and expands them."""
+        with without_masks(cache_of(kwargs)):
+            return super().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[misc]
+
+
+class GeneratingEntrance(MakesCaches, Entrance):
     """A model with an input-tuning adapter that can generate."""
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -140,31 +171,6 @@ class GeneratingEntrance(Entrance):
         if ids is None or pad is None or pad in (eos if isinstance(eos, list) else [eos]) or not (ids == pad).any():
             return None
         return (ids != pad).long()
-
-    # ---- caches of a fixed size. Both are called by transformers' `generate` (seen in 5.20 to 5.24). ----------------
-
-    def _prepare_cache_for_generation(
-        self,
-        generation_config: GenerationConfig,
-        model_kwargs: dict[str, Any],
-        generation_mode: Any,
-        batch_size: int,
-        max_cache_length: int,
-    ) -> Any:
-        """A cache of a fixed size gets room for the virtual tokens, and is known from its first call on."""
-        (layer,) = self.input_tuning_layer
-        slots = 0 if self.config.is_encoder_decoder else layer.slots  # type: ignore[attr-defined]
-        super()._prepare_cache_for_generation(  # type: ignore[misc]
-            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length + slots
-        )
-        cache = cache_of(model_kwargs)
-        if slots and getattr(cache, "is_compileable", False) and mark_of(cache) is None:
-            mark_cache(cache, None)
-
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
-        """Masks stay `(batch, length)`: the backbone puts the virtual tokens in, and expands them."""
-        with without_masks(cache_of(kwargs)):
-            return super().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[misc]
 
 
 def _by_name(generate: Callable, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:

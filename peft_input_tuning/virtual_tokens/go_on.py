@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..call_state import generation_of
-from .cache_mark import CacheMark, places_in
+from .cache_mark import CacheMark, MarkedTensors, places_in
 from .call import BackboneCall
 from .checks import check_mask_length, check_no_pads_behind_prompt, check_not_expanded, check_not_too_long
 from .layout import PromptLayout, count_left_pads, repeat_rows
@@ -25,7 +25,11 @@ def go_on(call: BackboneCall, mark: CacheMark) -> None:
     places = places_in(call.cache)
     past = None if places is None else places - layout.slots  # tokens: an int, or a tensor of caches of a fixed size
     _move_positions(call, layout, past, length)
-    _widen_mask(call, layout, mark, past, length)
+    if isinstance(call.cache, MarkedTensors):  # masks are of new tokens (XLNet), and another list may come back
+        call.mark = mark
+        call.ask_for_names()
+    else:
+        _widen_mask(call, layout, mark, past, length)
     if isinstance(past, int):
         check_not_too_long(arguments, layout.slots + past + length, layout.slots, traits)
 

@@ -12,7 +12,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from ..modules import VIRTUAL
 from .backbone import describe_backbone, find_decoder
 from .encoder_decoder import HidesPrompt, SeesPrompt
-from .entrance import Entrance, GeneratingEntrance
+from .entrance import Entrance, GeneratingEntrance, MakesCaches
 from .subclass import Extension, check_can_be_extended, extend, unextend
 from .trial import WhatSeesIds, pad_id
 from .with_prompt import WithPrompt
@@ -58,6 +58,7 @@ def install(model: nn.Module, backbone_path: str | None, embedding_path: str, se
     if backbone_path is not None:
         traits = replace(
             describe_backbone(model, backbone_path, embedding_path),
+            length_first=seen.length_first,
             takes_embeddings=seen.takes_embeddings,
             honours_mask=seen.honours_mask,
         )
@@ -75,13 +76,14 @@ def _extensions(model: nn.Module, backbone_path: str | None) -> list[tuple[nn.Mo
     """What each module gets; of two for one module, the later is called first."""
     found: list[tuple[nn.Module, type[Extension]]] = []
     if backbone_path is not None:
+        parts = backbone_path.split(".")[:-1]
+        parents = [model.get_submodule(".".join(parts[:end])) for end in range(len(parts), -1, -1)]
+        found += [(one, MakesCaches) for one in parents if isinstance(one, GenerationMixin) and one is not model]
         backbone = model.get_submodule(backbone_path)
         found.append((backbone, WithPrompt))
         decoder_path = find_decoder(model, backbone)
         if decoder_path is not None:
             found.append((model.get_submodule(decoder_path), SeesPrompt))
-            parts = backbone_path.split(".")[:-1]
-            parents = [model.get_submodule(".".join(parts[:end])) for end in range(len(parts), -1, -1)]
             found += [(parent, HidesPrompt) for parent in parents if isinstance(parent, PreTrainedModel)]
     found.append((model, GeneratingEntrance if isinstance(model, GenerationMixin) else Entrance))
     return found

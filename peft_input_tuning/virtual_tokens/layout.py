@@ -178,10 +178,12 @@ class PromptLayout:
         """Takes the prompt out again: places along `dim` go from slots + length to length.
 
         Tokens come back at their own places. With slack on the left, what stands at left pads is not what the pads
-        got (nothing reads it), which makes this a slice instead of a gather.
+        got, which makes this a slice instead of a gather: nothing reads it in hidden states. Masks and labels, of two
+        dimensions, are read there.
         """
         length = x.shape[dim] - self.slots
-        index = None if self.slack == "left" or self.lengths is None else self.index(length)
+        is_slice = x.ndim > 2 and (self.slack == "left" or self.lengths is None)
+        index = None if is_slice else self.index(length)
         if index is None:
             # Contiguous: in bfloat16 on a CPU, a head over a slice copies its weight for every row of the batch.
             return x.narrow(dim, self.slots, length).contiguous()

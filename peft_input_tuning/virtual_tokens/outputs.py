@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .cache_mark import mark_cache
 from .call import BackboneCall
-from .checks import check_all_places_came_back, check_output_is_known
+from .checks import check_all_places_came_back, check_cache_comes_back, check_output_is_known
 from .layout import PackedLayout, PromptLayout
 
 _KNOWN = ("last_hidden_state", "pooler_output")
@@ -17,13 +17,18 @@ _KNOWN = ("last_hidden_state", "pooler_output")
 def restore(call: BackboneCall, output: Any) -> Any:
     """Takes the places of the virtual tokens out of an output, and marks the cache."""
     if call.mark is not None:
+        if call.cache is not None:
+            mark_cache(call.cache, call.mark)
+        check_cache_comes_back(call.backbone, call.traits.cache, call.cache, output)
         filled = None if call.traits.cache is None else getattr(output, call.traits.cache, None)
-        for cache in (call.cache, filled):
-            if cache is not None:
-                mark_cache(cache, call.mark)
-    layout = call.layout
-    if layout is None:
-        return output
+        if filled is not None:
+            setattr(output, str(call.traits.cache), mark_cache(filled, call.mark))
+    if call.layout is not None:
+        _take_out(call, output, call.layout)
+    return output.to_tuple() if call.as_tuple else output
+
+
+def _take_out(call: BackboneCall, output: Any, layout: PromptLayout | PackedLayout) -> None:
     batch, places = output.last_hidden_state.shape[:2]
     check_all_places_came_back(call.backbone, places, call.places)
     if not call.traits.feeds_decoder:
@@ -46,7 +51,6 @@ def restore(call: BackboneCall, output: Any) -> Any:
     pooler = getattr(call.backbone, "pooler", None)
     if pooler is not None and getattr(output, "pooler_output", None) is not None:  # BERT pools the first place
         output.pooler_output = _pooled(call.backbone, output.last_hidden_state)
-    return output.to_tuple() if call.as_tuple else output
 
 
 def _of_tokens(router: Tensor, layout: PromptLayout | PackedLayout, batch: int, places: int) -> Tensor:

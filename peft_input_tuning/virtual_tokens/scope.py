@@ -29,8 +29,8 @@ from torch import Tensor, nn
 from ..call_state import current_row_adapters
 from ..layer import CANNOT_TELL, InputTuningLayer, IsOutput
 from .cache_mark import cache_of
+from .checks import IGNORED
 from .layout import repeat_rows
-from .start import IGNORED
 
 
 @dataclass(frozen=True)

@@ -8,16 +8,17 @@ it does with these as well.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..call_state import current_row_adapters, generation_of
 from .cache_mark import CacheMark
 from .call import BackboneCall
-from .checks import TYPES, check_mixed_lengths, check_not_too_long, check_other_arguments, check_room
+from .checks import FILLS, check_mixed_lengths, check_not_too_long, check_other_arguments, check_room
 from .layout import PromptLayout
 
-IGNORED = -100  # the label of a token that has none, in all of transformers
 OF_PACKED_ROWS = ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
@@ -48,15 +49,26 @@ def start(call: BackboneCall, slots: int) -> None:
     wide = layout.join_mask(mask, batch, length)
     call.set_mask(wide)
     check_not_too_long(arguments, slots + length, slots, traits)
-    for name, fill in (*((name, 0) for name in TYPES), ("labels", IGNORED)):
-        if arguments.get(name) is not None:
-            known = arguments[name].expand(batch, -1).to(device)
-            arguments[name] = layout.join(known.new_full((batch, slots), fill), known)
+    fill_places(arguments, layout, batch, device)
     virtual = layout.virtual_ids(batch, device, traits.padding_id)
     call.join_input(layout, virtual)
     call.layout, call.places = layout, slots + length
     call.mark = CacheMark(layout, None if mask is None else wide)
     call.ask_for_names()
+
+
+def fill_places(arguments: dict[str, Any], layout: PromptLayout, batch: int, device: torch.device) -> None:
+    """Gives virtual tokens a value in arguments that have one for each place, `(batch or 1, length, ...)`."""
+    for name, fill in FILLS.items():
+        value = arguments.get(name)
+        if value is None:
+            continue
+        value = value.to(device)
+        value = value if value.shape[0] == batch else value.expand(batch, *value.shape[1:])
+        of_prompt = value.new_full((batch, layout.slots, *value.shape[2:]), fill or 0)
+        if fill is None:
+            of_prompt += value[:, :1] if layout.pads is None else value.gather(1, layout.pads)
+        arguments[name] = layout.join(of_prompt, value)
 
 
 def _default_positions(call: BackboneCall, layout: PromptLayout) -> Tensor | None:

@@ -36,6 +36,7 @@ class WhatSeesIds:
         embedding: whether the word embedding was asked for the ids' embeddings.
         others: the modules that get ids for something else, and where among their arguments (a number or a name): the
             tables of Gemma 3n's layers, the n-grams of Qwen 4, the experts of DeepSeek V4 that go by ids.
+        length_first: whether it was asked for them as `(length, batch)`.
         makes_numbers: whether further tables are asked for numbers that are made of ids (BLT's hashes).
         gives_hidden_states: whether the backbone's output has a state for each place.
         takes_embeddings: whether embeddings that are no rows of the table, as adapted ones, do what the same rows in
@@ -45,6 +46,7 @@ class WhatSeesIds:
 
     embedding: bool | None = None
     others: tuple[tuple[nn.Module, int | str], ...] = ()
+    length_first: bool | None = None
     makes_numbers: bool = False
     gives_hidden_states: bool | None = None
     takes_embeddings: bool | None = None
@@ -74,15 +76,15 @@ def what_sees_ids(
     ids = plain
     if isinstance(end, int) and 0 <= end < base_embedding(embedding).num_embeddings:
         ids = torch.cat([plain, torch.full_like(plain[:, :1], end)], dim=1)  # classifiers of T5 and BART look for it
-    asked: list[nn.Module] = []
+    asked: list[torch.Size] = []
     with unchanged(model), ExitStack() as stack:
-        stack.callback(embedding.register_forward_pre_hook(lambda *_: asked.append(embedding)).remove)
+        stack.callback(embedding.register_forward_pre_hook(lambda _, args: asked.append(args[0].shape)).remove)
         if _run(model, ids) is None and (model is backbone or _run(backbone, ids) is None):
             tables = tuple((one, 0) for one in beside if isinstance(one, nn.Embedding))
             return WhatSeesIds(others=tables, honours_mask=False)
-        looked_up = bool(asked)
+        looked_up, length_first = bool(asked), ids.T.shape in asked and ids.shape not in asked
         others, makes_numbers = _modules_with_ids(backbone, embedding, beside, plain)
-        seen = WhatSeesIds(looked_up, others, makes_numbers, gives_hidden_states=False)
+        seen = WhatSeesIds(looked_up, others, length_first, makes_numbers, gives_hidden_states=False)
         if _hidden_states(backbone, input_ids=ids) is None:
             return seen
         takes = _takes_embeddings(backbone, embedding, ids) if embedding in set(backbone.modules()) else None
@@ -190,7 +192,7 @@ def _takes_embeddings(backbone: nn.Module, embedding: nn.Module, ids: Tensor) ->
     if "inputs_embeds" not in forward_parameters(backbone):
         return False
     moved = 1.5 * embedding(ids)
-    hook = embedding.register_forward_hook(lambda *_: moved)
+    hook = embedding.register_forward_hook(lambda _, __, rows: 1.5 * rows)
     try:
         expected = _hidden_states(backbone, input_ids=ids)
         found = _hidden_states(backbone, inputs_embeds=moved)

@@ -39,6 +39,7 @@ class WithPrompt(Extension):
 
 def _rewrite(call: BackboneCall) -> None:
     call.add_token_types()
+    call.look_up_length_first()
     mark = mark_of(call.cache)
     slots = call.layer.slots
     if mark is not None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .sizes import IMAGE
+from .sizes import IMAGE, VOCAB
 
 START, END = 93, 94  # of an image, where there are such tokens
 COUNTS = (4, 1, 5, 16, 2, 9, 8, 6, 3, 10, 20)
@@ -73,7 +73,8 @@ def _ways(vision: Any, names: set[str], seed: int) -> Iterator[dict[str, Callabl
             "pixel_values": _repeated(noise(1, 1, tiles, channels, size, size, seed=seed)),
             "aspect_ratio_ids": _repeated(torch.ones(1, 1, dtype=torch.long)),
             "aspect_ratio_mask": _repeated(torch.ones(1, 1, tiles, dtype=torch.long)),
-            "cross_attention_mask": lambda ids: torch.ones(*ids.shape, 1, tiles, dtype=torch.long),
+            # A prompt is in front of the image.
+            "cross_attention_mask": lambda ids: (ids < VOCAB).long()[..., None, None].expand(-1, -1, 1, tiles),
         }
     for side in dict.fromkeys((size, 2 * patch, 4 * patch)):
         square = _repeated(noise(1, channels, side, side, seed=seed))

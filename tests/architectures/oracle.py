@@ -146,6 +146,8 @@ class Oracle:
             more = {k: v for k, v in kwargs.items() if k not in ("input_ids", "attention_mask")}
             if isinstance(types := more.get("token_type_ids"), Tensor):
                 more["token_type_ids"] = torch.cat([types[:, :1].expand(-1, self.length), types], 1)
+            if isinstance(sees_all := more.get("global_attention_mask"), Tensor):
+                more["global_attention_mask"] = nn.functional.pad(sees_all, (self.length, 0))
             ids, mask = self.widen(ids, mask)
             return (ids, *([mask] if args[1:] else []), *args[2:]), more | (
                 {} if args[1:] else {"attention_mask": mask}

@@ -328,7 +328,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "idefics": {
         "inputs": {
             "pixel_values": lambda ids: _pixels()(ids)[:, None],
-            "image_attention_mask": lambda ids: torch.ones(*ids.shape, 1, dtype=torch.long),
+            "image_attention_mask": lambda ids: (ids < VOCAB).long()[..., None],  # a prompt is in front of it
         }
     },
     "vibevoice_asr": {
