@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .backbone import BackboneTraits
 from .cache_mark import has_fixed_size, places_in
+from .call import BackboneCall
 
 # Arguments with a value for each place of the input that get one for virtual tokens, too.
 TYPES = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
@@ -150,16 +151,19 @@ def check_output_is_known(backbone: nn.Module, name: str, value: Tensor, places:
         )
 
 
-def check_mixed_lengths(backbone: nn.Module, traits: BackboneTraits) -> None:
+def check_mixed_lengths(call: BackboneCall) -> None:
+    """Rows of one call have prompts of different lengths."""
+    traits, name = call.traits, type(call.backbone).__name__
     if traits.honours_mask is False:
         raise ValueError(
-            f"`adapter_names`: what is masked counts in {type(backbone).__name__}, so adapters with prompts of "
-            "different lengths cannot share a batch. Use adapters of one length, or one batch each."
+            f"`adapter_names`: what is masked counts in {name}, so adapters with prompts of different lengths "
+            "cannot share a batch. Use adapters of one length, or one batch each."
         )
-    if traits.slack == "right" and traits.cache is not None:
+    if traits.slack == "right" and traits.cache is not None and (call.makes_cache or call.cache is not None):
         raise ValueError(
-            f"`adapter_names`: {type(backbone).__name__} numbers positions by place in the row, so adapters with "
-            "prompts of different lengths cannot share a batch. Use adapters of one length, or one batch each."
+            f"`adapter_names`: {name} numbers positions by place in the row, the same for all rows, so adapters "
+            "with prompts of different lengths cannot share a batch that later tokens follow. Use adapters of one "
+            "length, one batch each, or use_cache=False."
         )
 
 
