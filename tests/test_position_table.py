@@ -51,6 +51,7 @@ OPTIONS = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "pa
 each_kind = pytest.mark.parametrize("kind", KINDS)
 # A learned table with an offset, one of sines, and one that its decoder gives no positions.
 each_way = pytest.mark.parametrize("kind", ["Bart", "Pegasus", "TrOCR"])
+not_emulated = pytest.mark.not_emulated("RoFormer cannot be tried out there")
 each_batch = pytest.mark.parametrize("side", [None, "left", "right"], ids=["no mask", "left", "right"])
 
 
@@ -301,7 +302,7 @@ def elsewhere():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("make", [rotary, not_as_told, elsewhere])
+@pytest.mark.parametrize("make", [pytest.param(rotary, marks=not_emulated), not_as_told, elsewhere])
 def test_prompts_of_different_lengths_where_rows_have_the_same_positions(make):
     model, _ = mixed(make())
     _, inputs, _ = batch_of("left")
@@ -316,6 +317,7 @@ def test_prompts_of_different_lengths_where_rows_have_the_same_positions(make):
     assert not isinstance(make().base_model, Extension)
 
 
+@not_emulated
 @torch.no_grad()
 @each_batch
 @pytest.mark.parametrize("is_decoder", [True, False], ids=["decoder", "encoder"])
@@ -330,6 +332,7 @@ def test_such_rows_where_nothing_follows(is_decoder, side):
         assert_close(of_tokens(out, inputs, i), alone(base, weights[name], row, pads[i]), **TOLERANCE)
 
 
+@not_emulated
 @torch.no_grad()
 def test_a_cache_that_comes_back_unasked():
     """Slack stood on the right of what it holds, so nothing can go on from it."""
@@ -345,6 +348,7 @@ def test_a_cache_that_comes_back_unasked():
         model(input_ids=ids(4, 1), adapter_names=NAMES, use_cache=False, **{name: cache})
 
 
+@not_emulated
 @torch.no_grad()
 def test_generation_of_such_rows_without_a_cache():
     base = rotary()

@@ -159,7 +159,8 @@ def check_mixed_lengths(call: BackboneCall) -> None:
             f"`adapter_names`: what is masked counts in {name}, so adapters with prompts of different lengths "
             "cannot share a batch. Use adapters of one length, or one batch each."
         )
-    if traits.slack == "right" and traits.cache is not None and (call.makes_cache or call.cache is not None):
+    later = call.cache is not None or (traits.cache is not None and call.makes_cache)
+    if traits.slack == "right" and later:
         raise ValueError(
             f"`adapter_names`: {name} numbers positions by place in the row, the same for all rows, so adapters "
             "with prompts of different lengths cannot share a batch that later tokens follow. Use adapters of one "

@@ -63,7 +63,7 @@ def install(model: nn.Module, backbone_path: str | None, embedding_path: str, se
         traits = describe_backbone(model, backbone_path, embedding_path)
         traits = replace(
             traits,
-            cache=None if seen.keeps_past is False else traits.cache,
+            cache=None if seen.looks_ahead else traits.cache,
             slack="left" if seen.takes_row_positions else traits.slack,
             position_table=traits.position_table if seen.takes_row_positions else None,
             takes_embeddings=seen.takes_embeddings,

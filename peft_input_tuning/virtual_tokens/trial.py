@@ -21,7 +21,6 @@ from torch.distributed.tensor import DTensor
 
 from ..base_weights import base_embedding, execution_device
 from .backbone import forward_parameters
-from .cache_mark import cache_name
 from .position_table import PositionTable, use_row_positions
 from .subclass import extend, unextend
 from .unchanged import unchanged
@@ -45,7 +44,7 @@ class WhatSeesIds:
             the table would do. Marian scales what it looks up and takes embeddings as they are; others want ids, too.
         honours_mask: whether what is masked changes nothing beside it.
         takes_row_positions: whether its table of positions can be told those of each row.
-        keeps_past: whether a cache comes back; asked only of a backbone with a table that counts places.
+        looks_ahead: whether states change with what follows, so that none is kept; asked where a table counts places.
     """
 
     embedding: bool | None = None
@@ -55,7 +54,7 @@ class WhatSeesIds:
     takes_embeddings: bool | None = None
     honours_mask: bool | None = None
     takes_row_positions: bool | None = None
-    keeps_past: bool | None = None
+    looks_ahead: bool | None = None
 
 
 @torch.no_grad()
@@ -99,8 +98,9 @@ def what_sees_ids(
         if _hidden_states(backbone, input_ids=ids) is None:
             return seen
         takes = _takes_embeddings(backbone, embedding, ids) if embedding in set(backbone.modules()) else None
-        keeps = None if position_table is None else _keeps_past(backbone, ids)
-        by_row = bool(keeps) and _takes_row_positions(backbone, backbone.get_submodule(str(position_table)), more)
+        table = None if position_table is None else backbone.get_submodule(position_table)
+        ahead = None if table is None else _looks_ahead(backbone, more)
+        by_row = table is not None and not ahead and _takes_row_positions(backbone, table, more)
         honours = by_row or _honours_mask(backbone, more, slack, first_position)
     return replace(
         seen,
@@ -108,7 +108,7 @@ def what_sees_ids(
         takes_embeddings=takes,
         honours_mask=honours,
         takes_row_positions=by_row,
-        keeps_past=keeps,
+        looks_ahead=ahead,
     )
 
 
@@ -246,13 +246,12 @@ def _honours_mask(backbone: nn.Module, ids: Tensor, slack: str, first_position: 
     return kept.shape == expected.shape and same_but_for_rounding(kept, expected)
 
 
-def _keeps_past(backbone: nn.Module, ids: Tensor) -> bool:
-    """Whether later tokens can go on from an output: RoFormer keeps none as an encoder."""
-    parameters = forward_parameters(backbone)
-    name = cache_name(parameters)
-    if name is None or "use_cache" not in parameters:
-        return name is not None
-    return backbone(input_ids=ids, use_cache=True, return_dict=True).get(name) is not None
+def _looks_ahead(backbone: nn.Module, ids: Tensor) -> bool:
+    """Whether a state changes with what follows."""
+    same, other = (
+        _hidden_states(backbone, input_ids=row) for row in (ids, torch.cat([ids[:, :-1], ids[:, :1]], dim=1))
+    )
+    return same is None or other is None or not same_but_for_rounding(other[:, :-1], same[:, :-1])
 
 
 def _takes_row_positions(backbone: nn.Module, table: nn.Module, ids: Tensor) -> bool:
