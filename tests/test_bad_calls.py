@@ -165,11 +165,9 @@ def test_mixed_batches_are_for_inference():
 
 
 def test_prompts_of_different_lengths_where_positions_go_by_place():
-    """BART's decoder alone: causal, cached, and without position_ids."""
-    from families import _BART
-
-    torch.manual_seed(0)
-    base = transformers.BartForCausalLM(transformers.BartConfig(**_BART)).eval().to(DEVICE)
+    """RoFormer as a decoder: one table turns the queries and keys of all rows."""
+    settings = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    base = transformers.RoFormerForCausalLM(transformers.RoFormerConfig(**settings, is_decoder=True)).eval().to(DEVICE)
     model = get_peft_model(base, config(llama)).eval()
     add(model, "b", seed=2, num_virtual_tokens=6)
     model.eval()

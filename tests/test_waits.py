@@ -5,6 +5,7 @@ Counts of operations, so that no device is needed: what a GPU would have to wait
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
@@ -21,6 +22,7 @@ from device import DEVICE
 from families import ALL, DECODERS, FAMILIES, PAD, SEQ2SEQ, ids, padded
 from peft_input_tuning import reuse_prompts
 from peft_input_tuning.virtual_tokens.backbone import has_window
+from peft_input_tuning.virtual_tokens.subclass import unextend
 
 LLAMA = FAMILIES["llama"]
 PACKING = [family for family in DECODERS if family.name != "bloom"]  # it has no positions to tell sequences apart by
@@ -102,8 +104,6 @@ def deep() -> transformers.LlamaForCausalLM:
 
 @pytest.fixture
 def deep_adapted(deep):
-    import copy
-
     def make(**changes):
         model = get_peft_model(copy.deepcopy(deep), config(LLAMA, num_virtual_tokens=20, **changes)).eval()
         randomize(model)
@@ -253,6 +253,33 @@ def test_going_on_by_hand_does_not_wait(family):
         return one(input_ids=ids(2, 1, seed=1), use_cache=True, **{name: cache})
 
     assert added(lambda: two_steps(model), lambda: two_steps(base))[1] <= 0
+
+
+@pytest.fixture
+def places_adapted():
+    """A decoder that counts places, its base, and a second adapter with a longer prompt."""
+    sizes = {"d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 48, "vocab_size": 97}
+    settings = transformers.BlenderbotConfig(**sizes, pad_token_id=PAD, forced_eos_token_id=None)
+    base = transformers.BlenderbotForCausalLM(settings).eval().to(DEVICE)
+    base.generation_config.eos_token_id = None
+    model = get_peft_model(copy.deepcopy(base), config(LLAMA)).eval()
+    add(model, "b", seed=2, num_virtual_tokens=6)
+    return model.eval(), base
+
+
+def test_a_table_of_positions_costs_nothing_where_rows_have_one_length(places_adapted):
+    model, _ = places_adapted
+    calls = [partial(model, **CALLS[name], **more) for name in CALLS for more in ({}, {"adapter_names": ["b"] * 4})]
+    counted = [count(call) for call in calls]
+    unextend(model.get_base_model().model.decoder.embed_positions)
+    assert [count(call) for call in calls] == counted
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_table_of_positions_does_not_wait(places_adapted, name):
+    model, base = places_adapted
+    (_, waits), (_, waits_of_step) = prefill_and_step(model, base, CALLS["padded"], **CALLS[name], adapter_names=MIXED)
+    assert (waits <= 0, waits_of_step <= 0) == (True, True)
 
 
 def test_the_counts_see_what_would_wait():

@@ -35,6 +35,7 @@ class BackboneTraits:
         cache: which of them is the cache; it has the same name in the output. None if it has none.
         feeds_decoder: whether a decoder reads its output, so that virtual places stay in the last hidden state.
         slack: where unused slots of a mixed batch go, see `layout.py`.
+        position_table: path in the backbone, which takes no positions, of a table that does (BART); None if none does.
         positions_from_mask: whether positions that are not passed are counted along the mask (OPT).
         padding_id: of a model that counts positions along the ids which are not padding (RoBERTa), or None.
         first_position: the position of a row's first token (RoBERTa starts after the padding's).
@@ -52,6 +53,7 @@ class BackboneTraits:
     cache: str | None = None
     feeds_decoder: bool = False
     slack: str = "left"
+    position_table: str | None = None
     positions_from_mask: bool = False
     padding_id: int | None = None
     first_position: int = 0
@@ -190,6 +192,7 @@ def describe_backbone(model: nn.Module, backbone_path: str, embedding_path: str)
         cache=cache_name(parameters),
         feeds_decoder=find_decoder(model, backbone) is not None,
         slack="right" if by_place else "left",
+        position_table=path_of(backbone, table) if by_place and "position_ids" in forward_parameters(table) else None,
         positions_from_mask=backbone.config.model_type == "opt",  # the table of BioGPT could, but is never left to
         padding_id=padding_id,
         first_position=first_position,

@@ -32,12 +32,14 @@ class BackboneCall:
         cache: the one that the caller passed, or None.
         layout: of the prompts that were put into the arguments; None if none were.
         places: the length of the rows with their prompts.
+        row_positions: `(batch, length)`, for the backbone's table of positions; None if it counts places by itself.
         mark: what the cache is to say afterwards, or None.
         as_tuple: whether the caller asked for a tuple.
     """
 
     layout: PromptLayout | PackedLayout | None = None
     places = 0
+    row_positions: Tensor | None = None
     mark: CacheMark | None = None
     as_tuple = False
 
@@ -68,6 +70,12 @@ class BackboneCall:
         call = self.arguments
         if self.traits.length_first and call.get("input_ids") is not None and not self.layer.disable_adapters:
             call.update(input_ids=None, inputs_embeds=self.layer(call["input_ids"]))
+
+    @property
+    def makes_cache(self) -> bool:
+        """Whether the caller, or else the model's configuration, wants a cache."""
+        wanted = self.arguments.get("use_cache")
+        return bool(getattr(self.backbone.config, "use_cache", False) if wanted is None else wanted)
 
     def join_input(self, layout: PromptLayout | PackedLayout, virtual: Tensor) -> None:
         """What the caller passed as `inputs_embeds` came out of `get_input_embeddings()`, our layer: it is adapted

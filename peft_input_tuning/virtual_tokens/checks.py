@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .backbone import BackboneTraits
 from .cache_mark import has_fixed_size, places_in
+from .call import BackboneCall
 
 IGNORED = -100  # the label of a token that has none, in all of transformers
 # What virtual tokens get in arguments that have something for each place of the input.
@@ -172,16 +173,20 @@ def check_output_is_known(backbone: nn.Module, name: str, value: Tensor, places:
         )
 
 
-def check_mixed_lengths(backbone: nn.Module, traits: BackboneTraits) -> None:
+def check_mixed_lengths(call: BackboneCall) -> None:
+    """Rows of one call have prompts of different lengths."""
+    traits, name = call.traits, type(call.backbone).__name__
     if traits.honours_mask is False:
         raise ValueError(
-            f"`adapter_names`: {type(backbone).__name__} was not seen to leave out what is masked, so adapters with "
+            f"`adapter_names`: {name} was not seen to leave out what is masked, so adapters with "
             "prompts of different lengths cannot share a batch. Use adapters of one length, or one batch each."
         )
-    if traits.slack == "right" and traits.cache is not None:
+    later = call.cache is not None or (traits.cache is not None and call.makes_cache)
+    if traits.slack == "right" and later:
         raise ValueError(
-            f"`adapter_names`: {type(backbone).__name__} numbers positions by place in the row, so adapters with "
-            "prompts of different lengths cannot share a batch. Use adapters of one length, or one batch each."
+            f"`adapter_names`: {name} numbers positions by place in the row, the same for all rows, so adapters "
+            "with prompts of different lengths cannot share a batch that later tokens follow. Use adapters of one "
+            "length, one batch each, or use_cache=False."
         )
 
 

@@ -10,7 +10,13 @@ from torch import nn
 from ..call_state import generation_of
 from .cache_mark import CacheMark, MarkedTensors, places_in
 from .call import BackboneCall
-from .checks import check_mask_length, check_no_pads_behind_prompt, check_not_expanded, check_not_too_long
+from .checks import (
+    check_mask_length,
+    check_mixed_lengths,
+    check_no_pads_behind_prompt,
+    check_not_expanded,
+    check_not_too_long,
+)
 from .layout import PromptLayout, count_left_pads, repeat_rows
 
 
@@ -24,6 +30,11 @@ def go_on(call: BackboneCall, mark: CacheMark) -> None:
     check_not_expanded(arguments.get("attention_mask"))
     places = places_in(call.cache)
     past = None if places is None else places - layout.slots  # tokens: an int, or a tensor of caches of a fixed size
+    if layout.lengths is not None:
+        check_mixed_lengths(call)
+        if traits.position_table is not None and past is not None:
+            at = torch.arange(length, device=new.device) + past
+            call.row_positions = layout.shift_positions(at.unsqueeze(0))
     _move_positions(call, layout, past, length)
     if isinstance(call.cache, MarkedTensors):  # masks are of new tokens (XLNet), and another list may come back
         call.mark = mark

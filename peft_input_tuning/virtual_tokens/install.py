@@ -13,6 +13,7 @@ from ..modules import VIRTUAL
 from .backbone import describe_backbone, find_decoder
 from .encoder_decoder import HidesPrompt, SeesPrompt
 from .entrance import Entrance, GeneratingEntrance, MakesCaches
+from .position_table import PositionTable
 from .subclass import Extension, check_can_be_extended, extend, unextend
 from .trial import WhatSeesIds, pad_id
 from .with_prompt import WithPrompt
@@ -27,10 +28,12 @@ class SeesIds(Extension):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         where, pad = self.input_tuning_ids
+        ids = kwargs[where] if isinstance(where, str) else args[where]
+        ids = None if ids is None else torch.where(ids < VIRTUAL, pad, ids)  # of a call with embeddings there are none
         if isinstance(where, str):
-            kwargs[where] = torch.where(kwargs[where] < VIRTUAL, pad, kwargs[where])
+            kwargs[where] = ids
         else:
-            args = (*args[:where], torch.where(args[where] < VIRTUAL, pad, args[where]), *args[where + 1 :])
+            args = (*args[:where], ids, *args[where + 1 :])
         return super().forward(*args, **kwargs)  # type: ignore[misc]
 
 
@@ -56,17 +59,24 @@ def install(model: nn.Module, backbone_path: str | None, embedding_path: str, se
         module.input_tuning_layer = (layer,)  # in a tuple, or it would be a part of the module
         extend(module, extension)
     if backbone_path is not None:
+        backbone = model.get_submodule(backbone_path)
+        traits = describe_backbone(model, backbone_path, embedding_path)
         traits = replace(
-            describe_backbone(model, backbone_path, embedding_path),
+            traits,
             length_first=seen.length_first,
+            cache=None if seen.looks_ahead else traits.cache,
+            slack="left" if seen.takes_row_positions else traits.slack,
+            position_table=traits.position_table if seen.takes_row_positions else None,
             takes_embeddings=seen.takes_embeddings,
             honours_mask=seen.honours_mask,
         )
+        if traits.position_table is not None:
+            extend(backbone.get_submodule(traits.position_table), PositionTable)
         for module in model.modules():
             if isinstance(module, WithPrompt | SeesPrompt | HidesPrompt | Entrance):
                 module.input_tuning_traits = traits
         model.input_tuning_backbone = backbone_path
-        pad = pad_id(model.get_submodule(backbone_path))
+        pad = pad_id(backbone)
         for module, where in seen.others:
             module.input_tuning_ids = (where, pad)
             extend(module, SeesIds)

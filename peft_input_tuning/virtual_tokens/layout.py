@@ -8,7 +8,7 @@ A row of a batch is `[left pads | tokens | right pads]`. With its prompt (`Promp
 The prompt stands next to the tokens, never before the pads: otherwise a left-padded row would differ from the same row
 alone (sliding windows, rotary and relative positions see the distance). Slack is what is left over where the rows of a
 batch have prompts of different lengths; it is masked. It goes to the left, so that tokens generated later follow the
-row's last token; models that number positions by the place in the row (BART) want it on the right.
+row's last token; encoders that number positions by the place in the row (BART's) want it on the right.
 
 One index, gathered once, serves embeddings, masks, token types and positions alike, and nothing in it depends on the
 data in a way that would make a GPU wait.

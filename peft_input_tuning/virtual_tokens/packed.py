@@ -44,13 +44,11 @@ def packed_layout(call: BackboneCall, slots: int) -> PackedLayout | None:
         return None
     else:
         check_positions_can_be_read()
-        makes_cache = arguments.get("use_cache")
-        makes_cache = getattr(call.backbone.config, "use_cache", False) if makes_cache is None else makes_cache
         positions = positions.expand(batch, -1)
         counts = sequence_starts(positions).sum(dim=-1)
         restarts = (positions.diff(dim=-1) <= 0).any(dim=-1)
         sequences, restarting = torch.stack([counts, restarts.to(counts)]).tolist()
-        is_packed = any(restarting) if makes_cache else max(sequences) > 1
+        is_packed = any(restarting) if call.makes_cache else max(sequences) > 1
     if not is_packed:
         return None
     rows = current_row_adapters(layer)

@@ -40,7 +40,9 @@ def start(call: BackboneCall, slots: int) -> None:
         slack=traits.slack,
     )
     if layout.lengths is not None:
-        check_mixed_lengths(call.backbone, traits)
+        check_mixed_lengths(call)
+        if traits.position_table is not None:
+            call.row_positions = layout.join_positions(torch.arange(length, device=device).unsqueeze(0))
     positions, generation = arguments.get("position_ids"), generation_of(call.layer)
     by_generate = positions is not None and generation is not None and generation.makes_positions
     positions = _default_positions(call, layout) if positions is None else positions

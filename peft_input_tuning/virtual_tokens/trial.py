@@ -21,6 +21,8 @@ from torch.distributed.tensor import DTensor
 
 from ..base_weights import base_embedding, execution_device
 from .backbone import forward_parameters
+from .position_table import PositionTable, use_row_positions
+from .subclass import extend, unextend
 from .unchanged import unchanged
 
 _LENGTH = 2
@@ -42,6 +44,8 @@ class WhatSeesIds:
         takes_embeddings: whether embeddings that are no rows of the table, as adapted ones, do what the same rows in
             the table would do. Marian scales what it looks up and takes embeddings as they are; others want ids, too.
         honours_mask: whether what is masked changes nothing beside it.
+        takes_row_positions: whether its table of positions can be told those of each row.
+        looks_ahead: whether states change with what follows, so that none is kept; asked where a table counts places.
     """
 
     embedding: bool | None = None
@@ -51,11 +55,18 @@ class WhatSeesIds:
     gives_hidden_states: bool | None = None
     takes_embeddings: bool | None = None
     honours_mask: bool | None = None
+    takes_row_positions: bool | None = None
+    looks_ahead: bool | None = None
 
 
 @torch.no_grad()
 def what_sees_ids(
-    model: nn.Module, backbone: nn.Module | None, embedding: nn.Module, slack: str = "left", first_position: int = 0
+    model: nn.Module,
+    backbone: nn.Module | None,
+    embedding: nn.Module,
+    slack: str = "left",
+    first_position: int = 0,
+    position_table: str | None = None,
 ) -> WhatSeesIds:
     """Runs a model on a few ids.
 
@@ -65,6 +76,7 @@ def what_sees_ids(
         embedding: of words, `(batch, length)` ids → `(batch, length, embedding_dim)`.
         slack: on which side of a row its backbone is to have masked places.
         first_position: that it gives to a row's first token.
+        position_table: path in the backbone of a table to which positions could be told.
     """
     if backbone is None:
         return WhatSeesIds()
@@ -88,8 +100,18 @@ def what_sees_ids(
         if _hidden_states(backbone, input_ids=ids) is None:
             return seen
         takes = _takes_embeddings(backbone, embedding, ids) if embedding in set(backbone.modules()) else None
-        honours = _honours_mask(backbone, more, slack, first_position)
-    return replace(seen, gives_hidden_states=True, takes_embeddings=takes, honours_mask=honours)
+        table = None if position_table is None else backbone.get_submodule(position_table)
+        ahead = None if table is None else _looks_ahead(backbone, more)
+        by_row = table is not None and not ahead and _takes_row_positions(backbone, table, more)
+        honours = by_row or _honours_mask(backbone, more, slack, first_position)
+    return replace(
+        seen,
+        gives_hidden_states=True,
+        takes_embeddings=takes,
+        honours_mask=honours,
+        takes_row_positions=by_row,
+        looks_ahead=ahead,
+    )
 
 
 def _modules_beside(backbone: nn.Module, embedding: nn.Module) -> list[nn.Module]:
@@ -224,6 +246,33 @@ def _honours_mask(backbone: nn.Module, ids: Tensor, slack: str, first_position: 
         return False
     kept = found[:, 2:] if slack == "left" else found[:, :-2]
     return kept.shape == expected.shape and same_but_for_rounding(kept, expected)
+
+
+def _looks_ahead(backbone: nn.Module, ids: Tensor) -> bool:
+    """Whether a state changes with what follows."""
+    same, other = (
+        _hidden_states(backbone, input_ids=row) for row in (ids, torch.cat([ids[:, :-1], ids[:, :1]], dim=1))
+    )
+    return same is None or other is None or not same_but_for_rounding(other[:, :-1], same[:, :-1])
+
+
+def _takes_row_positions(backbone: nn.Module, table: nn.Module, ids: Tensor) -> bool:
+    """Whether a row behind masked places is what it is alone, beside one without, if a table is told the positions of
+    both. Not if what it gives is not for the embeddings: RoFormer turns all rows' queries and keys by one table."""
+    settings: dict[str, Any] = {"use_cache": False, "return_dict": True}
+    at = torch.arange(ids.shape[1], device=ids.device)
+    at = torch.cat([at - 2, at]).view(2, -1)
+    rows = torch.where(at < 0, pad_id(backbone), ids)
+    extend(table, PositionTable)
+    try:
+        with use_row_positions(at.clamp(min=0)):
+            found = backbone(input_ids=rows, attention_mask=(at >= 0).long(), **settings).last_hidden_state
+        alone = [backbone(input_ids=row[None], **settings).last_hidden_state for row in (rows[0, 2:], rows[1])]
+        return same_but_for_rounding(found[:1, 2:], alone[0]) and same_but_for_rounding(found[1:], alone[1])
+    except Exception:
+        return False
+    finally:
+        unextend(table)
 
 
 def same_but_for_rounding(found: Tensor, expected: Tensor) -> bool:

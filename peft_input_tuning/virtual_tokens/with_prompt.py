@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 from torch import Tensor
@@ -15,6 +16,7 @@ from .go_on import go_on
 from .layout import PromptLayout
 from .outputs import restore
 from .packed import pack, packed_layout
+from .position_table import use_row_positions
 from .reuse import put_prompt_into_cache
 from .start import start
 from .subclass import Extension
@@ -31,7 +33,8 @@ class WithPrompt(Extension):
         _rewrite(call)
         enter_backbone(call.cache)
         try:
-            output = super().forward(**call.arguments)  # type: ignore[misc]
+            with nullcontext() if call.row_positions is None else use_row_positions(call.row_positions):
+                output = super().forward(**call.arguments)  # type: ignore[misc]
         finally:
             leave_backbone(call.cache)
         return restore(call, output)
