@@ -85,11 +85,8 @@ def _run(place: Placement) -> Placement:
     model, backbone = place.model, place.backbone
     for of_encoder in (True, False):
         path = find_embedding(model, of_encoder)
-        where: tuple[str, int] = ("left", 0)
-        if place.backbone_path is not None:
-            traits = describe_backbone(model, place.backbone_path, path)
-            where = traits.slack, traits.first_position
-        seen = what_sees_ids(model, backbone, model.get_submodule(path), *where)
+        traits = None if place.backbone_path is None else describe_backbone(model, place.backbone_path, path)
+        seen = what_sees_ids(model, backbone, model.get_submodule(path), traits)
         if seen.embedding is not False:
             backbone_path = None if seen.gives_hidden_states is False else place.backbone_path
             return Placement(model, path, backbone_path, seen)

@@ -46,6 +46,7 @@ class BackboneTraits:
         adds_token_types: whether token types go through the word embedding (GPT-2).
         takes_embeddings: whether embeddings give what their ids give; None if that is not known.
         honours_mask: whether masked places change nothing beside them; None if that is not known.
+        needs_token_types: whether that holds for calls with token types only (PaliGemma).
     """
 
     embedding: str | None
@@ -62,6 +63,7 @@ class BackboneTraits:
     adds_token_types: bool = False
     takes_embeddings: bool | None = None
     honours_mask: bool | None = None
+    needs_token_types: bool = False
 
 
 def forward_parameters(module: nn.Module) -> tuple[str, ...]:

@@ -150,7 +150,13 @@ def check_output_is_known(backbone: nn.Module, name: str, value: Tensor, places:
         )
 
 
-def check_mixed_lengths(backbone: nn.Module, traits: BackboneTraits) -> None:
+def check_mixed_lengths(backbone: nn.Module, call: dict[str, Any], traits: BackboneTraits) -> None:
+    if traits.needs_token_types and call.get("token_type_ids") is None:
+        raise ValueError(
+            f"`adapter_names`: without `token_type_ids` {type(backbone).__name__} attends in another way if something "
+            "is masked, so adapters with prompts of different lengths cannot share a batch. Pass them, as the "
+            "processor gives them, or use one batch for each length."
+        )
     if traits.honours_mask is False:
         raise ValueError(
             f"`adapter_names`: what is masked counts in {type(backbone).__name__}, so adapters with prompts of "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -56,11 +55,7 @@ def install(model: nn.Module, backbone_path: str | None, embedding_path: str, se
         module.input_tuning_layer = (layer,)  # in a tuple, or it would be a part of the module
         extend(module, extension)
     if backbone_path is not None:
-        traits = replace(
-            describe_backbone(model, backbone_path, embedding_path),
-            takes_embeddings=seen.takes_embeddings,
-            honours_mask=seen.honours_mask,
-        )
+        traits = seen.added_to(describe_backbone(model, backbone_path, embedding_path))
         for module in model.modules():
             if isinstance(module, WithPrompt | SeesPrompt | HidesPrompt | Entrance):
                 module.input_tuning_traits = traits

@@ -1,8 +1,9 @@
 """Running a model once while an adapter is added, to see what it does with ids, without leaving a trace on it.
 
-    model(ids)                          what goes by ids: the word embedding, and others
-    backbone(ids)  ==  backbone(e)?     whether embeddings give what their ids give
-    [ pads | ids ]  ==  [ ids ]?        whether what is masked changes nothing
+    model(ids)                                      what goes by ids: the word embedding, and others
+    backbone(ids)  ==  backbone(e)?                 whether embeddings give what their ids give
+    backbone(ids)  ==  backbone(ids, positions)?    from where positions are counted
+    [ pads | ids ]  ==  [ ids ]?                    whether what is masked changes nothing
 
 Nothing of it is done, or known, if weights are elsewhere (offloaded, sharded).
 """
@@ -20,10 +21,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ..base_weights import base_embedding, execution_device
-from .backbone import forward_parameters
+from .backbone import BackboneTraits, forward_parameters
 from .unchanged import unchanged
 
-_LENGTH = 2
+_LENGTH, _PADS = 2, 3
+_FIRST_POSITIONS = (0, 1, 2)  # BERT, PaliGemma, MRA
 _TOLERANCE = {torch.float16: 0.02, torch.bfloat16: 0.05}  # beside the largest value; 0.001 in other types
 _SPECIAL = ("pad", "mask", "bos", "image", "video", "audio")
 
@@ -40,7 +42,10 @@ class WhatSeesIds:
         gives_hidden_states: whether the backbone's output has a state for each place.
         takes_embeddings: whether embeddings that are no rows of the table, as adapted ones, do what the same rows in
             the table would do. Marian scales what it looks up and takes embeddings as they are; others want ids, too.
+        first_position: of a row's first token, as the backbone counts if it is not told; None if it cannot be told.
         honours_mask: whether what is masked changes nothing beside it.
+        needs_token_types: whether that holds with token types only (PaliGemma: without them its attention looks ahead
+            if nothing is masked, and back if something is).
     """
 
     embedding: bool | None = None
@@ -48,12 +53,26 @@ class WhatSeesIds:
     makes_numbers: bool = False
     gives_hidden_states: bool | None = None
     takes_embeddings: bool | None = None
+    first_position: int | None = None
     honours_mask: bool | None = None
+    needs_token_types: bool = False
+
+    def added_to(self, traits: BackboneTraits) -> BackboneTraits:
+        """What was read off a backbone, with what its run has shown."""
+        moved = 0 if self.first_position is None else self.first_position - traits.first_position
+        return replace(
+            traits,
+            takes_embeddings=self.takes_embeddings,
+            first_position=traits.first_position + moved,
+            max_positions=None if traits.max_positions is None else traits.max_positions - moved,
+            honours_mask=self.honours_mask,
+            needs_token_types=self.needs_token_types,
+        )
 
 
 @torch.no_grad()
 def what_sees_ids(
-    model: nn.Module, backbone: nn.Module | None, embedding: nn.Module, slack: str = "left", first_position: int = 0
+    model: nn.Module, backbone: nn.Module | None, embedding: nn.Module, traits: BackboneTraits | None
 ) -> WhatSeesIds:
     """Runs a model on a few ids.
 
@@ -61,15 +80,14 @@ def what_sees_ids(
         model: with `embedding` somewhere in it.
         backbone: a part of it, or all; None if it has none, and nothing is known.
         embedding: of words, `(batch, length)` ids → `(batch, length, embedding_dim)`.
-        slack: on which side of a row its backbone is to have masked places.
-        first_position: that it gives to a row's first token.
+        traits: of the backbone, as they were read off it.
     """
-    if backbone is None:
+    if backbone is None or traits is None:
         return WhatSeesIds()
     beside = _modules_beside(backbone, embedding)
     if not weights_are_here(model):
         return WhatSeesIds(others=tuple((one, 0) for one in beside if isinstance(one, nn.Embedding)))
-    plain, more = plain_ids(backbone, embedding, _LENGTH), plain_ids(backbone, embedding, 2 * _LENGTH)
+    plain = plain_ids(backbone, embedding, _LENGTH)
     end = getattr(getattr(backbone, "config", None), "eos_token_id", None)
     ids = plain
     if isinstance(end, int) and 0 <= end < base_embedding(embedding).num_embeddings:
@@ -86,8 +104,8 @@ def what_sees_ids(
         if _hidden_states(backbone, input_ids=ids) is None:
             return seen
         takes = _takes_embeddings(backbone, embedding, ids) if embedding in set(backbone.modules()) else None
-        honours = _honours_mask(backbone, more, slack, first_position)
-    return replace(seen, gives_hidden_states=True, takes_embeddings=takes, honours_mask=honours)
+        seen = replace(seen, gives_hidden_states=True, takes_embeddings=takes)
+        return _with_masks(seen, backbone, plain_ids(backbone, embedding, 2 * _LENGTH + _PADS), traits)
 
 
 def _modules_beside(backbone: nn.Module, embedding: nn.Module) -> list[nn.Module]:
@@ -201,27 +219,66 @@ def _takes_embeddings(backbone: nn.Module, embedding: nn.Module, ids: Tensor) ->
     return found is not None and expected is not None and same_but_for_rounding(found, expected)
 
 
-def _honours_mask(backbone: nn.Module, ids: Tensor, slack: str, first_position: int) -> bool:
-    """Whether a row is the same with masked places on the side of slack."""
-    parameters = forward_parameters(backbone)
-    if "attention_mask" not in parameters:
-        return False
-    pads = torch.full_like(ids[:, :2], pad_id(backbone))
+def _with_masks(seen: WhatSeesIds, backbone: nn.Module, ids: Tensor, traits: BackboneTraits) -> WhatSeesIds:
+    """Adds what calls with positions and masks show; `ids` are a row, `(1, length)`."""
+    positions = "position_ids" in traits.parameters
+    first = _first_position(backbone, ids, traits.first_position) if positions else traits.first_position
+    if first is None or "attention_mask" not in traits.parameters:
+        return replace(seen, first_position=first, honours_mask=False)
+    given = replace(traits, first_position=first)
+    honours, needs_types = _honours_mask(backbone, ids, given), False
+    if not honours and "token_type_ids" in traits.parameters:
+        honours = needs_types = _honours_mask(backbone, ids, given, token_types=True)
+    return replace(seen, first_position=first, honours_mask=honours, needs_token_types=needs_types)
+
+
+def _first_position(backbone: nn.Module, ids: Tensor, likely: int) -> int | None:
+    """From where a backbone counts positions; the likely one if it cannot be told apart (rotary positions)."""
+    at = torch.arange(ids.shape[1], device=ids.device).unsqueeze(0)
+    expected = _states_or_none(backbone, input_ids=ids)
+    for first in dict.fromkeys((likely, *_FIRST_POSITIONS)):
+        if _is_same(_states_or_none(backbone, input_ids=ids, position_ids=at + first), expected):
+            return first
+    return None
+
+
+def _honours_mask(backbone: nn.Module, ids: Tensor, traits: BackboneTraits, token_types: bool = False) -> bool:
+    """Whether a row that has masked places, where slack stands in mixed batches, is the same as that row alone. Beside
+    it there is a row without any, so that rows which get the masks of others show."""
+    short, pads = ids[:, :-_PADS], torch.full_like(ids[:, -_PADS:], pad_id(backbone))
+    on_left = traits.slack == "left"
+
+    def both(whole: Tensor, here: Tensor, masked: Tensor) -> Tensor:
+        return torch.cat([whole, torch.cat([masked, here] if on_left else [here, masked], dim=1)])
+
     ones, zeros = torch.ones_like(ids), torch.zeros_like(pads)
-    parts = {"input_ids": (pads, ids), "attention_mask": (zeros, ones)}
-    if "position_ids" in parameters:
-        at = torch.arange(ids.shape[1], device=ids.device).unsqueeze(0) + first_position
-        parts["position_ids"] = zeros + first_position, at
-    whole = {name: part[1] for name, part in parts.items()}
-    padded = {name: torch.cat(part if slack == "left" else part[::-1], dim=1) for name, part in parts.items()}
+    padded = {"input_ids": both(ids, short, pads), "attention_mask": both(ones, ones[:, :-_PADS], zeros)}
+    if "position_ids" in traits.parameters:
+        at = torch.arange(ids.shape[1], device=ids.device).unsqueeze(0) + traits.first_position
+        padded["position_ids"] = both(at, at[:, :-_PADS], zeros + traits.first_position)
+    types = {"token_type_ids": torch.zeros_like(padded["input_ids"])} if token_types else {}
+    found = _states_or_none(backbone, **padded, **types)
+    if found is None or found.shape[:2] != padded["input_ids"].shape:
+        return False
+    kept = found[1:, _PADS:] if on_left else found[1:, :-_PADS]
+    return all(
+        _is_same(one, _states_or_none(backbone, input_ids=row, **{k: v[:1, : row.shape[1]] for k, v in types.items()}))
+        for row, one in ((ids, found[:1]), (short, kept))
+    )
+
+
+def _states_or_none(backbone: nn.Module, **inputs: Tensor) -> Tensor | None:
+    """Hidden states; None also if the backbone wants inputs of other lengths."""
     try:
-        expected, found = _hidden_states(backbone, **whole), _hidden_states(backbone, **padded)
-    except Exception:  # it wants rows of other lengths: nothing is known
+        return _hidden_states(backbone, **inputs)
+    except Exception:
+        return None
+
+
+def _is_same(found: Tensor | None, expected: Tensor | None) -> bool:
+    if found is None or expected is None or found.shape != expected.shape:
         return False
-    if expected is None or found is None:
-        return False
-    kept = found[:, 2:] if slack == "left" else found[:, :-2]
-    return kept.shape == expected.shape and same_but_for_rounding(kept, expected)
+    return same_but_for_rounding(found, expected)
 
 
 def same_but_for_rounding(found: Tensor, expected: Tensor) -> bool:
