@@ -93,8 +93,9 @@ def by_rule(name: str, value: Any) -> Any:
 #   "hidden": modules and functions that see ids too, and are to take the prompt's for padding
 #   "blind": images are left out; they go through the word table, of which the oracle has another
 #   "attention": the attention's implementation
+#   "fed": what its `generate` makes of the ids, if it puts other ones in their places
 #   "table": the path of the word table, where what is looked up are not the ids as they are
-SETTINGS = ("inputs", "prefix", "attention", "table", "vision", "lacks", "hidden", "blind")
+SETTINGS = ("inputs", "prefix", "fed", "attention", "table", "vision", "lacks", "hidden", "blind")
 _MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
 _HALF_MROPE = {**_MROPE, "partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]}  # with heads of 16
 SIGLIP = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
@@ -165,7 +166,11 @@ _DRAFTS = "it drafts for another model, from that one's hidden states"
 
 OVERRIDES: dict[str, dict[str, Any]] = {
     "bamba": {"mamba_n_heads": 8, "mamba_d_head": 8, "attn_layer_indices": [1]},
-    "blip": {"inputs": {"pixel_values": _pixels()}},
+    "blip": {
+        "inputs": {"pixel_values": _pixels()},
+        "fed": lambda ids: torch.cat([torch.full_like(ids[:, :1], BOS), ids[:, 1:-1]], 1),
+        "text_config.sep_token_id": 62,
+    },
     "blip-2": {
         "num_query_tokens": 4,
         "image_token_index": IMAGE,
@@ -242,6 +247,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "nemotron": {"num_key_value_heads": 2},
     "nemotron_h": _NEMOTRON_H,
     "neomme": {"head_dim": 16, "embedding_rank": 16, "embedding_dim": 32},
+    "paligemma": {"inputs": {"token_type_ids": torch.zeros_like}},  # as its processor gives them
     "perceiver": {
         "num_latents": 8,
         "d_latents": 32,
