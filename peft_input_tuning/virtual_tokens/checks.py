@@ -169,6 +169,15 @@ def check_mixed_lengths(backbone: nn.Module, call: dict[str, Any], traits: Backb
         )
 
 
+def check_masks_on_cache(model: nn.Module, mask: Tensor | None, lengths: Any) -> None:
+    """For a `generate` of a model that reads masks otherwise once there is a cache; looked at once, at its start."""
+    if len(set(lengths)) > 1 or (mask is not None and not bool(mask.all())):
+        raise ValueError(
+            f"`attention_mask` has masked places, or prompts have different lengths, and on a cache what is masked "
+            f"counts in {type(model).__name__}. Pass use_cache=False, or rows of one length without padding."
+        )
+
+
 def check_not_too_long(call: dict[str, Any], total: int, slots: int, traits: BackboneTraits) -> None:
     """`total` places are more than the table of positions has. Pads may share a position: only of calls that would be
     refused otherwise is the data looked at."""

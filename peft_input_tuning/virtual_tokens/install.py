@@ -13,7 +13,8 @@ from .backbone import describe_backbone, find_decoder
 from .encoder_decoder import HidesPrompt, SeesPrompt
 from .entrance import Entrance, GeneratingEntrance
 from .subclass import Extension, check_can_be_extended, extend, unextend
-from .trial import WhatSeesIds, pad_id
+from .trial import WhatSeesIds
+from .trial_run import pad_id
 from .with_prompt import WithPrompt
 
 ATTRIBUTES = ("input_tuning_traits", "input_tuning_layer", "input_tuning_ids", "input_tuning_backbone")

@@ -2,8 +2,7 @@
 
     model(ids)                                      what goes by ids: the word embedding, and others
     backbone(ids)  ==  backbone(e)?                 whether embeddings give what their ids give
-    backbone(ids)  ==  backbone(ids, positions)?    from where positions are counted
-    [ pads | ids ]  ==  [ ids ]?                    whether what is masked changes nothing
+    [ pads | ids ]  ==  [ ids ]?                    what masks and positions do (`trial_of_masks.py`)
 
 Nothing of it is done, or known, if weights are elsewhere (offloaded, sharded).
 """
@@ -12,22 +11,20 @@ from __future__ import annotations
 
 import warnings
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
-from ..base_weights import base_embedding, execution_device
+from ..base_weights import base_embedding
 from .backbone import BackboneTraits, forward_parameters
+from .trial_of_masks import WhatMasksDo, what_masks_do
+from .trial_run import hidden_states, pad_id, plain_ids, same_but_for_rounding, weights_are_here
 from .unchanged import unchanged
 
-_LENGTH, _PADS = 2, 3
-_FIRST_POSITIONS = (0, 1, 2)  # BERT, PaliGemma, MRA
-_TOLERANCE = {torch.float16: 0.02, torch.bfloat16: 0.05}  # beside the largest value; 0.001 in other types
-_SPECIAL = ("pad", "mask", "bos", "image", "video", "audio")
+_LENGTH = 2
 
 
 @dataclass(frozen=True)
@@ -42,10 +39,7 @@ class WhatSeesIds:
         gives_hidden_states: whether the backbone's output has a state for each place.
         takes_embeddings: whether embeddings that are no rows of the table, as adapted ones, do what the same rows in
             the table would do. Marian scales what it looks up and takes embeddings as they are; others want ids, too.
-        first_position: of a row's first token, as the backbone counts if it is not told; None if it cannot be told.
-        honours_mask: whether what is masked changes nothing beside it.
-        needs_token_types: whether that holds with token types only (PaliGemma: without them its attention looks ahead
-            if nothing is masked, and back if something is).
+        masks: what runs with positions and masks show.
     """
 
     embedding: bool | None = None
@@ -53,21 +47,11 @@ class WhatSeesIds:
     makes_numbers: bool = False
     gives_hidden_states: bool | None = None
     takes_embeddings: bool | None = None
-    first_position: int | None = None
-    honours_mask: bool | None = None
-    needs_token_types: bool = False
+    masks: WhatMasksDo = field(default_factory=WhatMasksDo)
 
     def added_to(self, traits: BackboneTraits) -> BackboneTraits:
-        """What was read off a backbone, with what its run has shown."""
-        moved = 0 if self.first_position is None else self.first_position - traits.first_position
-        return replace(
-            traits,
-            takes_embeddings=self.takes_embeddings,
-            first_position=traits.first_position + moved,
-            max_positions=None if traits.max_positions is None else traits.max_positions - moved,
-            honours_mask=self.honours_mask,
-            needs_token_types=self.needs_token_types,
-        )
+        """What was read off a backbone, with what its runs have shown."""
+        return replace(self.masks.added_to(traits), takes_embeddings=self.takes_embeddings)
 
 
 @torch.no_grad()
@@ -97,15 +81,15 @@ def what_sees_ids(
         stack.callback(embedding.register_forward_pre_hook(lambda *_: asked.append(embedding)).remove)
         if _run(model, ids) is None and (model is backbone or _run(backbone, ids) is None):
             tables = tuple((one, 0) for one in beside if isinstance(one, nn.Embedding))
-            return WhatSeesIds(others=tables, honours_mask=False)
+            return WhatSeesIds(others=tables, masks=WhatMasksDo(honours_mask=False))
         looked_up = bool(asked)
         others, makes_numbers = _modules_with_ids(backbone, embedding, beside, plain)
         seen = WhatSeesIds(looked_up, others, makes_numbers, gives_hidden_states=False)
-        if _hidden_states(backbone, input_ids=ids) is None:
+        if hidden_states(backbone, input_ids=ids) is None:
             return seen
         takes = _takes_embeddings(backbone, embedding, ids) if embedding in set(backbone.modules()) else None
-        seen = replace(seen, gives_hidden_states=True, takes_embeddings=takes)
-        return _with_masks(seen, backbone, plain_ids(backbone, embedding, 2 * _LENGTH + _PADS), traits)
+        masks = what_masks_do(backbone, embedding, traits)
+    return replace(seen, gives_hidden_states=True, takes_embeddings=takes, masks=masks)
 
 
 def _modules_beside(backbone: nn.Module, embedding: nn.Module) -> list[nn.Module]:
@@ -170,12 +154,6 @@ def _goes_by_ids(module: nn.Module, where: int | str, args: tuple, kwargs: dict[
     return same != [True, False]
 
 
-def pad_id(backbone: nn.Module) -> int:
-    """The id of padding; 0 if a model has none."""
-    pad = getattr(backbone.config.get_text_config(), "pad_token_id", None)
-    return pad if isinstance(pad, int) and pad >= 0 else 0
-
-
 def _tensors(output: Any) -> list[Tensor]:
     output = list(output.values()) if isinstance(output, dict) else output
     return [one for one in output if isinstance(one, Tensor)] if isinstance(output, list | tuple) else [output]
@@ -196,111 +174,16 @@ def _run(module: nn.Module, ids: Tensor) -> Any:
         return None
 
 
-def _hidden_states(backbone: nn.Module, **inputs: Tensor) -> Tensor | None:
-    """The last hidden state for an input, `(batch, length, dim)`; None if the output has none."""
-    settings: dict[str, Any] = {"return_dict": True}
-    if "use_cache" in forward_parameters(backbone):
-        settings["use_cache"] = False
-    return getattr(backbone(**inputs, **settings), "last_hidden_state", None)
-
-
 def _takes_embeddings(backbone: nn.Module, embedding: nn.Module, ids: Tensor) -> bool:
     if "inputs_embeds" not in forward_parameters(backbone):
         return False
     moved = 1.5 * embedding(ids)
     hook = embedding.register_forward_hook(lambda *_: moved)
     try:
-        expected = _hidden_states(backbone, input_ids=ids)
-        found = _hidden_states(backbone, inputs_embeds=moved)
+        expected = hidden_states(backbone, input_ids=ids)
+        found = hidden_states(backbone, inputs_embeds=moved)
     except Exception:  # it wants ids, too (Gemma 4, with a table for each layer)
         return False
     finally:
         hook.remove()
     return found is not None and expected is not None and same_but_for_rounding(found, expected)
-
-
-def _with_masks(seen: WhatSeesIds, backbone: nn.Module, ids: Tensor, traits: BackboneTraits) -> WhatSeesIds:
-    """Adds what calls with positions and masks show; `ids` are a row, `(1, length)`."""
-    positions = "position_ids" in traits.parameters
-    first = _first_position(backbone, ids, traits.first_position) if positions else traits.first_position
-    if first is None or "attention_mask" not in traits.parameters:
-        return replace(seen, first_position=first, honours_mask=False)
-    given = replace(traits, first_position=first)
-    honours, needs_types = _honours_mask(backbone, ids, given), False
-    if not honours and "token_type_ids" in traits.parameters:
-        honours = needs_types = _honours_mask(backbone, ids, given, token_types=True)
-    return replace(seen, first_position=first, honours_mask=honours, needs_token_types=needs_types)
-
-
-def _first_position(backbone: nn.Module, ids: Tensor, likely: int) -> int | None:
-    """From where a backbone counts positions; the likely one if it cannot be told apart (rotary positions)."""
-    at = torch.arange(ids.shape[1], device=ids.device).unsqueeze(0)
-    expected = _states_or_none(backbone, input_ids=ids)
-    for first in dict.fromkeys((likely, *_FIRST_POSITIONS)):
-        if _is_same(_states_or_none(backbone, input_ids=ids, position_ids=at + first), expected):
-            return first
-    return None
-
-
-def _honours_mask(backbone: nn.Module, ids: Tensor, traits: BackboneTraits, token_types: bool = False) -> bool:
-    """Whether a row that has masked places, where slack stands in mixed batches, is the same as that row alone. Beside
-    it there is a row without any, so that rows which get the masks of others show."""
-    short, pads = ids[:, :-_PADS], torch.full_like(ids[:, -_PADS:], pad_id(backbone))
-    on_left = traits.slack == "left"
-
-    def both(whole: Tensor, here: Tensor, masked: Tensor) -> Tensor:
-        return torch.cat([whole, torch.cat([masked, here] if on_left else [here, masked], dim=1)])
-
-    ones, zeros = torch.ones_like(ids), torch.zeros_like(pads)
-    padded = {"input_ids": both(ids, short, pads), "attention_mask": both(ones, ones[:, :-_PADS], zeros)}
-    if "position_ids" in traits.parameters:
-        at = torch.arange(ids.shape[1], device=ids.device).unsqueeze(0) + traits.first_position
-        padded["position_ids"] = both(at, at[:, :-_PADS], zeros + traits.first_position)
-    types = {"token_type_ids": torch.zeros_like(padded["input_ids"])} if token_types else {}
-    found = _states_or_none(backbone, **padded, **types)
-    if found is None or found.shape[:2] != padded["input_ids"].shape:
-        return False
-    kept = found[1:, _PADS:] if on_left else found[1:, :-_PADS]
-    return all(
-        _is_same(one, _states_or_none(backbone, input_ids=row, **{k: v[:1, : row.shape[1]] for k, v in types.items()}))
-        for row, one in ((ids, found[:1]), (short, kept))
-    )
-
-
-def _states_or_none(backbone: nn.Module, **inputs: Tensor) -> Tensor | None:
-    """Hidden states; None also if the backbone wants inputs of other lengths."""
-    try:
-        return _hidden_states(backbone, **inputs)
-    except Exception:
-        return None
-
-
-def _is_same(found: Tensor | None, expected: Tensor | None) -> bool:
-    if found is None or expected is None or found.shape != expected.shape:
-        return False
-    return same_but_for_rounding(found, expected)
-
-
-def same_but_for_rounding(found: Tensor, expected: Tensor) -> bool:
-    """Whether two outputs differ by no more than their dtype's rounding makes of them."""
-    bound = _TOLERANCE.get(expected.dtype, 1e-3) * float(expected.abs().max())
-    return torch.allclose(found, expected, rtol=0, atol=bound, equal_nan=True)
-
-
-def weights_are_here(module: nn.Module) -> bool:
-    """Whether a model can be run now: its weights are neither offloaded nor shards of several processes."""
-    return not any(
-        one.is_meta or isinstance(one, DTensor) or hasattr(one, "ds_id")  # ds_id: DeepSpeed's ZeRO-3
-        for one in module.parameters()
-    )
-
-
-def plain_ids(module: nn.Module, embedding: nn.Module, count: int) -> Tensor:
-    """Ids without a special meaning in `module.config`, `(1, count)`; a small vocabulary's repeat."""
-    table = base_embedding(embedding)
-    config = getattr(module, "config", None)
-    special = {getattr(table, "padding_idx", None)}
-    special |= {getattr(config, f"{name}_token_id", None) for name in _SPECIAL}
-    plain = [number for number in range(table.num_embeddings // 2, table.num_embeddings) if number not in special]
-    plain = plain or [0]
-    return torch.tensor([(plain * count)[:count]], device=execution_device(table))

@@ -168,12 +168,18 @@ def greedy(
             return _joined([by_forwards(s, o, *_row(i, ids, filled)) for i in range(len(rows))])
         return generated(s, o.model, *o.widen(ids, filled), **settings)
 
-    return judge(
+    def alone() -> list[Tensor]:
+        return _joined([by_forwards(s, s.oracle(oracle), row[None]) for row in rows])
+
+    found = judge(
         lambda: generated(s, model(), ids, filled, **settings),
         wanted,
         lambda: generated(s, s.base, ids, filled, **settings),
-        lambda: _joined([by_forwards(s, s.oracle(oracle), row[None]) for row in rows]),
+        alone,
     )
+    if found.status == "refused" and (apart := gap(wanted(), alone())) > tolerance():
+        return Cell("lacks", f"the base itself differs by {apart:.1e} from its forward passes")
+    return found
 
 
 def _row(i: int, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -220,7 +226,7 @@ def what_masks_change(s: Subject) -> str:
         ids, mask = padded([row, other], side)
         here = mask[0].bool()
         given = {name: value.expand(2, *value.shape[1:]) for name, value in more.items()}
-        for first in ((0, 1, 2) if takes_positions else ()):
+        for first in (0, 1, 2) if takes_positions else ():
             if gap(main_outputs(s.call(s.base, row[None], position_ids=at + first, **more)), alone) <= tolerance():
                 places = (mask.cumsum(-1) - 1).clamp(min=0) + first
                 given["position_ids"] = places
@@ -268,8 +274,24 @@ def _mixed(s: Subject, names: list[str], rows: list[Tensor], run: str) -> Cell:
         lambda: ours(s.base),
         (lambda: row_by_row(keep_pads=True)) if is_padded else None,
     )
-    lacking = what_masks_change(s) if found.status == "refused" and len({PROMPTS.get(n, 0) for n in names}) > 1 else ""
+    unequal = len({PROMPTS.get(name, 0) for name in names}) > 1
+    if found.status != "refused" or not unequal or not s.takes_virtual_tokens:
+        return found
+    lacking = what_masks_change(s) or (what_masks_change_in_generate(s) if run == "generate" else "")
     return Cell("lacks", lacking) if lacking else found
+
+
+def what_masks_change_in_generate(s: Subject) -> str:
+    """The same of its `generate`, if that numbers positions by the mask."""
+    if "position_ids" not in inspect.signature(s.base.forward).parameters:
+        return ""
+    ids, mask = padded(s.rows[:2], s.side)
+    apart = gap(generated(s, s.base, *_row(1, ids, mask)), generated(s, s.base, s.rows[1][None]))
+    if apart <= tolerance():
+        return ""
+    return (
+        f"what is masked counts in the base's `generate`: a padded row differs from the same row alone by {apart:.0e}"
+    )
 
 
 @cell("mixed batch, equal prompts")

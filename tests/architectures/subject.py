@@ -158,6 +158,14 @@ class Subject:
         return "left" if self.is_generator and not self.is_seq2seq else "right"
 
     @property
+    def takes_virtual_tokens(self) -> bool:
+        """Whether an adapter with some can be made."""
+        try:
+            return self.mixed is not None
+        except ValueError:
+            return False
+
+    @property
     def side_of_slack(self) -> str:
         """Where the package has masked places in the rows of a batch with prompts of several lengths."""
         return self.mixed.base_model.backbone.input_tuning_traits.slack
