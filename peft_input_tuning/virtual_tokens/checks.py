@@ -136,8 +136,8 @@ def check_other_arguments(backbone: nn.Module, call: dict[str, Any], given: Tens
 def check_all_places_came_back(backbone: nn.Module, places: int, expected: int) -> None:
     if places != expected:
         raise ValueError(
-            f"{type(backbone).__name__} gives {places} places for {expected}, so virtual tokens cannot be taken out "
-            "of them again. Use num_virtual_tokens=0."
+            f"{type(backbone).__name__} gives {places} places for {expected}: it pools its input, or adds to it, so "
+            "virtual tokens cannot be taken out again. Use num_virtual_tokens=0."
         )
 
 
@@ -169,7 +169,7 @@ def check_mixed_lengths(backbone: nn.Module, call: dict[str, Any], traits: Backb
         )
 
 
-def check_masks_on_cache(model: nn.Module, mask: Tensor | None, lengths: Any) -> None:
+def check_masks_on_cache(model: object, mask: Tensor | None, lengths: Any) -> None:
     """For a `generate` of a model that reads masks otherwise once there is a cache; looked at once, at its start."""
     if len(set(lengths)) > 1 or (mask is not None and not bool(mask.all())):
         raise ValueError(

@@ -125,7 +125,7 @@ class GeneratingEntrance(Entrance):
         if traits.masks_on_cache is False and self._setting(kwargs, "use_cache") is not False:
             rows = current_row_adapters(layer)
             mask = self._mask_of_ids(ids, kwargs) if mask is None else mask
-            check_masks_on_cache(self, mask, () if rows is None else rows.prompt_lengths)  # type: ignore[arg-type]
+            check_masks_on_cache(self, mask, () if rows is None else rows.prompt_lengths)
         if chunk and traits.has_window:
             mask = self._mask_of_ids(ids, kwargs) if mask is None else mask
             if mask is not None:
