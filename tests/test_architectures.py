@@ -136,7 +136,7 @@ def test_what_an_architecture_comes_to_and_its_line():
     assert worst(record) == "failure"
     said = page({"ThatModel": record}, "transformers 1")
     assert "0 of 1 architectures are exact" in said
-    assert "| ThatModel | 1 | static cache | **wrong**: training step: wrong value<br>" in said
+    assert "| ThatModel | 1 | static cache: IndexError: no | **wrong**: training step: wrong value<br>" in said
     assert "<br>generate: ValueError: because \\| so |\n" in said
     del record["cells"]["training step"], record["cells"]["generate"]
     assert worst(record) == "exact"
