@@ -18,11 +18,13 @@ from .virtual_tokens.backbone import (
     describe_backbone,
     find_backbone,
     find_embedding,
+    find_innermost,
     refuse_changed_embedding,
 )
 from .virtual_tokens.install import check_can_be_installed
 from .virtual_tokens.scope import tells_input_from_output
 from .virtual_tokens.trial import WhatSeesIds, what_sees_ids
+from .virtual_tokens.trial_run import weights_are_here
 
 MAX_HIDDEN_RATIO = 64  # an input-adapter wider than this many embeddings is a mistake, not a choice
 
@@ -82,21 +84,27 @@ def place_of(model: nn.Module, config: InputTuningConfig) -> Placement:
 
 def _run(place: Placement) -> Placement:
     """The encoder of an encoder-decoder model looks its input up, or the model around it does (Florence-2)."""
-    model, backbone = place.model, place.backbone
     for of_encoder in (True, False):
-        path = find_embedding(model, of_encoder)
-        where: tuple[str, int, str | None] = ("left", 0, None)
-        if place.backbone_path is not None:
-            traits = describe_backbone(model, place.backbone_path, path)
-            where = traits.slack, traits.first_position, traits.position_table
-        seen = what_sees_ids(model, backbone, model.get_submodule(path), *where)
-        if seen.embedding is not False:
-            backbone_path = None if seen.gives_hidden_states is False else place.backbone_path
-            return Placement(model, path, backbone_path, seen)
+        found = _seen(replace(place, embedding_path=find_embedding(place.model, of_encoder)))
+        if found.seen.embedding is not False:
+            return found
     raise ValueError(
-        f"{type(model).__name__} does not ask its word embedding `{place.embedding_path}` for the embeddings of its "
-        "input, so an input-adapter around it would never run. Give input-tuning the part of the model that does."
+        f"{type(place.model).__name__} does not ask its word embedding `{place.embedding_path}` for the embeddings of "
+        "its input, so an input-adapter around it would never run. Give input-tuning the part of the model that does."
     )
+
+
+def _seen(place: Placement) -> Placement:
+    """A place with what a run shows of it. A backbone that wants more than ids (Voxtral realtime: sound for each of
+    them) leaves the virtual tokens to the text model inside, which gets them in front of all that comes."""
+    model, path, backbone_path = place.model, place.embedding_path, place.backbone_path
+    traits = None if backbone_path is None else describe_backbone(model, backbone_path, path)
+    seen = what_sees_ids(model, place.backbone, place.embedding, traits)
+    inner = find_innermost(model, path)
+    goes_inside = backbone_path is not None and inner not in (None, backbone_path) and weights_are_here(model)
+    if seen.embedding is None and goes_inside:
+        return _seen(replace(place, backbone_path=inner))
+    return replace(place, backbone_path=None if seen.gives_hidden_states is False else backbone_path, seen=seen)
 
 
 def _check_what_was_seen(config: InputTuningConfig, place: Placement) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from architectures.build import Architecture, architectures
+from architectures.calling import what_masks_change
 from architectures.cells import CELLS, run
 from architectures.judging import Cell, judge
 from architectures.report import page
@@ -15,12 +16,12 @@ from architectures.runner import main, worst
 from architectures.sample import SAMPLE
 from architectures.subject import Subject
 from peft_input_tuning import InputTuningConfig
+from peft_input_tuning.virtual_tokens import start
 
 CHOSEN = ("forward", "cache by hand, padded", "generate, padded", "mixed batch, padded")
 KNOWN = architectures()
 # Refused. A name that is exact in all of the chosen cells must be taken out of here.
-NOT_YET = {"DeepseekV4ForCausalLM", "RwkvForCausalLM", "PaliGemmaForConditionalGeneration", "XLNetLMHeadModel"}
-NOT_YET |= {"TrOCRForCausalLM", "RecurrentGemmaForCausalLM", "FNetForMaskedLM"}  # prompts of two lengths in a batch
+NOT_YET = {"RwkvForCausalLM", "XLNetLMHeadModel", "TrOCRForCausalLM"}
 
 
 @pytest.mark.parametrize("name", SAMPLE.values(), ids=SAMPLE.keys())
@@ -81,6 +82,34 @@ def test_a_wrong_weight_shows_in_every_cell(llama, kind):
         assert CELLS[name](llama).status == "failure", name
 
 
+def test_what_masks_change_is_seen_in_the_base():
+    before = torch.get_default_dtype()
+    with torch.no_grad():
+        found = {name: what_masks_change(Subject(KNOWN[name])) for name in ("LlamaForCausalLM", "ConvBertForMaskedLM")}
+    torch.set_default_dtype(before)
+    assert found["LlamaForCausalLM"] == ""
+    assert "2 masked places on the left differs from the same row alone" in found["ConvBertForMaskedLM"]
+
+
+def test_a_refusal_of_what_the_base_does_right_stays_one(monkeypatch):
+    monkeypatch.setattr(start, "check_mixed_lengths", lambda *_: InputTuningConfig(num_virtual_tokens=-1))
+    cells = run(KNOWN["LlamaForCausalLM"], lambda cell: cell == "mixed batch, unequal prompts")
+    assert cells["mixed batch, unequal prompts"].status == "refused"
+
+
+def test_a_prefill_that_is_kept_apart_holds_the_prompt():
+    """Unlimited-OCR's `generate` tells its cache how long the prefill is; what follows stands in a window."""
+    name = "UnlimitedOcrForConditionalGeneration"
+    if name not in KNOWN:
+        pytest.skip(f"this transformers has no {name}")
+    assert run(KNOWN[name], lambda cell: cell == "mixed batch, generate")["mixed batch, generate"].status == "exact"
+
+
+def test_what_is_said_to_be_no_text_model_cannot_be_run():
+    found = run(KNOWN["Pix2StructForConditionalGeneration"])["base"]
+    assert (found.status, found.note.partition(": ")[0]) == ("lacks", "its input is an image, its text an output")
+
+
 def values(*numbers: float) -> list[torch.Tensor]:
     return [torch.tensor(numbers)]
 
@@ -131,7 +160,7 @@ def test_what_an_architecture_comes_to_and_its_line():
     assert worst(record) == "failure"
     said = page({"ThatModel": record}, "transformers 1")
     assert "0 of 1 architectures are exact" in said
-    assert "| ThatModel | 1 | static cache | **wrong**: training step: wrong value<br>" in said
+    assert "| ThatModel | 1 | static cache: IndexError: no | **wrong**: training step: wrong value<br>" in said
     assert "<br>generate: ValueError: because \\| so |\n" in said
     del record["cells"]["training step"], record["cells"]["generate"]
     assert worst(record) == "exact"

@@ -18,7 +18,7 @@ from torch.testing import assert_close
 from adapters import add, config, randomize
 from device import DEVICE
 from families import PAD, VOCAB, ids
-from oracles import adapter_weights, grown, likeliest
+from oracles import adapter_weights, grown, likeliest, transform
 from peft_input_tuning import reuse_prompts
 
 TOLERANCE = {"atol": 2e-4, "rtol": 1e-3}
@@ -171,8 +171,6 @@ def test_left_padding_and_two_prompts_in_a_batch(name):
     mask = torch.ones_like(batch)
     mask[1, :3] = 0
     types = {WITH_TYPES[name]: torch.zeros_like(batch)} if name in WITH_TYPES else {}
-    if name == "paligemma":
-        return  # its attention goes both ways over the input, also over what is masked
     out = model(input_ids=batch, attention_mask=mask, **types, adapter_names=["other", "default"]).logits
     for found, mine, own in ((out[0], other, row), (out[1, 3:], weights, row[:6])):
         oracle, virtual = grown(base, mine)
@@ -180,6 +178,15 @@ def test_left_padding_and_two_prompts_in_a_batch(name):
         types = {WITH_TYPES[name]: torch.zeros_like(whole)} if name in WITH_TYPES else {}
         want = oracle(input_ids=whole, attention_mask=torch.ones_like(whole), **types).logits[0, len(virtual) :]
         assert_close(found, want, **TOLERANCE)
+
+
+def test_prompts_of_two_lengths_want_the_token_types_of_paligemma():
+    """Without them it looks ahead if nothing is masked, and does not if something is."""
+    base, *_ = built("paligemma")
+    model, _ = adapted_to(base)
+    add(model, "other", seed=3, num_virtual_tokens=2)
+    with pytest.raises(ValueError, match="without `token_type_ids` PaliGemmaModel attends in another way"):
+        model(input_ids=torch.stack([ids(9), ids(9)]), adapter_names=["other", "default"])
 
 
 @each_model
@@ -247,3 +254,36 @@ def test_positions_that_a_model_counts_from_one(reused):
     assert torch.equal(out.sequences[:, 7:], want.sequences[:, 11:])
     for ours, theirs in zip(out.logits, want.logits, strict=True):
         assert_close(ours[:, :VOCAB], theirs[:, :VOCAB], **TOLERANCE)
+
+
+# ---- sound that goes with each token --------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_voxtral_realtime(use_cache):
+    """It adds a piece of sound to each token. The oracle's text model gets the prompt in front of these sums."""
+    if not hasattr(t, "VoxtralRealtimeForConditionalGeneration"):
+        pytest.skip("this transformers has no Voxtral realtime")
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 16}
+    sound = {**sizes, "num_key_value_heads": 4, "num_mel_bins": 8}
+    settings = t.VoxtralRealtimeConfig(text_config={**SMALL, **sizes}, audio_config=sound)
+    torch.manual_seed(0)
+    base = t.VoxtralRealtimeForConditionalGeneration(settings).requires_grad_(False).eval().to(DEVICE)
+    for parameter in base.parameters():
+        if parameter.ndim > 1:
+            parameter.normal_(0, 0.2)
+    base.generation_config.eos_token_id = None
+    frames = torch.randn(1, 12 * settings.downsample_factor, 32, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    model, weights = adapted_to(base)
+    given = {"input_ids": ids(7)[None], "encoder_inputs_embeds": frames, "do_sample": False, "pad_token_id": PAD}
+    out = model.generate(**given, max_new_tokens=5, use_cache=use_cache)
+
+    table = transform(weights, base.get_input_embeddings().weight)
+    heard = base.model.get_audio_features(encoder_inputs_embeds=frames, return_dict=True).pooler_output
+    delay = base.model.time_embedding(torch.full((1,), settings.default_num_delay_tokens, device=DEVICE).float())[None]
+    for end in range(7, 12):
+        sums = torch.cat([weights["prompt.weight"][None], table[out[:, :end]] + heard[:, :end]], dim=1)
+        hidden = base.model.language_model(inputs_embeds=sums, t_cond=delay, use_cache=False).last_hidden_state
+        assert likeliest(base.lm_head(hidden)[0, -1]) == int(out[0, end])

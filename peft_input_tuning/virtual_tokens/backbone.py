@@ -46,6 +46,9 @@ class BackboneTraits:
         length_first: whether it looks ids up as `(length, batch)` (XLNet); None if that is not known.
         takes_embeddings: whether embeddings give what their ids give; None if that is not known.
         honours_mask: whether masked places change nothing beside them; None if that is not known.
+        needs_token_types: whether that holds for calls with token types only (PaliGemma).
+        masks_on_cache: whether it holds for calls on a cache (not GIT's); None if that is not known.
+        fills_cache: whether a cache that does not come back in the output goes on; None if that is not known.
     """
 
     embedding: str | None
@@ -64,6 +67,9 @@ class BackboneTraits:
     length_first: bool | None = None
     takes_embeddings: bool | None = None
     honours_mask: bool | None = None
+    needs_token_types: bool = False
+    masks_on_cache: bool | None = None
+    fills_cache: bool | None = None
 
 
 def forward_parameters(module: nn.Module) -> tuple[str, ...]:
@@ -154,6 +160,11 @@ def _around(model: nn.Module, embedding_path: str) -> list[str]:
     found = [path for path in paths[1:] if reads_ids(model.get_submodule(path))]
     # Embeddings may be looked up in a module of their own, which reads ids, too: a backbone takes more.
     return [path for path in found if _MORE.intersection(forward_parameters(model.get_submodule(path)))]
+
+
+def find_innermost(model: nn.Module, embedding_path: str) -> str | None:
+    """Path of the smallest module around an embedding that goes from ids to hidden states; None if there is none."""
+    return next(iter(_around(model, embedding_path)), None)
 
 
 def find_decoder(model: nn.Module, backbone: nn.Module) -> str | None:

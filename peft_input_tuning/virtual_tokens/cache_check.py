@@ -20,7 +20,7 @@ from ..modules import SoftPrompt
 from ..tested_versions import newer_than_tested
 from .backbone import forward_parameters, is_causal
 from .cache_mark import cache_name
-from .trial import plain_ids, same_but_for_rounding, weights_are_here
+from .trial_run import plain_ids, same_but_for_rounding, weights_are_here
 from .unchanged import unchanged
 
 _TRIAL = "__trial__"  # an adapter of its own, since the new one's weights may still be in a file

@@ -105,6 +105,15 @@ class BackboneCall:
             mask = nn.functional.pad(mask[:, :places], (0, max(0, places - mask.shape[1])))
         self.arguments["attention_mask"] = mask
 
+    def tell_length_of_prefill(self, slots: int) -> None:
+        """A cache whose layers keep a prefill apart from what follows (Unlimited-OCR's) is told its length, by
+        `generate` without the prompt; else its first call is the prefill."""
+        for layer in getattr(self.cache, "layers", ()):
+            announced = getattr(layer, "prefill_length", None)
+            if announced is not None:
+                layer.prefill_length = None  # it is told once
+                layer.set_prefill_length(announced + slots)
+
     def ask_for_names(self) -> None:
         """Outputs are taken apart by name; a caller who wants a tuple gets it at the end."""
         return_dict = self.arguments.get("return_dict")

@@ -150,18 +150,20 @@ def check_other_arguments(backbone: nn.Module, call: dict[str, Any], given: Tens
 def check_all_places_came_back(backbone: nn.Module, places: int, expected: int) -> None:
     if places != expected:
         raise ValueError(
-            f"{type(backbone).__name__} gives {places} places for {expected}, so virtual tokens cannot be taken out "
-            "of them again. Use num_virtual_tokens=0."
+            f"{type(backbone).__name__} gives {places} places for {expected}: it pools its input, or adds to it, so "
+            "virtual tokens cannot be taken out again. Use num_virtual_tokens=0."
         )
 
 
-def check_cache_comes_back(backbone: nn.Module, name: str | None, cache: Any, output: Any) -> None:
+def check_cache_is_filled(call: BackboneCall, output: Any) -> None:
     """XLM is given whole rows with a cache, and cuts them by its length."""
-    if cache is not None and name not in {field.name for field in fields(output)}:
-        raise ValueError(
-            f"`{name}` was passed to {type(backbone).__name__}, which does not return it: nothing tells how it goes "
-            "on. Pass use_cache=False, or use num_virtual_tokens=0."
-        )
+    name = call.traits.cache
+    if call.cache is None or call.traits.fills_cache or name in {field.name for field in fields(output)}:
+        return
+    raise ValueError(
+        f"`{name}` was passed to {type(call.backbone).__name__}, which does not return it: nothing tells how it goes "
+        "on. Pass use_cache=False, or use num_virtual_tokens=0."
+    )
 
 
 def check_output_is_known(backbone: nn.Module, name: str, value: Tensor, places: tuple[int, int]) -> None:
@@ -176,6 +178,12 @@ def check_output_is_known(backbone: nn.Module, name: str, value: Tensor, places:
 def check_mixed_lengths(call: BackboneCall) -> None:
     """Rows of one call have prompts of different lengths."""
     traits, name = call.traits, type(call.backbone).__name__
+    if traits.needs_token_types and call.arguments.get("token_type_ids") is None:
+        raise ValueError(
+            f"`adapter_names`: without `token_type_ids` {name} attends in another way if something is masked, so "
+            "adapters with prompts of different lengths cannot share a batch. Pass them, as the processor gives them, "
+            "or use one batch for each length."
+        )
     if traits.honours_mask is False:
         raise ValueError(
             f"`adapter_names`: {name} was not seen to leave out what is masked, so adapters with "
@@ -187,6 +195,15 @@ def check_mixed_lengths(call: BackboneCall) -> None:
             f"`adapter_names`: {name} numbers positions by place in the row, the same for all rows, so adapters "
             "with prompts of different lengths cannot share a batch that later tokens follow. Use adapters of one "
             "length, one batch each, or use_cache=False."
+        )
+
+
+def check_masks_on_cache(model: object, mask: Tensor | None, lengths: Any) -> None:
+    """For a `generate` of a model that reads masks otherwise once there is a cache; looked at once, at its start."""
+    if len(set(lengths)) > 1 or (mask is not None and not bool(mask.all())):
+        raise ValueError(
+            f"`attention_mask` has masked places, or prompts have different lengths, and on a cache what is masked "
+            f"counts in {type(model).__name__}. Pass use_cache=False, or rows of one length without padding."
         )
 
 

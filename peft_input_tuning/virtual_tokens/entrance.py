@@ -21,7 +21,7 @@ from ..call_state import Generation, current_row_adapters, generating, use_row_a
 from ..layer import InputTuningLayer
 from .backbone import BackboneTraits, forward_parameters
 from .cache_mark import cache_of, mark_cache, mark_of, without_masks
-from .checks import check_mask_length, check_no_pads_behind_prompt
+from .checks import check_mask_length, check_masks_on_cache, check_no_pads_behind_prompt
 from .layout import count_left_pads
 from .mixed_batch import mixed_batch
 from .scope import embeddings_in_scope, input_of_generate
@@ -150,8 +150,14 @@ class GeneratingEntrance(MakesCaches, Entrance):
             mark_cache(cache, replace(mark, mask=None))  # of an earlier call, whose mask may have been another
             if mark.layout.slots and ids is not None and mask is not None and mask.shape[1] > ids.shape[1]:
                 check_mask_length(mask, cache.get_seq_length(), ids.shape[1])
-        chunk = self._setting(kwargs, "prefill_chunk_size")
-        if chunk and layer.slots and self.input_tuning_traits is not None and self.input_tuning_traits.has_window:
+        chunk, traits = self._setting(kwargs, "prefill_chunk_size"), self.input_tuning_traits
+        if not layer.slots or traits is None:
+            return
+        if traits.masks_on_cache is False and self._setting(kwargs, "use_cache") is not False:
+            rows = current_row_adapters(layer)
+            mask = self._mask_of_ids(ids, kwargs) if mask is None else mask
+            check_masks_on_cache(self, mask, () if rows is None else rows.prompt_lengths)
+        if chunk and traits.has_window:
             mask = self._mask_of_ids(ids, kwargs) if mask is None else mask
             if mask is not None:
                 check_no_pads_behind_prompt(count_left_pads(mask), chunk)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +14,8 @@ from .encoder_decoder import HidesPrompt, SeesPrompt
 from .entrance import Entrance, GeneratingEntrance, MakesCaches
 from .position_table import PositionTable
 from .subclass import Extension, check_can_be_extended, extend, unextend
-from .trial import WhatSeesIds, pad_id
+from .trial import WhatSeesIds
+from .trial_run import pad_id
 from .with_prompt import WithPrompt
 
 ATTRIBUTES = ("input_tuning_traits", "input_tuning_layer", "input_tuning_ids", "input_tuning_backbone")
@@ -60,16 +60,7 @@ def install(model: nn.Module, backbone_path: str | None, embedding_path: str, se
         extend(module, extension)
     if backbone_path is not None:
         backbone = model.get_submodule(backbone_path)
-        traits = describe_backbone(model, backbone_path, embedding_path)
-        traits = replace(
-            traits,
-            length_first=seen.length_first,
-            cache=None if seen.looks_ahead else traits.cache,
-            slack="left" if seen.takes_row_positions else traits.slack,
-            position_table=traits.position_table if seen.takes_row_positions else None,
-            takes_embeddings=seen.takes_embeddings,
-            honours_mask=seen.honours_mask,
-        )
+        traits = seen.added_to(describe_backbone(model, backbone_path, embedding_path))
         if traits.position_table is not None:
             extend(backbone.get_submodule(traits.position_table), PositionTable)
         for module in model.modules():

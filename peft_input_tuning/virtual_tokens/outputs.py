@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .cache_mark import mark_cache
 from .call import BackboneCall
-from .checks import check_all_places_came_back, check_cache_comes_back, check_output_is_known
+from .checks import check_all_places_came_back, check_cache_is_filled, check_output_is_known
 from .layout import PackedLayout, PromptLayout
 
 _KNOWN = ("last_hidden_state", "pooler_output")
@@ -19,7 +19,7 @@ def restore(call: BackboneCall, output: Any) -> Any:
     if call.mark is not None:
         if call.cache is not None:
             mark_cache(call.cache, call.mark)
-        check_cache_comes_back(call.backbone, call.traits.cache, call.cache, output)
+        check_cache_is_filled(call, output)
         filled = None if call.traits.cache is None else getattr(output, call.traits.cache, None)
         if filled is not None:
             setattr(output, str(call.traits.cache), mark_cache(filled, call.mark))

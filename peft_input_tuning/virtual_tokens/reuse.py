@@ -28,7 +28,7 @@ from ..layer import named_layer
 from .cache_mark import CacheMark, mark_cache
 from .call import BackboneCall
 from .layout import PromptLayout
-from .trial import plain_ids, same_but_for_rounding
+from .trial_run import plain_ids, same_but_for_rounding
 
 KeysAndValues = list[tuple[Tensor, Tensor]]  # a layer's `(adapters, heads, slots, head dim)` each
 _TEXT = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")

@@ -29,6 +29,7 @@ def start(call: BackboneCall, slots: int) -> None:
         arguments.pop(name, None)  # a row is one sequence here: they say no more
     check_other_arguments(call.backbone, arguments, given)
     check_room(call.cache, slots + given.shape[1])
+    call.tell_length_of_prefill(slots)
     batch, length, device = given.shape[0], given.shape[1], given.device
     mask = arguments.get("attention_mask")
     mask = None if mask is None else mask.to(device)
@@ -85,4 +86,4 @@ def _default_positions(call: BackboneCall, layout: PromptLayout) -> Tensor | Non
         return torch.arange(given.shape[1], device=given.device).expand(len(given), -1) + traits.first_position
     if layout.lengths is None or traits.positions_from_mask:
         return None
-    return torch.arange(given.shape[1], device=layout.lengths.device).unsqueeze(0)
+    return torch.arange(given.shape[1], device=layout.lengths.device).unsqueeze(0) + traits.first_position

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, modeling_outputs
 from transformers.models.auto import modeling_auto
 
 from .sizes import BOS, OVERRIDES, SETTINGS, SIGLIP, by_rule
@@ -90,19 +90,28 @@ def tiny_config(arch: Architecture) -> PreTrainedConfig:
     overrides = {key: value for key, value in arch.overrides.items() if key not in SETTINGS}
     if arch.mapping == "causal":
         overrides = {"?is_decoder": True, **overrides}
-    config = _tiny(arch.config_class, arch.config_class(), overrides)
+    config = _tiny(arch.config_class, _default(arch.config_class, overrides), overrides)
     if arch.overrides.get("vision") == "siglip":  # what it comes with is not of transformers alone
         vision = transformers.SiglipVisionConfig(**SIGLIP)
-        for name in ("vocab_size", "vocab_offset", "rms_norm_eps"):
-            setattr(vision, name, getattr(config.vision_config, name))
+        for name in ("vocab_size", "vocab_offset", "rms_norm_eps", "model_args"):
+            if hasattr(config.vision_config, name):
+                setattr(vision, name, getattr(config.vision_config, name))
         vars(config)["vision_config"] = vision
     config._attn_implementation = arch.overrides.get("attention", config._attn_implementation)
     config._experts_implementation = "eager"  # grouped products have no float64
     return config
 
 
+def _default(config_class: type, overrides: dict[str, Any]) -> PreTrainedConfig:
+    """A configuration's defaults; what may not be at its defaults (a drafter's) at what is given."""
+    try:
+        return config_class()
+    except Exception:
+        return config_class(**{name: value for name, value in overrides.items() if name.isidentifier()})
+
+
 def _tiny(config_class: type, default: PreTrainedConfig, overrides: dict[str, Any]) -> PreTrainedConfig:
-    plain = config_class()
+    plain = _default(config_class, overrides)
     names = [field.name for field in dataclasses.fields(config_class) if field.name not in _BASE_FIELDS]
     values: dict[str, Any] = {}
     for name in names:
@@ -198,6 +207,9 @@ def build(arch: Architecture, head: str | None = None) -> PreTrainedModel | None
     """A tiny model in eval mode and float64, the same each time; None where there is no class for the head."""
     config = tiny_config(arch)
     name = arch.name
+    if "mended" in arch.overrides:
+        kind, _, attribute = arch.overrides["mended"].partition(".")
+        setattr(getattr(modeling_outputs, kind), attribute, None)
     if head is not None:
         names = _names(HEADS[head]).get(arch.model_type)
         if names is None:

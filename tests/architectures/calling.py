@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .judging import Cell, judge
+from .judging import Cell, gap, judge, tolerance
 from .oracle import Oracle
 from .registry import cell
-from .subject import Subject, forget, main_outputs, padded
+from .subject import PROMPTS, Subject, forget, main_outputs, padded
 
 NEW_TOKENS = 5
 CACHES = ("cache", "past_key_values", "cache_params", "state", "past_buckets_states", "mems")
@@ -65,7 +66,7 @@ def by_hand(s: Subject, model: nn.Module, ids: Tensor, mask: Tensor | None, firs
     """Outputs of a first call and two more on its cache: logits of all new places, `(batch, length, ...)`."""
     forget(model)
     found, steps = [], [slice(0, first), slice(first, first + 1), slice(first + 1, None)]
-    whole, given = ids, s.more(ids, decoded=False)
+    whole, given = ids, s.more(ids if s.is_seq2seq else ids[:, :first], decoded=False)
     if s.is_seq2seq:
         encoder = model.get_encoder()
         given["encoder_outputs"] = encoder(ids) if mask is None else encoder(ids, attention_mask=mask)
@@ -124,7 +125,7 @@ def generated(s: Subject, model: nn.Module, ids: Tensor, mask: Tensor | None = N
     forget(model)
     torch.manual_seed(0)
     out = model.generate(
-        input_ids=ids,
+        input_ids=ids.clone(),  # BLIP writes into them
         max_new_tokens=NEW_TOKENS,
         do_sample=False,
         return_dict_in_generate=True,
@@ -135,15 +136,17 @@ def generated(s: Subject, model: nn.Module, ids: Tensor, mask: Tensor | None = N
     return [out.sequences[:, -logits.shape[1] :], logits]
 
 
-def by_forwards(s: Subject, oracle: Oracle, row: Tensor) -> list[Tensor]:
-    """The same for one row by whole forward passes."""
+def by_forwards(s: Subject, oracle: Oracle, ids: Tensor, mask: Tensor | None = None) -> list[Tensor]:
+    """The same for one row, `(1, length)`, by whole forward passes, without its pads."""
     new, logits = torch.empty(1, 0, dtype=torch.long), []
     start = torch.tensor([[s.base.config.decoder_start_token_id]]) if s.is_seq2seq else None
+    ids = s.fed(ids)
+    ids = ids if mask is None else ids[mask[:, : ids.shape[1]].bool()][None]
     for _ in range(NEW_TOKENS):
         if start is not None:
-            (out,) = s.wanted(oracle, row[None], decoder_input_ids=torch.cat([start, new], 1))
+            (out,) = s.wanted(oracle, ids, decoder_input_ids=torch.cat([start, new], 1))
         else:
-            (out,) = s.wanted(oracle, torch.cat([row[None], new], 1))
+            (out,) = s.wanted(oracle, torch.cat([ids, new], 1))
         logits.append(out[:, -1])
         new = torch.cat([new, out[:, -1:].argmax(-1)], 1)
     return [new, torch.stack(logits, 1)]
@@ -157,12 +160,30 @@ def greedy(
     s: Subject, model: Callable[[], nn.Module], oracle: str, rows: list[Tensor], mask: bool, **settings: Any
 ) -> Cell:
     ids, filled = padded(rows, s.side) if mask else (torch.stack(rows), None)
-    return judge(
+
+    def wanted() -> list[Tensor]:
+        o = s.oracle(oracle)
+        if s.generates_from_other_ids:
+            generated(s, s.base, ids, filled, **settings)  # if it cannot, it says so
+            return _joined([by_forwards(s, o, *_row(i, ids, filled)) for i in range(len(rows))])
+        return generated(s, o.model, *o.widen(ids, filled), **settings)
+
+    def alone() -> list[Tensor]:
+        return _joined([by_forwards(s, s.oracle(oracle), row[None]) for row in rows])
+
+    found = judge(
         lambda: generated(s, model(), ids, filled, **settings),
-        lambda: generated(s, (o := s.oracle(oracle)).model, *o.widen(ids, filled), **settings),
+        wanted,
         lambda: generated(s, s.base, ids, filled, **settings),
-        lambda: _joined([by_forwards(s, s.oracle(oracle), row) for row in rows]),
+        alone,
     )
+    if found.status == "refused" and (apart := gap(wanted(), alone())) > tolerance():
+        return Cell("lacks", f"the base itself differs by {apart:.1e} from its forward passes")
+    return found
+
+
+def _row(i: int, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    return ids[i : i + 1], None if mask is None else mask[i : i + 1]
 
 
 @cell("generate")
@@ -192,6 +213,36 @@ def static_cache(s: Subject) -> Cell | None:
 # ---- mixed batches
 
 
+def what_masks_change(s: Subject) -> str:
+    """Whether the base itself gives a row something else for masked places, where prompts of several lengths would
+    need them: then what it lacks, in words; else nothing. Positions and token types go along with the tokens."""
+    side, row = s.side_of_slack, s.rows[0]
+    more = {"decoder_input_ids": s.decoder_ids[:1]} if s.is_seq2seq else {}
+    alone = main_outputs(s.call(s.base, row[None], **more))
+    at = torch.arange(len(row))[None]
+    takes_positions = "position_ids" in inspect.signature(s.base.forward).parameters
+    for count in (2, 4, 6):
+        other = torch.cat([s.rows[2], s.rows[2][-count:]])
+        ids, mask = padded([row, other], side)
+        here = mask[0].bool()
+        given = {name: value.expand(2, *value.shape[1:]) for name, value in more.items()}
+        for first in (0, 1, 2) if takes_positions else ():
+            if gap(main_outputs(s.call(s.base, row[None], position_ids=at + first, **more)), alone) <= tolerance():
+                places = (mask.cumsum(-1) - 1).clamp(min=0) + first
+                given["position_ids"] = places
+                break
+        found = [x[:1] for x in main_outputs(s.call(s.base, ids, mask, **given))]
+        if not s.is_seq2seq:
+            found = [x[:, here] for x in found]
+        apart = gap(found, alone)
+        if apart > tolerance():
+            return (
+                f"what is masked counts: a row of the base with {count} masked places on the {side} differs from the "
+                f"same row alone by {apart:.0e} of the largest value"
+            )
+    return ""
+
+
 def _mixed(s: Subject, names: list[str], rows: list[Tensor], run: str) -> Cell:
     """Rows of several adapters against each row's oracle: alone, or in the same padding."""
     is_padded = len({len(row) for row in rows}) > 1
@@ -206,9 +257,10 @@ def _mixed(s: Subject, names: list[str], rows: list[Tensor], run: str) -> Cell:
         each = []
         for i, (name, row) in enumerate(zip(names, rows, strict=True)):
             o = s.oracle(name)
-            one, filled = (ids[i : i + 1], mask[i : i + 1]) if keep_pads and mask is not None else (row[None], None)
+            one, filled = _row(i, ids, mask) if keep_pads else (row[None], None)
             if run == "generate":
-                each.append(generated(s, o.model, *o.widen(one, filled)))
+                of_row = by_forwards(s, o, one, filled) if s.generates_from_other_ids else None
+                each.append(of_row or generated(s, o.model, *o.widen(one, filled)))
                 continue
             more = {"decoder_input_ids": s.decoder_ids[i : i + 1]} if s.is_seq2seq else {}
             out = s.of_tokens(s.wanted(o, one, filled, **more), filled)
@@ -216,11 +268,29 @@ def _mixed(s: Subject, names: list[str], rows: list[Tensor], run: str) -> Cell:
             each.append([x.squeeze(0) for x in out] if flat else out)
         return _joined(each)
 
-    return judge(
+    found = judge(
         lambda: ours(s.mixed, adapter_names=names),
         lambda: row_by_row(keep_pads=False),
         lambda: ours(s.base),
         (lambda: row_by_row(keep_pads=True)) if is_padded else None,
+    )
+    unequal = len({PROMPTS.get(name, 0) for name in names}) > 1
+    if found.status != "refused" or not unequal or not s.takes_virtual_tokens:
+        return found
+    lacking = what_masks_change(s) or (what_masks_change_in_generate(s) if run == "generate" else "")
+    return Cell("lacks", lacking) if lacking else found
+
+
+def what_masks_change_in_generate(s: Subject) -> str:
+    """The same of its `generate`, if that numbers positions by the mask."""
+    if "position_ids" not in inspect.signature(s.base.forward).parameters:
+        return ""
+    ids, mask = padded(s.rows[:2], s.side)
+    apart = gap(generated(s, s.base, *_row(1, ids, mask)), generated(s, s.base, s.rows[1][None]))
+    if apart <= tolerance():
+        return ""
+    return (
+        f"what is masked counts in the base's `generate`: a padded row differs from the same row alone by {apart:.0e}"
     )
 
 

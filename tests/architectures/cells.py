@@ -50,13 +50,14 @@ def run(arch: Architecture, wanted: Callable[[str], bool] = lambda name: True) -
     """All cells of an architecture that apply to it."""
     found: dict[str, Cell] = {}
     with _quiet(), _in_float64(), torch.no_grad():
-        if "lacks" in arch.overrides:
-            return {"base": Cell("lacks", arch.overrides["lacks"])}
-        subject = Subject(arch)
+        subject, lacking = Subject(arch), arch.overrides.get("lacks")
         try:
             main_outputs(subject.call(subject.base, subject.ids))
         except Exception as error:
-            return {"base": Cell("failure", describe(error))}
+            status, reason = ("failure", "") if lacking is None else ("lacks", f"{lacking}: ")
+            return {"base": Cell(status, reason + describe(error))}
+        if lacking is not None:
+            return {"base": Cell("failure", f"it runs, though it is said that {lacking}")}
         for name, function in CELLS.items():
             if wanted(name):
                 try:

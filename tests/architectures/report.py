@@ -11,12 +11,13 @@ from typing import Any
 from .registry import CELLS
 
 STATUSES = ("exact", "lacks", "refused", "failure")
+LONGEST = 320  # characters of a reason
 PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"
 WORDS = {
     "exact": "exact in every cell that the base has",
     "refused": "something is refused, by an error that says why",
     "failure": "something is wrong",
-    "lacks": "the base cannot be run",
+    "lacks": "the base cannot be run on text",
 }
 
 
@@ -46,18 +47,18 @@ def _line(record: dict[str, Any]) -> str:
     for name, cell in record["cells"].items():
         by_status.setdefault(cell["status"], {}).setdefault(cell.get("note", ""), []).append(name)
     exact = sum(len(names) for names in by_status.get("exact", {}).values())
-    lacks = "; ".join(", ".join(names) for names in by_status.get("lacks", {}).values())
-    said = [
-        f"{'**wrong**: ' if status == 'failure' else ''}{', '.join(names)}: {_short(note)}"
-        for status in ("failure", "refused")
-        for note, names in by_status.get(status, {}).items()
-    ]
-    return f"| {record['name']} | {exact} | {lacks} | {'<br>'.join(said)} |"
+    said = {
+        status: [f"{wrong}{', '.join(names)}: {_short(note)}" for note, names in by_status.get(status, {}).items()]
+        for status, wrong in (("lacks", ""), ("failure", "**wrong**: "), ("refused", ""))
+    }
+    columns = said["lacks"], said["failure"] + said["refused"]
+    return f"| {record['name']} | {exact} | {' | '.join('<br>'.join(column) for column in columns)} |"
 
 
 def _short(note: str) -> str:
-    """An error's message, without the place where it was raised."""
-    return note.rpartition(" (")[0].replace("|", "\\|") if note.endswith(")") else note
+    """A reason; of an error the message, without the place where it was raised."""
+    note = note.rpartition(" (")[0] if note.endswith(")") else note
+    return (note if len(note) <= LONGEST else f"{note[:LONGEST]} ...").replace("|", "\\|")
 
 
 def records(path: Path) -> dict[str, dict[str, Any]]:

@@ -33,6 +33,9 @@ SAMPLE = {
     "vectors for each layer": "Gemma3nForCausalLM",
     "masks made around the backbone": "Gemma3ForConditionalGeneration",
     "a prefix that sees itself": "PaliGemmaForConditionalGeneration",
+    "masks and positions as keyword arguments": "OmniASRForConditionalGeneration",
+    "a text model that generates inside": "BlipForConditionalGeneration",
+    "a prefill that a window keeps": "UnlimitedOcrForConditionalGeneration",
     "images in the text": "LlavaForConditionalGeneration",
     "embeddings that are normalized": "MuseGlimmerForConditionalGeneration",
     # experts
@@ -46,6 +49,7 @@ SAMPLE = {
     # encoders
     "learned positions, token types": "BertForMaskedLM",
     "positions from the pad's id, encoder": "RobertaForMaskedLM",
+    "positions from 2": "MraForMaskedLM",
     "disentangled attention": "DebertaV2ForMaskedLM",
     "alternating windows, unpadded": "ModernBertForMaskedLM",
     "no mask at all": "FNetForMaskedLM",

@@ -90,11 +90,13 @@ def by_rule(name: str, value: Any) -> Any:
 #   "prefix": ids in front of each row
 #   "vision": "siglip" for a vision model in place of one that needs another library
 #   "lacks": why no text can be put into it
+#   "mended": "Class.attribute" of transformers that the base reads and that is missing; it is None then
 #   "hidden": modules and functions that see ids too, and are to take the prompt's for padding
 #   "blind": images are left out; they go through the word table, of which the oracle has another
 #   "attention": the attention's implementation
+#   "fed": what its `generate` makes of the ids, if it puts other ones in their places
 #   "table": the path of the word table, where what is looked up are not the ids as they are
-SETTINGS = ("inputs", "prefix", "attention", "table", "vision", "lacks", "hidden", "blind")
+SETTINGS = ("inputs", "prefix", "fed", "attention", "table", "vision", "lacks", "hidden", "blind", "mended")
 _MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
 _HALF_MROPE = {**_MROPE, "partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]}  # with heads of 16
 SIGLIP = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
@@ -158,14 +160,22 @@ _DOTS3 |= {"swa_head_dim": 16, "swa_qk_nope_head_dim": 8, "swa_v_head_dim": 8}
 _SOUND = {"num_filters": 4, "downsampling_ratios": [2, 2], "depths": [1, 1, 1]}
 _ASSISTANT = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
 _ASSISTANT |= {"num_attention_heads": 4, "num_key_value_heads": 2, "global_head_dim": 8, "sliding_window": 8}
-_ASSISTANT |= {"hidden_size_per_layer_input": 0, "layer_types": ["sliding_attention", "full_attention"]}
+_ASSISTANT |= {
+    "hidden_size_per_layer_input": 0,
+    "vocab_size_per_layer_input": 0,
+    "layer_types": ["sliding_attention", "full_attention"],
+}
 
 _DRAFTS = "it drafts for another model, from that one's hidden states"
 
 
 OVERRIDES: dict[str, dict[str, Any]] = {
     "bamba": {"mamba_n_heads": 8, "mamba_d_head": 8, "attn_layer_indices": [1]},
-    "blip": {"inputs": {"pixel_values": _pixels()}},
+    "blip": {
+        "inputs": {"pixel_values": _pixels()},
+        "fed": lambda ids: torch.cat([torch.full_like(ids[:, :1], BOS), ids[:, 1:-1]], 1),
+        "text_config.sep_token_id": 62,
+    },
     "blip-2": {
         "num_query_tokens": 4,
         "image_token_index": IMAGE,
@@ -242,6 +252,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "nemotron": {"num_key_value_heads": 2},
     "nemotron_h": _NEMOTRON_H,
     "neomme": {"head_dim": 16, "embedding_rank": 16, "embedding_dim": 32},
+    "paligemma": {"inputs": {"token_type_ids": torch.zeros_like}},  # as its processor gives them
     "perceiver": {
         "num_latents": 8,
         "d_latents": 32,
@@ -304,7 +315,12 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "hunyuan_vl": {
         "text_config.rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 1, 1]}
     },
-    "perception_lm": {"lacks": "its images need timm; it is a Llama for text"},
+    "perception_lm": {
+        "vision": "siglip",
+        "vision_config.model_args": {"embed_dim": 32},
+        "vision_use_cls_token": False,
+        "projector_pooling_ratio": 1,
+    },
     "musicgen": {"decoder.num_codebooks": 1},
     "musicgen_melody": {"decoder.num_codebooks": 1},
     "musicgen_decoder": {"num_codebooks": 1, "audio_channels": 1},
@@ -340,13 +356,20 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "nemo_speechlm": {f"text_config.{key}": value for key, value in _NEMOTRON_H.items()},
     "MusicgenForCausalLM": {"num_codebooks": 1},
     "MusicgenMelodyForCausalLM": {"num_codebooks": 1},
-    "llama4": {"lacks": "in transformers 5.24.0 its forward reads `image_outputs` of a class that has none"},
-    "pi0": {"lacks": "its input is the state of a robot"},
+    "llama4": {
+        "mended": "MoeCausalLMOutputWithPast.image_outputs",  # which transformers 5.24.0 reads and never sets
+        "vision_config.intermediate_size": 128,
+        **{
+            f"vision_config.{name}": 64
+            for name in ("projector_input_dim", "projector_output_dim", "vision_output_dim")
+        },
+    },
+    "pi0": {"lacks": "beside text it wants the state of a robot, and puts out what that is to do"},
     "pp_formulanet": {"lacks": "its input is an image, its text an output"},
     "pix2struct": {"lacks": "its input is an image, its text an output"},
     "vision-encoder-decoder": {"lacks": "its input is an image, its text an output"},
-    "voxtral_realtime": {"lacks": "its text goes with sound"},
-    "inkling_mm_model": {"lacks": "its sound needs scipy; InklingForCausalLM is its text"},
+    "voxtral_realtime": {"lacks": "it wants sound for each token; tests/test_multimodal.py tries it with some"},
+    "inkling_mm_model": {"vision_config.num_hidden_layers": 4, "vision_config.patch_size": 4},  # else it needs scipy
     "muse_glimmer_assistant": {"lacks": _DRAFTS},
     "dots3_note": {
         "vision_config.adapter_in_dim": 32,

@@ -105,7 +105,8 @@ class Subject:
     @cached_property
     def with_image(self) -> Subject | None:
         """The same with an image in each row; None for models that see none, or need one always."""
-        if self.arch.mapping != "image" or {"inputs", "blind"} & set(self.arch.overrides):
+        always = "pixel_values" in self.arch.overrides.get("inputs", {})
+        if self.arch.mapping != "image" or always or "blind" in self.arch.overrides:
             return None
 
         def of(image: Image, base: nn.Module) -> Subject:
@@ -130,7 +131,21 @@ class Subject:
         return self.head is None and self.arch.mapping != "masked" and can
 
     @property
-    def task(self) -> str:
+    def generates_from_other_ids(self) -> bool:
+        return "fed" in self.arch.overrides
+
+    def fed(self, ids: Tensor) -> Tensor:
+        """What the model's `generate` makes of a caller's ids, before it generates."""
+        return self.arch.overrides["fed"](ids) if self.generates_from_other_ids else ids
+
+    @cached_property
+    def task(self) -> str | None:
+        """None for a model that does not take what PEFT's models of a task pass on (LoRA's as well)."""
+        try:
+            with torch.no_grad():
+                self.call(self.base, self.ids, inputs_embeds=None)
+        except TypeError:
+            return None
         if self.head is not None:
             kinds = {"sequence": "SEQ_CLS", "token": "TOKEN_CLS", "question": "QUESTION_ANS"}
             return kinds[self.head.split()[0]]
@@ -141,6 +156,19 @@ class Subject:
     @property
     def side(self) -> str:
         return "left" if self.is_generator and not self.is_seq2seq else "right"
+
+    @property
+    def takes_virtual_tokens(self) -> bool:
+        """Whether an adapter with some can be made."""
+        try:
+            return self.mixed is not None
+        except ValueError:
+            return False
+
+    @property
+    def side_of_slack(self) -> str:
+        """Where the package has masked places in the rows of a batch with prompts of several lengths."""
+        return self.mixed.base_model.backbone.input_tuning_traits.slack
 
     @cached_property
     def rows(self) -> list[Tensor]:
@@ -164,7 +192,7 @@ class Subject:
     def more(self, ids: Tensor, decoded: bool = True) -> dict[str, Any]:
         """What calls need beside ids and mask."""
         batch = ids.shape[0]
-        needed = {**self.arch.overrides.get("inputs", {}), **(self.image.inputs if self.image else {})}
+        needed = {**(self.image.inputs if self.image else {}), **self.arch.overrides.get("inputs", {})}
         found = {name: make(ids) for name, make in needed.items()}
         if self.is_seq2seq and self.head is None and decoded and "decoder_input_ids" not in found:
             found["decoder_input_ids"] = self.decoder_ids[:batch]
