@@ -101,14 +101,19 @@ def cache_of(call: dict[str, Any]) -> Any:
 
 def places_in(cache: Any) -> Any:
     """Length of a cache, virtual tokens included: an int, or a tensor if its size is fixed; None if it has none."""
-    if not isinstance(cache, Cache) or (_layers(cache) and all(cache.is_linear)):
+    if not isinstance(cache, Cache) or (_layers(cache) and all(of_self_attention(cache).is_linear)):
         return None
     return class_of(cache).get_seq_length(cache)
 
 
+def of_self_attention(cache: Any) -> Any:
+    """A cache without that of cross-attention, which BERT as a decoder has as well. In transformers 5.20 the pair does
+    not know what its layers are."""
+    return getattr(cache, "self_attention_cache", cache)
+
+
 def _layers(cache: Any) -> list:
-    """BERT as a decoder has a cache for cross-attention as well."""
-    return getattr(cache, "self_attention_cache", cache).layers
+    return of_self_attention(cache).layers
 
 
 def is_empty(cache: Any) -> bool:
@@ -126,7 +131,8 @@ def is_empty(cache: Any) -> bool:
         )
     if len(cache) > len(_layers(cache)):  # MiniMax keeps states beside its layers
         return False
-    if any(cache.is_linear) and cache.has_previous_state():
+    own = of_self_attention(cache)
+    if any(own.is_linear) and own.has_previous_state():
         return False
     length = places_in(cache)
     return length is None or int(length) == 0

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .backbone import BackboneTraits
-from .cache_mark import has_fixed_size, places_in
+from .cache_mark import has_fixed_size, of_self_attention, places_in
 
 # Arguments with a value for each place of the input that get one for virtual tokens, too.
 TYPES = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
@@ -55,7 +55,8 @@ def check_mask_and_positions(call: dict[str, Any], given: Tensor) -> None:
 
 def check_room(cache: Any, places: int) -> None:
     """A cache of a fixed size must hold the virtual tokens, too."""
-    if not has_fixed_size(cache) or all(map(operator.or_, cache.is_sliding, cache.is_linear)):
+    own = of_self_attention(cache)
+    if not has_fixed_size(cache) or all(map(operator.or_, own.is_sliding, own.is_linear)):
         return  # what has no room is forgotten
     room = cache.get_max_length()
     if 0 <= room < places:
