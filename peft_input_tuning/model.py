@@ -29,7 +29,14 @@ from .nesting import (
     plain_model,
     without_trained_modules_inside,
 )
-from .placement import Placement, check_adapter_name, check_modules_to_save, holds_our_layer, place_of
+from .placement import (
+    Placement,
+    add_unnamed_head,
+    check_adapter_name,
+    check_modules_to_save,
+    holds_our_layer,
+    place_of,
+)
 from .prompt_embeds import INSTEAD_OF_PROMPT_TUNING, OF_PROMPT_TUNING
 from .tested_versions import newer_than_tested
 from .tied_tables import keep_merged_table
@@ -130,6 +137,7 @@ class InputTuningModel(BaseTuner):
             raise
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
+        add_unnamed_head(peft_config, self.place.model)
         return peft_config  # no target_modules to look up
 
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:

@@ -26,6 +26,7 @@ from .virtual_tokens.scope import tells_input_from_output
 from .virtual_tokens.trial import WhatSeesIds, what_sees_ids
 from .virtual_tokens.trial_run import weights_are_here
 
+TASKS_WITH_A_NEW_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 MAX_HIDDEN_RATIO = 64  # an input-adapter wider than this many embeddings is a mistake, not a choice
 
 
@@ -156,6 +157,22 @@ def check_modules_to_save(config: InputTuningConfig, model: nn.Module, embedding
                 f"`modules_to_save` names {name!r}, which is the word embedding that the input-adapter wraps. Remove "
                 "it: the adapter changes the embeddings of all tokens already."
             )
+
+
+def add_unnamed_head(config: InputTuningConfig, model: nn.Module) -> None:
+    """Adds a new head that is to be trained to `modules_to_save`, if PEFT does not know its name.
+
+    For some tasks PEFT adds the names "classifier" and "score", or "qa_outputs". T5 and BART call theirs
+    `classification_head`. A head is what a model has beside its base model.
+    """
+    if config.task_type not in TASKS_WITH_A_NEW_HEAD or not config.modules_to_save or config.inference_mode:
+        return
+    base = getattr(model, "base_model", model)
+    beside = {name: part for name, part in model.named_children() if part is not base}
+    heads = [name for name, part in beside.items() if next(part.parameters(), None) is not None]
+    parts = [path for path, _ in model.named_modules() if path.partition(".")[0] in heads]
+    if not any(path.endswith(name) for path in parts for name in config.modules_to_save):
+        config.modules_to_save = [*config.modules_to_save, *heads]
 
 
 def _check_sizes(config: InputTuningConfig, place: Placement) -> None:

@@ -30,7 +30,7 @@ from transformers import AutoTokenizer
 
 from adapters import SIZES, adapted, add, config, randomize
 from device import DEVICE
-from families import ALL, EOS, FAMILIES, VOCAB, build, ids
+from families import ALL, EOS, FAMILIES, SEQ2SEQ, VOCAB, build, ids
 from oracles import adapter_weights, encoder_of
 from peft_input_tuning import InputTuningConfig
 
@@ -238,10 +238,9 @@ def test_a_loaded_adapter_can_be_loaded_over(tmp_path):
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True], ids=["", "low_cpu_mem_usage"])
 @pytest.mark.parametrize(("family", "head"), HEADS, ids=str)
 def test_heads_are_trained_and_saved_with_the_adapter(tmp_path, family, head, low_cpu_mem_usage):
-    """PEFT adds the head to `modules_to_save` for SEQ_CLS, TOKEN_CLS and QUESTION_ANS, where it knows its name: what
-    T5 and BART call `classification_head` has to be named, with every method of PEFT."""
-    unknown = {"modules_to_save": ["classification_head"]} if (family.kind, head) == ("seq2seq", "seq_cls") else {}
-    model, base, _ = adapted(family, head, task_type=TASKS[head], **unknown)
+    """PEFT adds the head to `modules_to_save` for SEQ_CLS, TOKEN_CLS and QUESTION_ANS if it knows its name. What T5
+    and BART call `classification_head` is found."""
+    model, base, _ = adapted(family, head, task_type=TASKS[head])
     heads = [n for n in trainable(model) if any(f"{name}.modules_to_save.default" in n for name in HEAD_MODULES[head])]
     assert heads
     for name, parameter in model.named_parameters():
@@ -256,6 +255,43 @@ def test_heads_are_trained_and_saved_with_the_adapter(tmp_path, family, head, lo
     assert torch.equal(output(loaded, family, head), want)
     stored = load_file(tmp_path / "adapter_model.safetensors")
     assert len(stored) == 3 + len(heads)
+
+
+@pytest.mark.parametrize("family", SEQ2SEQ, ids=str)
+def test_a_head_without_a_name_that_peft_knows(tmp_path, family):
+    """As one that it knows: for each adapter, beside other modules, and once if it is named."""
+
+    def heads(model: nn.Module) -> set[str]:
+        return {name.partition("classification_head.")[2] for name in trainable(model) if "head." in name}
+
+    dense = {f"modules_to_save.default.{part}.{kind}" for part in ("dense", "out_proj") for kind in ("weight", "bias")}
+    for given in (None, ["classification_head"], ["layer_norm"]):
+        model, _, _ = adapted(family, "seq_cls", task_type="SEQ_CLS", modules_to_save=given)
+        assert heads(model) == dense
+        assert model.peft_config["default"].modules_to_save.count("classification_head") == 1
+    part = ["classification_head.out_proj"]
+    model, _, _ = adapted(family, "seq_cls", task_type="SEQ_CLS", modules_to_save=part)
+    assert heads(model) == {"out_proj.modules_to_save.default.weight", "out_proj.modules_to_save.default.bias"}
+    model, _, _ = adapted(family, "seq_cls", task_type="SEQ_CLS")
+    add(model, "other", seed=3)
+    model.set_adapter("other")
+    assert heads(model) == {name.replace("default", "other") for name in dense}
+    model, _, _ = adapted(family, "seq_cls", task_type="FEATURE_EXTRACTION")
+    assert heads(model) == set()
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True], ids=["", "low_cpu_mem_usage"])
+@pytest.mark.parametrize("family", SEQ2SEQ, ids=str)
+def test_a_folder_from_before_such_heads_were_found(tmp_path, family, low_cpu_mem_usage):
+    """Its head was not trained: that of the base goes on."""
+    model, _, _ = adapted(family, "seq_cls", task_type=None)
+    want = output(model, family, "seq_cls")
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    before = {"task_type": "SEQ_CLS", "modules_to_save": ["classifier", "score"]}
+    file.write_text(json.dumps(json.loads(file.read_text()) | before))
+    loaded = PeftModel.from_pretrained(build(family, "seq_cls"), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+    assert torch.equal(output(loaded, family, "seq_cls"), want)
 
 
 def test_other_modules_to_save(tmp_path):

@@ -1,5 +1,5 @@
-"""The command line: `peft-input-tuning export ADAPTER OUTPUT`, `peft-input-tuning inspect ADAPTER` and
-`peft-input-tuning familiarity DATA.jsonl --model MODEL`.
+"""The command line: `peft-input-tuning export ADAPTER OUTPUT`, `peft-input-tuning inspect ADAPTER`,
+`peft-input-tuning familiarity DATA.jsonl --model MODEL` and `peft-input-tuning run PROGRAM ...`.
 
 Imports that only one command needs stand inside of its `run`.
 """
@@ -9,17 +9,22 @@ from __future__ import annotations
 import argparse
 import sys
 
-from . import export, familiarity, inspect
+from . import export, familiarity, inspect, run
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit status: 0 done, 1 failed, 2 unusable arguments."""
-    arguments = _parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    runs = argv[:1] == ["run"]  # what follows the name of a program is not ours to parse
+    arguments = _parser().parse_args(argv[:2] if runs else argv)
     try:
-        return arguments.run(arguments)
+        if not runs:
+            return arguments.run(arguments)
+        program = run.prepared(arguments.program, argv[2:])
     except (ValueError, OSError, RuntimeError) as error:
         print(f"peft-input-tuning {arguments.command}: {error}", file=sys.stderr)
         return 2 if isinstance(error, ValueError | OSError) else 1
+    return program()  # its errors are its own
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -48,4 +53,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     familiarity.add_arguments(command)
     command.set_defaults(run=familiarity.run)
+    command = commands.add_parser(
+        "run",
+        help="run a program that knows PEFT but not this package: run lm_eval --model hf ...",
+        description="Runs a program, such as lm_eval, in which PEFT knows input-tuning adapters. Without it, a "
+        "program that does not import peft_input_tuning ends with KeyError: 'INPUT_TUNING'.",
+    )
+    run.add_arguments(command)
     return parser

@@ -121,7 +121,8 @@ def find_embedding(model: nn.Module, of_encoder: bool = True) -> str:
     if not isinstance(getattr(table, "weight", None), Tensor) or not hasattr(table, "num_embeddings"):
         raise ValueError(
             f"{type(model).__name__} has no token embedding: `get_input_embeddings()` gave "
-            f"{type(embedding).__name__}. Input-tuning needs a model with one."
+            f"{type(embedding).__name__}. Give input-tuning a model with one, or the part that has it "
+            "(`model.text_model` of CLIP)."
         )
     return ".".join(filter(None, ("" if owner is model else path_of(model, owner), path_of(owner, embedding))))
 
@@ -136,11 +137,12 @@ def _encoder(model: nn.Module) -> nn.Module | None:
 
 def find_backbone(model: nn.Module, embedding_path: str) -> str | None:
     """Path of the backbone in the model; None if nothing around the embedding reads ids, or if an encoder-decoder
-    model has no encoder that does."""
+    model has no encoder that does. Whisper's decoder by itself has the configuration of the whole."""
     encoder = _encoder(model)
     if encoder is not None:
         return path_of(model, encoder)
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and decoder is not model:
         return None
     candidates = _around(model, embedding_path)
     if not candidates:
@@ -242,6 +244,13 @@ def check_has_place(model: nn.Module, backbone_path: str | None, embedding_path:
     if not num_virtual_tokens:
         return
     if backbone_path is None:
+        decoder = path_of(model, model.get_decoder()) if hasattr(model, "get_decoder") else ""
+        if decoder and embedding_path.startswith(f"{decoder}."):
+            raise ValueError(
+                f"`num_virtual_tokens` is {num_virtual_tokens}, but the input of {type(model).__name__} is no text: "
+                f"the embedding is that of its decoder. Give input-tuning the decoder (`model.{decoder} = "
+                f"get_peft_model(model.{decoder}, config)`), or use num_virtual_tokens=0."
+            )
         raise ValueError(
             f"`num_virtual_tokens` is {num_virtual_tokens}, but no part of {type(model).__name__} around its "
             f"embedding `{embedding_path}` goes from `input_ids` to hidden states, so there is no place for them. Use "

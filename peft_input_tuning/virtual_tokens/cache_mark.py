@@ -108,20 +108,20 @@ def cache_of(call: dict[str, Any]) -> Any:
 
 def places_in(cache: Any) -> Any:
     """Length of a cache, virtual tokens included: an int, or a tensor if its size is fixed; None if it has none."""
-    cache = _of_tokens(cache)
+    cache = of_tokens(cache)
     if not isinstance(cache, Cache) or (_layers(cache) and all(cache.is_linear)):
         return None
     return class_of(cache).get_seq_length(cache)
 
 
-def _of_tokens(cache: Any) -> Any:
+def of_tokens(cache: Any) -> Any:
     """The part of a cache that holds the tokens, and has the mark: a decoder may have one for cross-attention beside
-    it, and put both together only while it runs (BLIP)."""
+    it, and put both together only while it runs (BLIP). In transformers 5.20 the pair does not know its layers."""
     return getattr(cache, "self_attention_cache", cache)
 
 
 def _layers(cache: Any) -> list:
-    return _of_tokens(cache).layers
+    return of_tokens(cache).layers
 
 
 def is_empty(cache: Any) -> bool:
@@ -139,7 +139,8 @@ def is_empty(cache: Any) -> bool:
         )
     if len(cache) > len(_layers(cache)):  # MiniMax keeps states beside its layers
         return False
-    if any(cache.is_linear) and cache.has_previous_state():
+    own = of_tokens(cache)
+    if any(own.is_linear) and own.has_previous_state():
         return False
     length = places_in(cache)
     return length is None or int(length) == 0
@@ -151,7 +152,7 @@ def mark_of(cache: Any) -> CacheMark | None:
     Raises:
         ValueError: part of the prompt was cropped away.
     """
-    cache = _of_tokens(cache)
+    cache = of_tokens(cache)
     mark = getattr(cache, "input_tuning_mark", None)
     if mark is None or not mark.layout.slots:
         return mark
@@ -176,7 +177,7 @@ def mark_cache(cache: Any, mark: CacheMark | None) -> Any:
     """Says of a cache what it holds; returns the cache, in place of a list or tuple one that can say it."""
     if isinstance(cache, list | tuple) and not isinstance(cache, MarkedTensors):
         cache = MarkedTensors(cache)
-    holder = _of_tokens(cache)
+    holder = of_tokens(cache)
     holder.input_tuning_mark = mark
     _tell_tokens(holder)
     return cache
@@ -194,13 +195,13 @@ def _tell_tokens(cache: Any) -> None:
 
 def enter_backbone(cache: Any) -> None:
     """The backbone runs on a cache from now on: it is told places instead of tokens."""
-    cache = _of_tokens(cache)
+    cache = of_tokens(cache)
     if isinstance(cache, MarkedCache):
         cache.in_backbone = True
 
 
 def leave_backbone(cache: Any) -> None:
-    cache = _of_tokens(cache)
+    cache = of_tokens(cache)
     if isinstance(cache, MarkedCache):
         cache.in_backbone = False
 
@@ -208,7 +209,7 @@ def leave_backbone(cache: Any) -> None:
 @contextmanager
 def without_masks(cache: Any) -> Iterator[None]:
     """`generate` prepares a call on a cache of a fixed size: it leaves the mask to the backbone, which widens it."""
-    cache = _of_tokens(cache)
+    cache = of_tokens(cache)
     if not isinstance(cache, MarkedCache):
         yield
         return

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .backbone import BackboneTraits
-from .cache_mark import has_fixed_size, places_in
+from .cache_mark import has_fixed_size, of_tokens, places_in
 from .call import BackboneCall
 
 IGNORED = -100  # the label of a token that has none, in all of transformers
@@ -69,7 +69,8 @@ def check_mask_and_positions(call: dict[str, Any], given: Tensor) -> None:
 
 def check_room(cache: Any, places: int) -> None:
     """A cache of a fixed size must hold the virtual tokens, too."""
-    if not has_fixed_size(cache) or all(map(operator.or_, cache.is_sliding, cache.is_linear)):
+    own = of_tokens(cache)
+    if not has_fixed_size(cache) or all(map(operator.or_, own.is_sliding, own.is_linear)):
         return  # what has no room is forgotten
     room = cache.get_max_length()
     if 0 <= room < places:
