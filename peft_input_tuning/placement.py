@@ -15,6 +15,7 @@ from .config import InputTuningConfig
 from .layer import InputTuningLayer
 from .virtual_tokens.backbone import (
     check_has_place,
+    compares_towers,
     describe_backbone,
     find_backbone,
     find_embedding,
@@ -89,7 +90,8 @@ def _run(place: Placement) -> Placement:
         if place.backbone_path is not None:
             traits = describe_backbone(model, place.backbone_path, path)
             where = traits.slack, traits.first_position
-        seen = what_sees_ids(model, backbone, model.get_submodule(path), *where)
+        reader = backbone if compares_towers(model) else model
+        seen = what_sees_ids(reader, backbone, model.get_submodule(path), *where)
         if seen.embedding is not False:
             backbone_path = None if seen.gives_hidden_states is False else place.backbone_path
             return Placement(model, path, backbone_path, seen)

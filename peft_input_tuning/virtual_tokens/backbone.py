@@ -105,10 +105,9 @@ def find_embedding(model: nn.Module, of_encoder: bool = True) -> str:
     """
     encoder = _encoder(model)
     owner = model if encoder is None or not of_encoder else encoder
-    try:
-        embedding = owner.get_input_embeddings()
-    except (AttributeError, NotImplementedError):
-        embedding = None
+    embedding = _embedding_of(owner)
+    if embedding is None and (tower := _text_tower(model)) is not None:
+        owner, embedding = tower, _embedding_of(tower)
     table = base_embedding(embedding)
     if not isinstance(getattr(table, "weight", None), Tensor) or not hasattr(table, "num_embeddings"):
         raise ValueError(
@@ -116,6 +115,25 @@ def find_embedding(model: nn.Module, of_encoder: bool = True) -> str:
             f"{type(embedding).__name__}. Input-tuning needs a model with one."
         )
     return ".".join(filter(None, ("" if owner is model else path_of(model, owner), path_of(owner, embedding))))
+
+
+def _embedding_of(model: nn.Module) -> nn.Module | None:
+    try:
+        return model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+
+
+def _text_tower(model: nn.Module) -> nn.Module | None:
+    """The part that reads text, of a model that compares texts with images or sound (CLIP, SigLIP, CLAP): the whole
+    names no word embedding, and `get_decoder` gives that part."""
+    tower = model.get_decoder() if hasattr(model, "get_decoder") else None
+    return tower if tower is not model and takes_ids(tower) else None
+
+
+def compares_towers(model: nn.Module) -> bool:
+    """Whether the word embedding is that of a part which the model compares with another part."""
+    return _embedding_of(model) is None and _text_tower(model) is not None
 
 
 def _encoder(model: nn.Module) -> nn.Module | None:
@@ -136,6 +154,8 @@ def find_backbone(model: nn.Module, embedding_path: str) -> str | None:
     if not candidates:
         return None
     innermost, base = candidates[0], getattr(model, "base_model", None)
+    if compares_towers(model):
+        return innermost
     under_head = next((path for path in candidates if model.get_submodule(path) is base), innermost)
     more = {*forward_parameters(model.get_submodule(under_head))}
     more -= {*forward_parameters(model.get_submodule(innermost))}
