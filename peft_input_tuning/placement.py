@@ -15,11 +15,11 @@ from .config import InputTuningConfig
 from .layer import InputTuningLayer
 from .virtual_tokens.backbone import (
     check_has_place,
-    compares_towers,
     describe_backbone,
     find_backbone,
     find_embedding,
     refuse_changed_embedding,
+    text_tower,
 )
 from .virtual_tokens.install import check_can_be_installed
 from .virtual_tokens.scope import tells_input_from_output
@@ -90,7 +90,7 @@ def _run(place: Placement) -> Placement:
         if place.backbone_path is not None:
             traits = describe_backbone(model, place.backbone_path, path)
             where = traits.slack, traits.first_position
-        reader = backbone if compares_towers(model) else model
+        reader = text_tower(model) or model  # the whole of CLIP wants an image, too
         seen = what_sees_ids(reader, backbone, model.get_submodule(path), *where)
         if seen.embedding is not False:
             backbone_path = None if seen.gives_hidden_states is False else place.backbone_path

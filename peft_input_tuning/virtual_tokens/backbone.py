@@ -106,7 +106,7 @@ def find_embedding(model: nn.Module, of_encoder: bool = True) -> str:
     encoder = _encoder(model)
     owner = model if encoder is None or not of_encoder else encoder
     embedding = _embedding_of(owner)
-    if embedding is None and (tower := _text_tower(model)) is not None:
+    if embedding is None and (tower := text_tower(model)) is not None:
         owner, embedding = tower, _embedding_of(tower)
     table = base_embedding(embedding)
     if not isinstance(getattr(table, "weight", None), Tensor) or not hasattr(table, "num_embeddings"):
@@ -124,16 +124,13 @@ def _embedding_of(model: nn.Module) -> nn.Module | None:
         return None
 
 
-def _text_tower(model: nn.Module) -> nn.Module | None:
-    """The part that reads text, of a model that compares texts with images or sound (CLIP, SigLIP, CLAP): the whole
-    names no word embedding, and `get_decoder` gives that part."""
-    tower = model.get_decoder() if hasattr(model, "get_decoder") else None
-    return tower if tower is not model and takes_ids(tower) else None
-
-
-def compares_towers(model: nn.Module) -> bool:
-    """Whether the word embedding is that of a part which the model compares with another part."""
-    return _embedding_of(model) is None and _text_tower(model) is not None
+def text_tower(model: nn.Module) -> nn.Module | None:
+    """The part that reads text, of a model that compares texts with images or sound (CLIP, SigLIP, CLAP). The whole
+    may name no word embedding, and gives no hidden states; `get_decoder` gives the part that does."""
+    if not hasattr(getattr(model, "base_model", model), "get_text_features"):
+        return None
+    tower = model.get_decoder()
+    return tower if tower is not model and reads_ids(tower) else None
 
 
 def _encoder(model: nn.Module) -> nn.Module | None:
@@ -154,7 +151,7 @@ def find_backbone(model: nn.Module, embedding_path: str) -> str | None:
     if not candidates:
         return None
     innermost, base = candidates[0], getattr(model, "base_model", None)
-    if compares_towers(model):
+    if text_tower(model) is not None:
         return innermost
     under_head = next((path for path in candidates if model.get_submodule(path) is base), innermost)
     more = {*forward_parameters(model.get_submodule(under_head))}
