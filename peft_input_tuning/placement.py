@@ -20,6 +20,7 @@ from .virtual_tokens.backbone import (
     find_embedding,
     find_innermost,
     refuse_changed_embedding,
+    text_tower,
 )
 from .virtual_tokens.install import check_can_be_installed
 from .virtual_tokens.scope import tells_input_from_output
@@ -100,7 +101,8 @@ def _seen(place: Placement) -> Placement:
     them) leaves the virtual tokens to the text model inside, which gets them in front of all that comes."""
     model, path, backbone_path = place.model, place.embedding_path, place.backbone_path
     traits = None if backbone_path is None else describe_backbone(model, backbone_path, path)
-    seen = what_sees_ids(model, place.backbone, place.embedding, traits)
+    reader = text_tower(model) or model  # the whole of CLIP wants an image, too
+    seen = what_sees_ids(reader, place.backbone, place.embedding, traits)
     inner = find_innermost(model, path)
     goes_inside = backbone_path is not None and inner not in (None, backbone_path) and weights_are_here(model)
     if seen.embedding is None and goes_inside:

@@ -114,6 +114,34 @@ def row_output(
     return main[0, prompt_length(weights) :]
 
 
+@torch.no_grad()
+def head_output(base: nn.Module, weights: dict[str, Tensor], row: Tensor, head: str) -> Tensor:
+    """What a classifier says of one row of ids, by hand: the base without its head on [prompt; T(E)], then the head.
+
+    Args:
+        head: "seq_cls", "token_cls" or "qa" (its start logits). For "seq_cls" T5 and BART read the last token, an end.
+
+    Returns:
+        `(labels,)` logits for "seq_cls", `(length, labels)` for "token_cls", `(length,)` for "qa".
+    """
+    x, config, slots = embed(base, weights, row), base.config, prompt_length(weights)
+    more = {}
+    if config.is_encoder_decoder:  # the decoder reads the shifted input
+        more["decoder_input_ids"] = torch.cat([row.new_tensor([config.decoder_start_token_id]), row[:-1]])[None]
+    if head != "seq_cls":
+        out = base(inputs_embeds=x, **more)
+        main = out.start_logits if head == "qa" else out.logits
+        return main[0] if config.is_encoder_decoder else main[0, slots:]
+    if config.is_encoder_decoder:
+        body = base.transformer if hasattr(base, "transformer") else base.model
+        return base.classification_head(body(inputs_embeds=x, **more).last_hidden_state[:, -1])[0]
+    states = base.base_model(inputs_embeds=x).last_hidden_state
+    if hasattr(base, "score"):  # decoders read the last token
+        return base.score(states[0, -1])
+    states = states[:, slots:]  # encoders read the first
+    return base.classifier(states if config.model_type == "roberta" else base.base_model.pooler(states))[0]
+
+
 def likeliest(logits: Tensor) -> int:
     """The token with the largest of `(vocabulary,)` logits. Two that are all but level are an error: which one is
     larger would be up to how the processor rounds. Then the test wants other weights, or another row."""

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from adapters import adapted, config
 from device import DEVICE
 from families import ALL, DECODERS, ENCODERS, FAMILIES, SEQ2SEQ, build, ids, padded
-from oracles import embed, encoder_of, row_output, transform
+from oracles import embed, encoder_of, head_output, row_output, transform
 
 TOLERANCE = {"atol": 2e-4, "rtol": 1e-3}
 ADAPTERS = {
@@ -197,7 +197,7 @@ def test_a_model_without_a_head_gives_aligned_hidden_states(family):
 )
 def test_classification_and_question_answering(family, head):
     task = {"seq_cls": "SEQ_CLS", "token_cls": "TOKEN_CLS", "qa": "QUESTION_ANS"}[head]
-    model, base, weights = adapted(family, head, task_type=task)
+    model, base, weights = adapted(family, head, task_type=task)  # heads are copies with the base's values
     rows = [ids(7), ids(4, seed=1)]
     for row in rows:
         row[-1] = 1  # the end token that T5 and BART pool
@@ -209,46 +209,12 @@ def test_classification_and_question_answering(family, head):
     out = model(input_ids=batch, attention_mask=mask, **given)
     assert torch.isfinite(out.loss)
     for i, row in enumerate(rows):
-        got = alone(model, base, weights, row, head)
+        got = head_output(base, weights, row, head)
         main = out.start_logits if head == "qa" else out.logits
         if head == "seq_cls":
             assert_close(main[i], got, **TOLERANCE)
         else:
             assert_close(main[i][mask[i] == 1], got, **TOLERANCE)
-
-
-def alone(model, base, weights, row, head):
-    """One row's answer by hand: the base model without its head on [prompt; T(E)], then the head."""
-    del base
-    with torch.no_grad(), model.disable_adapter():
-        inner = model.get_base_model()
-        x = embed(inner, weights, row)
-        if head != "seq_cls":
-            more = {}
-            if inner.config.is_encoder_decoder:  # BART's decoder reads the shifted input
-                shifted = torch.cat([torch.tensor([inner.config.decoder_start_token_id], device=DEVICE), row[:-1]])
-                more["decoder_input_ids"] = shifted[None]
-            # modules_to_save heads are active only with the adapter; their copy has the base's values at the start
-            out = inner(inputs_embeds=x, **more)
-            main = out.start_logits if head == "qa" else out.logits
-            return main[0] if inner.config.is_encoder_decoder else main[0, 4:]
-        return _pooled(inner, x, row)
-
-
-def _pooled(inner, x, row):
-    config = inner.config
-    if config.is_encoder_decoder:
-        shifted = torch.cat([torch.tensor([config.decoder_start_token_id], device=DEVICE), row[:-1]])
-        body = inner.transformer if hasattr(inner, "transformer") else inner.model
-        last = body(inputs_embeds=x, decoder_input_ids=shifted[None]).last_hidden_state[:, -1]
-        return inner.classification_head(last)[0]
-    body = inner.base_model(inputs_embeds=x)
-    if hasattr(inner, "score"):  # decoders read the last token
-        return inner.score(body.last_hidden_state[0, -1])
-    tokens = body.last_hidden_state[:, 4:]  # encoders read the first
-    if config.model_type == "roberta":
-        return inner.classifier(tokens)[0]
-    return inner.classifier(inner.base_model.pooler(tokens))[0]
 
 
 @pytest.mark.feature("forward")

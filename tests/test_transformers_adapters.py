@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -12,14 +10,12 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
-    PreTrainedTokenizerFast,
-    pipeline,
 )
 
-from adapters import SIZES, adapted, config, randomize
+from adapters import adapted, config, randomize
 from device import DEVICE
-from families import ALL, DECODERS, FAMILIES, GENERATORS, build, ids
-from oracles import adapter_weights, embed, greedy, row_output
+from families import ALL, FAMILIES, GENERATORS, build, ids
+from oracles import adapter_weights, greedy, row_output
 
 each_family = pytest.mark.parametrize("family", ALL, ids=str)
 LLAMA = FAMILIES["llama"]
@@ -353,88 +349,3 @@ def test_input_tuning_is_deleted_and_lora_goes_on():
     model.delete_adapter("prompt")
     model.set_adapter("lora")
     assert torch.equal(output(model), want)
-
-
-# ---- pipelines ----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerFast:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    words = {"<pad>": 0, "</s>": 1, "<unk>": 2, **{f"w{i}": i for i in range(3, 97)}}
-    made = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    made.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=made, unk_token="<unk>", pad_token="<pad>", eos_token="</s>", padding_side="left"
-    )
-
-
-SPECIAL = ("<pad>", "</s>", "<unk>")  # a pipeline's text leaves them out
-TEXTS = ["w5 w6 w7", "w8 w9 w10 w11 w12"]
-
-
-def as_ids(text: str) -> torch.Tensor:
-    return torch.tensor([int(word[1:]) for word in text.split()], device=DEVICE)
-
-
-@pytest.mark.feature("pipeline")
-@pytest.mark.parametrize("way", ["transformers", "PEFT"])
-@pytest.mark.parametrize("batch_size", [1, 2])
-@pytest.mark.parametrize("family", DECODERS, ids=str)
-def test_text_generation_pipeline(tokenizer, family, way, batch_size):
-    model = added(family) if way == "transformers" else adapted(family)[0]
-    pipe = pipeline("text-generation", model=model, tokenizer=tokenizer, device=DEVICE)
-    out = pipe(TEXTS, max_new_tokens=4, do_sample=False, return_full_text=False, batch_size=batch_size)
-    for text, answers in zip(TEXTS, out, strict=True):
-        want = greedy(build(family), adapter_weights(model), as_ids(text), 4)
-        shown = [token for token in tokenizer.convert_ids_to_tokens(want.tolist()) if token not in SPECIAL]
-        assert answers[0]["generated_text"].split() == shown
-
-
-@torch.no_grad()
-def class_logits(base, weights: dict, row: torch.Tensor) -> torch.Tensor:
-    """By hand for encoders, which pool the first place: that of the first token, not of the prompt."""
-    if not hasattr(base, "bert") and not hasattr(base, "roberta"):
-        return row_output(base, weights, row)
-    hidden = base.base_model(inputs_embeds=embed(base, weights, row)).last_hidden_state
-    hidden = hidden[:, SIZES["num_virtual_tokens"] :]
-    return base.classifier(base.bert.pooler(hidden) if hasattr(base, "bert") else hidden)[0]
-
-
-@pytest.mark.feature("pipeline")
-@pytest.mark.parametrize("way", ["transformers", "PEFT"])
-@pytest.mark.parametrize("family", [f for f in ALL if "seq_cls" in f.heads and f.kind != "seq2seq"], ids=str)
-def test_text_classification_pipeline(tokenizer, family, way):
-    base = build(family, "seq_cls")
-    if way == "transformers":
-        model = build(family, "seq_cls")
-        model.add_adapter(config(task_type="SEQ_CLS"))
-        randomize(model)
-    else:
-        model = adapted(family, "seq_cls", task_type="SEQ_CLS")[0]
-    tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.padding_side = "right"  # BERT's own rows depend on padding on the left
-    pipe = pipeline("text-classification", model=model, tokenizer=tokenizer, device=DEVICE, top_k=None)
-    for text, answers in zip(TEXTS, pipe(TEXTS, batch_size=2), strict=True):
-        want = class_logits(base, adapter_weights(model), as_ids(text)).softmax(-1)
-        got = torch.tensor(
-            [next(a["score"] for a in answers if a["label"] == f"LABEL_{i}") for i in range(3)], device=DEVICE
-        )
-        assert_close(got, want, **TOLERANCE)
-
-
-def test_pipeline_from_an_adapter_folder(tmp_path, tokenizer):
-    """What a user of the hub writes: the folder's name, nothing else. The tokenizer is the base's."""
-    base = build(LLAMA)
-    base.config.eos_token_id = None  # an end that comes by chance would make the comparison vacuous
-    base.save_pretrained(tmp_path / "base")
-    model = get_peft_model(LLAMA.heads["lm"].from_pretrained(tmp_path / "base").to(DEVICE), config(LLAMA))
-    randomize(model)
-    model.save_pretrained(tmp_path / "adapter")
-    tokenizer.save_pretrained(tmp_path / "base")
-    pipe = pipeline("text-generation", model=str(tmp_path / "adapter"), device=DEVICE)
-    out = pipe(TEXTS[0], max_new_tokens=4, do_sample=False, return_full_text=False)
-    base = LLAMA.heads["lm"].from_pretrained(tmp_path / "base").to(DEVICE)
-    want = greedy(base, adapter_weights(model), as_ids(TEXTS[0]), 4)
-    assert out[0]["generated_text"].split() == tokenizer.convert_ids_to_tokens(want.tolist())

@@ -113,10 +113,9 @@ def find_embedding(model: nn.Module, of_encoder: bool = True) -> str:
     """
     encoder = _encoder(model)
     owner = model if encoder is None or not of_encoder else encoder
-    try:
-        embedding = owner.get_input_embeddings()
-    except (AttributeError, NotImplementedError):
-        embedding = None
+    embedding = _embedding_of(owner)
+    if embedding is None and (tower := text_tower(model)) is not None:
+        owner, embedding = tower, _embedding_of(tower)
     table = base_embedding(embedding)
     if not isinstance(getattr(table, "weight", None), Tensor) or not hasattr(table, "num_embeddings"):
         raise ValueError(
@@ -125,6 +124,22 @@ def find_embedding(model: nn.Module, of_encoder: bool = True) -> str:
             "(`model.text_model` of CLIP)."
         )
     return ".".join(filter(None, ("" if owner is model else path_of(model, owner), path_of(owner, embedding))))
+
+
+def _embedding_of(model: nn.Module) -> nn.Module | None:
+    try:
+        return model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+
+
+def text_tower(model: nn.Module) -> nn.Module | None:
+    """The part that reads text, of a model that compares texts with images or sound (CLIP, SigLIP, CLAP). The whole
+    may name no word embedding, and gives no hidden states; `get_decoder` gives the part that does."""
+    if not hasattr(getattr(model, "base_model", model), "get_text_features"):
+        return None
+    tower = model.get_decoder()
+    return tower if tower is not model and reads_ids(tower) else None
 
 
 def _encoder(model: nn.Module) -> nn.Module | None:
@@ -148,6 +163,8 @@ def find_backbone(model: nn.Module, embedding_path: str) -> str | None:
     if not candidates:
         return None
     innermost, base = candidates[0], getattr(model, "base_model", None)
+    if text_tower(model) is not None:
+        return innermost
     under_head = next((path for path in candidates if model.get_submodule(path) is base), innermost)
     more = {*forward_parameters(model.get_submodule(under_head))}
     more -= {*forward_parameters(model.get_submodule(innermost))}
