@@ -120,8 +120,7 @@ def find_embedding(model: nn.Module, of_encoder: bool = True) -> str:
     if not isinstance(getattr(table, "weight", None), Tensor) or not hasattr(table, "num_embeddings"):
         raise ValueError(
             f"{type(model).__name__} has no token embedding: `get_input_embeddings()` gave "
-            f"{type(embedding).__name__}. Give input-tuning a model with one, or the part that has it "
-            "(`model.text_model` of CLIP)."
+            f"{type(embedding).__name__}. Give input-tuning a model with one, or the part that has it."
         )
     return ".".join(filter(None, ("" if owner is model else path_of(model, owner), path_of(owner, embedding))))
 
