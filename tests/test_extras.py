@@ -77,7 +77,7 @@ def answers(calls: list[list[str]], cwd: Path) -> list[tuple[int, str, str]]:
 
 
 HELP = [[script] for script in SCRIPTS if script != "logic_to_text.py"]  # which takes no arguments
-HELP += [[COMMAND], *([COMMAND, command] for command in ("export", "inspect", "familiarity"))]
+HELP += [[COMMAND], *([COMMAND, command] for command in ("export", "inspect", "familiarity", "run"))]
 # In the folder that `said` makes. `model` has a GGUF file, `data` a task.
 MISSING = [
     (["quickstart.py"], "evaluate", "demo"),
