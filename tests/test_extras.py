@@ -83,7 +83,6 @@ MISSING = [
     (["quickstart.py"], "evaluate", "demo"),
     (["train.py", "--train_data", "rows.jsonl", "--output_dir", "out"], "datasets", "demo"),
     (["many_tasks.py"], "rich", "demo"),
-    (["generation_service.py", "--adapter", "name=folder"], "fastapi", "serve"),
     (["to_gguf.py", "checkpoint", "out.gguf", "--converter", "convert.py"], "gguf", "demo"),
     (["loops/accelerate_loop.py", "--model", "model"], "gguf", "demo"),
     (["loops/lightning_loop.py"], "lightning", "all"),
