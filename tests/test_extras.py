@@ -84,7 +84,6 @@ MISSING = [
     (["train.py", "--train_data", "rows.jsonl", "--output_dir", "out"], "datasets", "demo"),
     (["many_tasks.py"], "rich", "demo"),
     (["embeddings.py"], "sentence_transformers", "embeddings"),
-    (["generation_service.py", "--adapter", "name=folder"], "fastapi", "serve"),
     (["to_gguf.py", "checkpoint", "out.gguf", "--converter", "convert.py"], "gguf", "demo"),
     (["loops/accelerate_loop.py", "--model", "model"], "gguf", "demo"),
     (["loops/lightning_loop.py"], "lightning", "all"),
