@@ -1,4 +1,4 @@
-"""The README's table of what works where, made from the tests.
+"""docs/families.md's table of what works where, made from the tests.
 
 A test that stands for cells of the table has a marker, the row, and a parameter `family`, the columns:
 
@@ -7,8 +7,8 @@ A test that stands for cells of the table has a marker, the row, and a parameter
 
 A cell is ticked where such a test exists and `make test` runs it, so the suite fails when the cell is not true.
 
-    python tests/compatibility.py            write the table into the README (`make compatibility`)
-    python tests/compatibility.py --check    say whether the README has it
+    python tests/compatibility.py            write the table into the page (`make compatibility`)
+    python tests/compatibility.py --check    say whether the page has it
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ import pytest
 from families import FAMILIES, Family
 
 TESTS = Path(__file__).parent
-README = TESTS.parent / "README.md"
+PAGE = TESTS.parent / "docs" / "families.md"
 BLOCK = re.compile(r"(?<=<!-- what works where -->\n).*?(?=<!-- end -->)", re.DOTALL)
 
-FEATURES = {  # the markers' names and what the README says
+FEATURES = {  # the markers' names and what the page says
     "forward": "forward: loss, positions, embeddings, hidden states",
     "padding": "left and right padding",
     "training": "training changes the adapter and nothing else",
@@ -95,12 +95,12 @@ def table(ticked: set[tuple[str, str]]) -> str:
 
 
 def main() -> None:
-    readme = README.read_text(encoding="utf-8")
-    renewed = BLOCK.sub(lambda _: table(collect()), readme)
+    page = PAGE.read_text(encoding="utf-8")
+    renewed = BLOCK.sub(lambda _: table(collect()), page)
     if "--check" not in sys.argv[1:]:
-        README.write_text(renewed, encoding="utf-8")
-    elif renewed != readme:
-        raise SystemExit("The README's table is not what the tests say. Run `make compatibility`.")
+        PAGE.write_text(renewed, encoding="utf-8")
+    elif renewed != page:
+        raise SystemExit("The table of docs/families.md is not what the tests say. Run `make compatibility`.")
 
 
 if __name__ == "__main__":

@@ -883,11 +883,13 @@ def test_the_stored_report_is_that_of_the_stored_runs(tmp_path, capsys):
     assert "Pass DATA" not in capsys.readouterr().err  # nothing is stale
 
 
-def test_the_readme_has_the_summary(capsys):
+def test_the_page_of_the_comparison_has_the_summary(capsys):
     import report
 
     assert report.main(["--summary"]) == 0
-    written = re.search(r"<!-- comparison -->\n(.*?)<!-- end -->", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    written = re.search(
+        r"<!-- comparison -->\n(.*?)<!-- end -->", (ROOT / "docs" / "paper-comparison.md").read_text(), re.DOTALL
+    )[1]
     assert written == capsys.readouterr().out
 
 
@@ -931,7 +933,7 @@ def shares_of_the_gap(runs: dict) -> list[int]:
     return [min(shares), max(shares)]
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/which-method.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/which-method.md", "docs/paper-comparison.md"])
 def test_pages_say_how_much_of_the_gap_is_closed(page, runs_of_the_repository):
     text = " ".join((ROOT / page).read_text(encoding="utf-8").split())
     ((low, high),) = re.findall(r"closes (\d+) to (\d+) % of the gap", text)

@@ -502,7 +502,7 @@ def test_input_tuning_wins_on_smollm2(tmp_path):
     assert run.returncode == 0, run.stderr
     results = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
     ours, theirs = results["input-tuning"], results["prompt-tuning"]
-    # What the README says of all processors; figures vary with how they round.
+    # What docs/demo.md says of all processors; figures vary with how they round.
     assert ours["validation_loss"] < theirs["validation_loss"] / 4
     assert ours["bleu"] > theirs["bleu"] + 15
     assert ours["exact_match"] > theirs["exact_match"] + 30

@@ -1,4 +1,4 @@
-"""What the README says is run: its examples, its table, what it says of prompt-tuning."""
+"""What README and docs say is run: their examples, their tables, what they say of prompt-tuning."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import logic_to_text
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+CONFIGURATION = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+DIFFERENCES = (ROOT / "docs" / "prompt-tuning.md").read_text(encoding="utf-8")
 NAME = 'name = "HuggingFaceTB/SmolLM2-135M-Instruct"\n'  # replaced by a tiny model's, since no hub is at hand
 LLAMA = FAMILIES["llama"]
 # The blocks that are not run here, by what they hold, and why not.
@@ -78,16 +79,16 @@ def session(tiny_model, tmp_path, monkeypatch) -> dict[str, Any]:
 
 
 @pytest.fixture
-def examples(tiny_model) -> list[tuple[int, str]]:
-    """The README's blocks, with a model that is there."""
-    (line, swap), *others = blocks("README.md")
-    assert swap.count(NAME) == 1
-    return [(line, swap.replace(NAME, f"name = {str(tiny_model)!r}\n")), *others]
+def quickstart(tiny_model) -> tuple[int, str]:
+    """The README's first block, with a model that is there."""
+    line, source = blocks("README.md")[0]
+    assert source.count(NAME) == 1
+    return line, source.replace(NAME, f"name = {str(tiny_model)!r}\n")
 
 
-def test_the_swap_trains_saves_and_loads(session, examples, capsys):
-    swap, loading, *_ = examples
-    run("README.md", swap, session)
+def test_the_quickstart_trains_saves_and_loads(session, quickstart, capsys):
+    _, loading = blocks("README.md")
+    run("README.md", quickstart, session)
     trained, trainer = session["model"].eval(), session["trainer"]
     losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
     assert len(losses) > 2
@@ -106,10 +107,15 @@ def test_the_swap_trains_saves_and_loads(session, examples, capsys):
     assert "sort(releaseDate asc of MusicRecording())[1]" in capsys.readouterr().out
 
 
-def test_the_examples_run_in_order_in_one_session(session, examples):
-    after = []
-    for block in examples:
-        run("README.md", block, session)
+def test_the_examples_run_in_order_in_one_session(session, quickstart):
+    run("README.md", quickstart, session)
+    after = [session["model"]]
+    loading, mixing = blocks("docs/using.md")
+    (starting,) = blocks("docs/prompt-tuning.md")
+    exporting, serving, *_ = blocks("docs/serving.md")
+    using, prompts, export = "docs/using.md", "docs/prompt-tuning.md", "docs/serving.md"
+    for path, block in ((using, loading), (prompts, starting), (using, mixing), (export, exporting)):
+        run(path, block, session)
         after.append(session["model"])
     trained, _, from_prompt, mixed, exported = after
     assert not torch.equal(
@@ -126,7 +132,6 @@ def test_the_examples_run_in_order_in_one_session(session, examples):
     logits = plain(input_ids=torch.cat([virtual, row], 1)).logits[:, 20:, :words]
     assert_close(exported.eval()(input_ids=row).logits, logits, atol=2e-4, rtol=1e-3)
 
-    serving, *_ = blocks("docs/serving.md")
     run("docs/serving.md", serving, session)
     assert_close(session["model"](input_ids=torch.cat([virtual, row], 1)).logits[:, 20:, :words], logits)
 
@@ -168,7 +173,12 @@ def test_the_examples_of_training(session, tiny_model):
 
 def test_every_block_is_run_or_has_a_reason_not_to_be():
     found = {str(path.relative_to(ROOT)): blocks(str(path.relative_to(ROOT))) for path in ROOT.glob("docs/*.md")}
-    for path, count in {"docs/serving.md": 1, "docs/training.md": 2}.items():
+    for path, count in {
+        "docs/prompt-tuning.md": 1,
+        "docs/serving.md": 2,
+        "docs/training.md": 2,
+        "docs/using.md": 2,
+    }.items():
         for _ in range(count):
             found[path].pop(0)  # by the tests above
     left = [source for of_one in found.values() for _, source in of_one]
@@ -177,10 +187,10 @@ def test_every_block_is_run_or_has_a_reason_not_to_be():
     assert all(any(mark in source for source in left) for mark in NOT_RUN)
 
 
-def test_the_swap_is_short():
-    (_, swap), *_ = blocks("README.md")
-    assert "PromptTuningConfig(...)" in swap
-    assert len([line for line in swap.splitlines() if line.strip()]) <= 36
+def test_the_readme_is_short():
+    (_, quickstart), *_ = blocks("README.md")
+    assert len([line for line in quickstart.splitlines() if line.strip()]) <= 36
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
 
 
 def test_the_table_of_what_works_where_is_what_the_tests_say():
@@ -191,7 +201,7 @@ def test_the_table_of_what_works_where_is_what_the_tests_say():
 
 
 def test_the_table_of_fields_has_the_defaults():
-    said = dict(re.findall(r"^\| `(\w+)` \| (\S+) \|", README, re.MULTILINE))
+    said = dict(re.findall(r"^\| `(\w+)` \| (\S+) \|", CONFIGURATION, re.MULTILINE))
     defaults = InputTuningConfig()
     assert {"num_virtual_tokens", "adapter_hidden_dim", "adapter_activation"} <= set(said)
     for name, value in said.items():
@@ -204,10 +214,10 @@ def test_the_table_of_fields_has_the_defaults():
 
 NEW = 8
 GREEDY = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "pad_token_id": PAD}
-VERSIONS = re.search(r"As seen with PEFT\s+([\d.]+) and transformers ([\d.]+)", README)
+VERSIONS = re.search(r"As seen with PEFT\s+([\d.]+) and transformers ([\d.]+)", DIFFERENCES)
 of_these_versions = pytest.mark.skipif(
     VERSIONS is None or VERSIONS.groups() != (peft.__version__, transformers.__version__),
-    reason="the README speaks of other versions of PEFT and transformers",
+    reason="docs/prompt-tuning.md speaks of other versions of PEFT and transformers",
 )
 
 
@@ -268,4 +278,5 @@ def test_input_tuning_is_as_the_readme_says():
 
 def test_the_readme_says_when_transformers_asks_for_a_newer_peft(peft_asked_for):
     asked = f"transformers {transformers.__version__} asks for PEFT {peft_asked_for}, which is not released"
-    assert (asked in README) == (Version(peft_asked_for) > Version(peft.__version__))
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert (asked in readme) == (Version(peft_asked_for) > Version(peft.__version__))

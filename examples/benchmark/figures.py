@@ -171,7 +171,8 @@ def gap_bars(scores: Means, tasks: Sequence[str], methods: Sequence[str]) -> str
 
 def relative_performance(scores: Means, bits: Mapping[str, float]) -> str | None:
     """BLEU in per cent of fine-tuning's over bits per byte; None where no task has both."""
-    found = {method: pairs_of(bits, lambda task, m=method: relative(scores, task, m)) for method in (LOWEST, OURS)}
+    methods = (LOWEST, OURS, "lora")
+    found = {method: pairs_of(bits, lambda task, m=method: relative(scores, task, m)) for method in methods}
     tasks = sorted({task for some, _, _ in found.values() for task in some}, key=lambda task: bits[task])
     if not tasks:
         return None
@@ -183,7 +184,7 @@ def relative_performance(scores: Means, bits: Mapping[str, float]) -> str | None
             axes.plot(xs, ys, color=colour, linestyle="", marker=marker, markersize=6, label=method)
         axes.axhline(100, color=STYLES[HIGHEST][0], linewidth=0.8, label=HIGHEST)
         axes.margins(x=0.08)
-        highest = {task: max(relative(scores, task, m) or 0 for m in (LOWEST, OURS)) for task in tasks}
+        highest = {task: max(relative(scores, task, m) or 0 for m in methods) for task in tasks}
         least = 0.05 * max(bits[tasks[-1]] - bits[tasks[0]], 0.1)
         place = -math.inf
         for task in tasks:  # names above, apart from each other, a thin line to their points
@@ -198,7 +199,7 @@ def relative_performance(scores: Means, bits: Mapping[str, float]) -> str | None
             )
         axes.set_xlabel(BITS)
         axes.set_ylabel("BLEU in per cent of fine-tuning's")
-        _legend(figure, [axes], (LOWEST, OURS, HIGHEST))
+        _legend(figure, [axes], (*methods, HIGHEST))
 
     return _drawn("relative", "BLEU in per cent of fine-tuning's over bits per byte of the inputs", (7.5, 4.4), draw)
 
