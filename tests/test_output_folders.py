@@ -83,11 +83,16 @@ def test_every_kind_of_place(place):
 
 
 def test_what_fails_leaves_nothing(place, tmp_path):
-    there, real = place
+    there, _ = place
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(KeyboardInterrupt), unfinished_folder("output", there, last="z") as folder:
-        (folder / "a").write_text("x")
-        raise KeyboardInterrupt
+
+    def interrupted():
+        with unfinished_folder("output", there, last="z") as folder:
+            (folder / "a").write_text("x")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     check_folder_to_write("output", there)
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -97,7 +102,9 @@ KILLED = [(kind, "writing") for kind in KINDS] + [(kind, "moving") for kind in (
 
 
 def started(path, stage):
-    process = subprocess.Popen([sys.executable, "-c", WRITER, str(path), stage, folders.__file__], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(path), stage, folders.__file__], stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout.readline() == "here\n"
     return process
 

@@ -117,6 +117,11 @@ def _refuse_what_no_checkpoint_holds(base: nn.Module, layer: InputTuningLayer, c
         raise ValueError(
             f"`model` is offloaded: `{away}` is not in memory. Load the base model without offloading to export it."
         )
+    refuse_words_for_prompt(base, count)
+
+
+def refuse_words_for_prompt(base: nn.Module, count: int) -> None:
+    """Raises ValueError for models in which virtual tokens cannot be words of the input like others."""
     if not count:
         return
     reads_first = getattr(base.base_model, "pooler", None) is not None

@@ -31,14 +31,14 @@ def vocabulary_names(base: nn.Module, state: dict[str, Tensor], table_name: str)
     ]
 
 
-def empty_model(base: nn.Module, rows: int) -> nn.Module:
-    """The class of the base without weights, with the new vocabulary. A decoder's head is untied from its table; an
-    encoder-decoder model keeps its ties, since a table of the encoder's own is part of the format."""
+def empty_model(base: nn.Module, rows: int, untie: bool = True) -> nn.Module:
+    """The class of the base without weights, with the new vocabulary. With `untie`, a decoder's head is untied from
+    its table; an encoder-decoder model keeps its ties, since a table of the encoder's own is part of the format."""
     config = copy.deepcopy(base.config)
     config.vocab_size = rows
     if hasattr(config, "quantization_config"):  # of the GGUF file
         del config.quantization_config
-    if find_decoder(base, base.get_encoder()) is None:
+    if untie and find_decoder(base, base.get_encoder()) is None:
         config.tie_word_embeddings = False
     with torch.device("meta"):
         plain = class_of(base)(config)

@@ -1,11 +1,11 @@
 """Writing a folder so that a half-written one is never taken for a whole one.
 
     a new folder          .NAME.unfinished beside it, renamed at the end
-    an empty one          .unfinished inside of it, whose files move up at the end: it may be a mount point, the current
-                          folder or behind a link, which cannot be replaced
+    an empty one          .unfinished inside of it, whose files move up at the end: it may be a mount point, the
+                          current folder or behind a link, which cannot be replaced
 
-The unfinished folder is locked while somebody writes it. What a killed process has left is known by its having no lock,
-and is cleared by the next one.
+The unfinished folder is locked while somebody writes it. What a killed process has left is known by its having no
+lock, and is cleared by the next one.
 """
 
 from __future__ import annotations
