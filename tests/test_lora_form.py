@@ -180,7 +180,11 @@ def test_a_grown_base_is_the_base_and_holds_any_adapter(family, untie, tmp_path)
         save_as_lora(longer, tmp_path / "x", tokenizer=loaded)
 
 
-@pytest.mark.parametrize("family", [FAMILIES[name] for name in ("llama", "gemma3", "t5")], ids=str)
+@pytest.mark.parametrize(
+    "family",
+    [LLAMA, *(pytest.param(FAMILIES[name], marks=pytest.mark.slow) for name in ("gemma3", "t5"))],
+    ids=str,
+)
 def test_generates_without_the_package(family, tmp_path):
     """Stock PEFT in a process of its own, the folder's own tokenizer, the base's greedy text."""
     base = roomy(family).float()
