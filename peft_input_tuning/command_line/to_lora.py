@@ -78,10 +78,8 @@ def _say_errors(report: LoraReport) -> None:
             f"Exact but for rounding: embeddings are off by at most {errors.largest:.2g} of their length.", flush=True
         )
         return
-    print(
-        f"NOT exact: the rank is {report.rank}, and {report.exact_rank} would be exact. Embeddings are off by, of their"
-    )
-    print(f"length, {errors.mean:.2g} in the mean and {errors.largest:.2g} at most, over all words", flush=True)
+    print(f"NOT exact: rank {report.rank}, and {report.exact_rank} would be. Embeddings are off, of their length,")
+    print(f"        {errors.mean:.2g} in the mean and {errors.largest:.2g} at most, over all words")
     if errors.mean_in_text is not None:
         print(f"        {errors.mean_in_text:.2g} in the mean and {errors.largest_in_text:.2g} at most, in the text")
 
