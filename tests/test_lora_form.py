@@ -24,7 +24,9 @@ from device import DEVICE
 from families import EOS, FAMILIES, GENERATORS, PAD, VOCAB, Family, build, ids, padded
 from oracles import adapter_weights, greedy, row_output, transform
 from peft_input_tuning import from_lora, grow_base, prompt_embeds, save_as_lora
+from peft_input_tuning.layer import named_layer
 from peft_input_tuning.lora_form.places import find_places
+from peft_input_tuning.lora_form.tensors import lora_tensors, word_errors
 from tokenizers_of_families import tokenizer_of
 
 SPARE, TOKENS = 6, 4
@@ -336,6 +338,12 @@ def test_a_lora_that_is_not_exact_says_its_error_before_it_writes(tmp_path):
     lora = PeftModel.from_pretrained(roomy(LLAMA), tmp_path / "lora").double()
     virtual = torch.tensor(report.virtual_token_ids, device=DEVICE)
     assert_close(lora.get_input_embeddings()(virtual), weights["prompt.weight"].double(), atol=1e-7, rtol=1e-7)
+
+    _, layer = named_layer(model)
+    a, b = lora_tensors(layer, "default", report.virtual_token_ids, 29)
+    for spoilt in (1e3, float("nan")):
+        a[0, 7] = spoilt
+        assert not word_errors(layer, "default", a, b, report.virtual_token_ids, None).largest < 10
 
     def refuse(report):
         raise ValueError("too much")

@@ -84,7 +84,7 @@ def lora_tensors(
     if rank >= parts.exact_rank and parts.sum <= parts.dim:
         return _by_parts(layer, name, front, prompt, progress)
     if rank >= parts.exact_rank:
-        a = torch.empty(parts.dim, layer.num_embeddings, dtype=scale.dtype)
+        a = _by_words(parts.dim, layer)
         for ids, e, adapted in blocks(layer, name, progress):
             a[:, ids] = ((adapted - e) / scale).T
         a[:, front] = prompt.T
@@ -96,7 +96,7 @@ def _by_parts(
     layer: InputTuningLayer, name: str, front: Tensor, prompt: Tensor, progress: Progress | None
 ) -> tuple[Tensor, Tensor]:
     parts, scale = parts_of(layer, name), layer.embed_scale.cpu()
-    a = torch.zeros(parts.sum, layer.num_embeddings, dtype=scale.dtype)
+    a = _by_words(parts.sum, layer)
     b = torch.empty(parts.dim, parts.sum, dtype=scale.dtype)
     words = parts.hidden + parts.bias
     if parts.hidden:
@@ -111,6 +111,11 @@ def _by_parts(
     a[:, front] = 0
     _put_prompt(a, b, front, prompt)
     return a, b
+
+
+def _by_words(rank: int, layer: InputTuningLayer) -> Tensor:
+    """`(rank, num_embeddings)` zeros, a word's column in one piece of memory: they are written word by word."""
+    return torch.zeros(layer.num_embeddings, rank, dtype=layer.embed_scale.dtype).T
 
 
 def _put_prompt(a: Tensor, b: Tensor, front: Tensor, prompt: Tensor) -> None:
@@ -130,7 +135,7 @@ def _nearest(
         moved = (adapted - e)[~torch.isin(ids, front)].double()
         products += moved.T @ moved
     directions = torch.linalg.eigh(products).eigenvectors.flip(1)[:, : rank - len(front)].to(scale.dtype)
-    a = torch.zeros(rank, layer.num_embeddings, dtype=scale.dtype)
+    a = _by_words(rank, layer)
     b = torch.empty(dim, rank, dtype=scale.dtype)
     for ids, e, adapted in blocks(layer, name, progress):
         a[: directions.shape[1], ids] = ((adapted - e) / scale @ directions).T
@@ -170,7 +175,7 @@ def word_errors(
     errors = torch.empty(layer.num_embeddings, dtype=scale.dtype)
     for ids, e, adapted in blocks(layer, name):
         off = (e + (a[:, ids].T @ b.T) * scale - adapted).norm(dim=1)
-        errors[ids] = (off / adapted.norm(dim=1)).nan_to_num(nan=0.0)  # 0/0: a row of zeros that stays zero
+        errors[ids] = torch.where(off == 0, 0, off / adapted.norm(dim=1))  # rows of zeros stay zero
     counted = torch.ones(layer.num_embeddings, dtype=torch.bool)
     counted[list(virtual_ids)] = False
     largest, mean = float(errors[counted].max()), float(errors[counted].mean())
