@@ -9,6 +9,8 @@ import copy
 import json
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -50,10 +52,38 @@ def roomy(family: Family) -> torch.nn.Module:
     return copy.deepcopy(_roomy(family.name)).to(DEVICE).requires_grad_(False)
 
 
+@contextmanager
+def float64_stays() -> Iterator[None]:
+    """Models compute norms and weights of attention in float32, where a last bit of float64 may round either way."""
+
+    def keeping(method):
+        def kept(tensor, *args, **kwargs):
+            if tensor.dtype != torch.float64:
+                return method(tensor, *args, **kwargs)
+            args = tuple(torch.float64 if arg is torch.float32 else arg for arg in args)
+            kwargs = {key: torch.float64 if arg is torch.float32 else arg for key, arg in kwargs.items()}
+            return method(tensor, *args, **kwargs)
+
+        return kept
+
+    float32 = torch.Tensor.float
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "float", lambda one: one if one.dtype == torch.float64 else float32(one))
+        patch.setattr(torch.Tensor, "to", keeping(torch.Tensor.to))
+        patch.setattr(torch.nn.functional, "softmax", keeping(torch.nn.functional.softmax))
+        yield
+
+
+def in_full(call: Callable, *args, **kwargs):
+    """What a call gives with all of its arithmetic in float64, if its model is."""
+    with float64_stays(), torch.no_grad():
+        return call(*args, **kwargs)
+
+
 def in_float64(family: Family, folder: Path) -> torch.nn.Module:
     """A model that was loaded in float64: Gemma's embedding scale is rounded otherwise in one that was cast."""
     build(family).save_pretrained(folder / "source")
-    return type(build(family)).from_pretrained(folder / "source", dtype=torch.float64).eval().to(DEVICE)
+    return type(build(family)).from_pretrained(folder / "source", dtype=torch.float64).eval().double().to(DEVICE)
 
 
 def tuned(base: torch.nn.Module, family: Family, seed: int = 1, **changes) -> tuple[PeftModel, dict]:
@@ -69,8 +99,7 @@ def more_of(family: Family) -> dict[str, torch.Tensor]:
 def logits(model: torch.nn.Module, virtual: list[int], row: torch.Tensor, family: Family, **kwargs) -> torch.Tensor:
     """Of one row with the virtual tokens in front, `(length, words)`, without theirs."""
     front = torch.tensor(virtual, dtype=torch.long, device=DEVICE)
-    with torch.no_grad():
-        out = model(input_ids=torch.cat([front, row])[None], **more_of(family), **kwargs).logits[0]
+    out = in_full(model, input_ids=torch.cat([front, row])[None], **more_of(family), **kwargs).logits[0]
     return out if family.kind == "seq2seq" else out[len(virtual) :]
 
 
@@ -97,10 +126,12 @@ def test_logits_in_stock_peft(family, changes, tmp_path):
     lora = PeftModel.from_pretrained(roomy(family), tmp_path / "lora").eval().double()
     assert type(lora.peft_config["default"]) is LoraConfig
     row = ids(7)
-    want = row_output(roomy(family), weights, row, changes.get("adapter_activation", "relu"), **more_of(family))
+    want = in_full(
+        row_output, roomy(family), weights, row, changes.get("adapter_activation", "relu"), **more_of(family)
+    )
     got = logits(lora, list(report.virtual_token_ids), row, family)
     assert_close(got, want, **EXACT)
-    assert_close(got, model(input_ids=row[None], **more_of(family)).logits[0], **EXACT)
+    assert_close(got, in_full(model, input_ids=row[None], **more_of(family)).logits[0], **EXACT)
 
 
 @pytest.mark.feature("lora")
@@ -122,11 +153,10 @@ def test_mixed_batches_of_stock_peft(family, tmp_path):
     virtual["__base__"] = rows[0][:0]
     batch, mask = padded([torch.cat([virtual[name], row]) for name, row in zip(names, rows, strict=True)], "right")
     more = {key: value.expand(len(rows), -1) for key, value in more_of(family).items()}
-    with torch.no_grad():
-        out = lora(input_ids=batch, attention_mask=mask, adapter_names=names, **more).logits
+    out = in_full(lora, input_ids=batch, attention_mask=mask, adapter_names=names, **more).logits
     weights = {"default": first, "b": second, "__base__": {}}
     for got, name, row in zip(out, names, rows, strict=True):
-        want = row_output(roomy(family), weights[name], row, **more_of(family))
+        want = in_full(row_output, roomy(family), weights[name], row, **more_of(family))
         first = len(virtual[name])
         assert_close(got if family.kind == "seq2seq" else got[first : first + len(row)], want, **EXACT)
 
@@ -137,17 +167,17 @@ def test_merged_by_stock_peft(family, tmp_path):
     """Into a base whose embedding has a table of its own, as `grow_base` writes it."""
     source, own = in_float64(family, tmp_path), type(build(family))
     grown = grow_base(source, tmp_path / "base", TOKENS, tokenizer_of(family), untie=True)
-    base = own.from_pretrained(tmp_path / "base", dtype=torch.float64).eval().to(DEVICE)
+    base = own.from_pretrained(tmp_path / "base", dtype=torch.float64).eval().double().to(DEVICE)
     model, weights = tuned(copy.deepcopy(base), family, adapter_bias=True)
     report = save_as_lora(
         model, tmp_path / "lora", tokenizer=tokenizer_of(family), virtual_token_ids=[*grown.virtual_token_ids]
     )
     merged = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "lora").double().merge_and_unload()
     row = ids(7)
-    want = row_output(source, weights, row, **more_of(family))
+    want = in_full(row_output, source, weights, row, **more_of(family))
     assert_close(logits(merged, list(report.virtual_token_ids), row, family)[:, :VOCAB], want, **EXACT)
     merged.save_pretrained(tmp_path / "merged")
-    again = own.from_pretrained(tmp_path / "merged", dtype=torch.float64).eval().to(DEVICE)
+    again = own.from_pretrained(tmp_path / "merged", dtype=torch.float64).eval().double().to(DEVICE)
     assert_close(logits(again, list(report.virtual_token_ids), row, family)[:, :VOCAB], want, **EXACT)
 
 
@@ -160,7 +190,7 @@ def test_a_grown_base_is_the_base_and_holds_any_adapter(family, untie, tmp_path)
     grown = grow_base(source, tmp_path / "base", virtual_tokens=TOKENS, tokenizer=tokenizer, untie=untie)
     assert grown.virtual_token_ids == tuple(range(VOCAB, VOCAB + TOKENS))
     assert all(torch.equal(value, before[key]) for key, value in source.state_dict().items())
-    base = type(source).from_pretrained(tmp_path / "base", dtype=torch.float64).eval().to(DEVICE)
+    base = type(source).from_pretrained(tmp_path / "base", dtype=torch.float64).eval().double().to(DEVICE)
     row = ids(7)
     assert_close(logits(base, [], row, family)[:, :VOCAB], logits(source, [], row, family), **EXACT)
     assert base.generation_config.suppress_tokens == list(grown.virtual_token_ids)
@@ -175,7 +205,7 @@ def test_a_grown_base_is_the_base_and_holds_any_adapter(family, untie, tmp_path)
     lora = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "lora").eval().double()
     own = transformers.AutoTokenizer.from_pretrained(tmp_path / "lora")
     assert own("a b c")["input_ids"] == [*report.virtual_token_ids, *tokenizer("a b c")["input_ids"]]
-    want = row_output(source, weights, row, **more_of(family))
+    want = in_full(row_output, source, weights, row, **more_of(family))
     assert_close(logits(lora, list(report.virtual_token_ids), row, family)[:, :VOCAB], want, **EXACT)
     longer = tuned(copy.deepcopy(base), family, num_virtual_tokens=5)[0]
     with pytest.raises(ValueError, match="has words for 4 virtual tokens, and this adapter has 5"):
@@ -418,7 +448,7 @@ def test_what_is_in_the_folder(tmp_path):
     assert f"on the ids {', '.join(map(str, banned))}" in card
     assert report.front in card
     lora = PeftModel.from_pretrained(roomy(LLAMA), tmp_path / "lora").eval().double()
-    want = model(input_ids=ids(7)[None]).logits[0]
+    want = in_full(model, input_ids=ids(7)[None]).logits[0]
     assert_close(logits(lora, list(report.virtual_token_ids), ids(7), LLAMA), want, **EXACT)
 
 
@@ -429,9 +459,10 @@ def test_an_adapter_of_transformers(tmp_path):
     randomize(base)
     report = save_as_lora(base, tmp_path / "lora", tokenizer=tokenizer_of(LLAMA))
     lora = PeftModel.from_pretrained(roomy(LLAMA), tmp_path / "lora").eval().double()
-    want = base(input_ids=ids(7)[None]).logits[0]
+    want = in_full(base, input_ids=ids(7)[None]).logits[0]
     assert_close(logits(lora, list(report.virtual_token_ids), ids(7), LLAMA), want, **EXACT)
-    assert torch.equal(from_lora(roomy(LLAMA), tmp_path / "lora").double()(input_ids=ids(7)[None]).logits[0], want)
+    again = from_lora(roomy(LLAMA), tmp_path / "lora").double()
+    assert torch.equal(in_full(again, input_ids=ids(7)[None]).logits[0], want)
 
 
 def test_what_a_lora_cannot_hold(tmp_path):
