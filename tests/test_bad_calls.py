@@ -75,7 +75,7 @@ def test_a_static_cache_without_room_for_the_prompt(family):
     cache = transformers.StaticCache(config=base.config, max_cache_len=8)
     if all(cache.is_sliding):
         return  # it forgets what has no room
-    with pytest.raises(ValueError, match="is a StaticCache of 8 places, and the input and its virtual tokens take 9"):
+    with pytest.raises(ValueError, match="is a StaticCache of 8 places, and the tokens and virtual tokens take 9"):
         model(input_ids=ids(1, 5), past_key_values=cache)
     assert still_works(model)
 
@@ -232,3 +232,11 @@ def test_two_adapters_for_the_whole_batch():
     assert model.base_model.layer.active_adapters == ["default"]
     with pytest.raises(ValueError, match="Unknown adapter 'c'"):
         model.base_model.set_adapter("c")
+
+
+def test_embeddings_beside_names_were_looked_up_without_them():
+    model, *_ = adapted(FAMILIES["llama"])
+    x, names = model.get_input_embeddings()(ids(2, 5)), ["default", "__base__"]
+    for call in (model, model.get_base_model(), model.generate, model.get_base_model().generate):
+        with pytest.raises(ValueError, match="`inputs_embeds` beside `adapter_names`"):
+            call(inputs_embeds=x, adapter_names=names)
