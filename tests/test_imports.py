@@ -27,7 +27,7 @@ ORDER = (
     "model",
     "export inspection",
     "__init__",
-    "familiarity",
+    "familiarity training",
     "command_line",
     "__main__",
 )
