@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,18 +21,15 @@ class CollateNames:
 
     Args:
         collator: makes a batch of the rows without their names.
+        known: the adapters that there are.
     """
 
-    def __init__(self, collator: Callable[[list[dict[str, Any]]], Any]) -> None:
-        self.collator = collator
+    def __init__(self, collator: Callable[[list[dict[str, Any]]], Any], known: Sequence[str]) -> None:
+        self.collator, self.known = collator, list(known)
 
     def __call__(self, rows: list[dict[str, Any]]) -> Any:
         names = [row.get(COLUMN) for row in rows]
-        if not all(isinstance(name, str) for name in names):
-            raise ValueError(
-                f"A row has no `{COLUMN}`, but {sorted(rows[names.index(None)] if None in names else rows[0])}. Give "
-                "each row the name of the adapter that it trains. (TRL's packing loses it: use packing=False.)"
-            )
+        check_names(names, self.known, rows[0])
         batch = self.collator([{key: value for key, value in row.items() if key != COLUMN} for row in rows])
         sizes = {len(value) for key, value in batch.items() if key in ("input_ids", "labels")}
         if sizes != {len(rows)}:
@@ -42,6 +39,32 @@ class CollateNames:
             )
         batch[ARGUMENT] = names
         return batch
+
+
+def names_in(data: Any, known: Sequence[str]) -> list[str]:
+    """The adapter of each row of a dataset, or of a list.
+
+    Raises:
+        ValueError: a row names none of the adapters that are known.
+    """
+    if hasattr(data, "column_names"):  # datasets.Dataset, whose column is read without its rows
+        columns = data.column_names
+        names = list(data[COLUMN]) if COLUMN in columns else [None] * len(data)
+    else:
+        columns = data[0] if len(data) else ()
+        names = [row.get(COLUMN) for row in data]
+    check_names(names, known, columns)
+    return names
+
+
+def check_names(names: Sequence[str | None], known: Sequence[str], columns: Iterable[str]) -> None:
+    for name in dict.fromkeys(names):
+        if name not in known:
+            got = f"no `{COLUMN}`, but {sorted(columns)}" if name is None else f"the `{COLUMN}` {name!r}"
+            raise ValueError(
+                f"A row has {got}. Give each row the name of an adapter: {list(known)}. (TRL's packing loses it: use "
+                "packing=False.)"
+            )
 
 
 class EvenRows(Sampler[int]):

@@ -19,7 +19,7 @@ from ..optimizer import adapter_parameters
 from ..virtual_tokens.scope import tells_input_from_output
 from .early_stopping import trained_adapters
 from .losses import count_labels, row_losses, sum_by_adapter
-from .rows import ARGUMENT, COLUMN, CollateNames, EvenRows, select_rows
+from .rows import ARGUMENT, COLUMN, CollateNames, EvenRows, names_in, select_rows
 
 
 class ManyAdapters:
@@ -47,7 +47,7 @@ class ManyAdapters:
         self.adapters: list[str] = named_layer(self.model)[1].adapter_names
         _check_settings(self)
         self.model.set_requires_grad(self.adapters)
-        self.data_collator = CollateNames(self.data_collator)
+        self.data_collator = CollateNames(self.data_collator, self.adapters)
         self._shifts = tells_input_from_output(self.model.get_base_model())
         self._logged = torch.zeros(2, len(self.adapters))  # sums of losses, and of how many
 
@@ -63,7 +63,7 @@ class ManyAdapters:
         data = self.train_dataset if train_dataset is None else train_dataset
         if self.args.train_sampling_strategy != "random" or not isinstance(data, Sized):
             return super()._get_train_sampler(train_dataset)  # type: ignore[misc]
-        names = data[COLUMN] if hasattr(data, "column_names") else [row[COLUMN] for row in data]
+        names = names_in(data, self.adapters)
         return EvenRows(names, self.args.seed if self.args.data_seed is None else self.args.data_seed)
 
     # ---- losses and gradients -----------------------------------------------------------------------------------
