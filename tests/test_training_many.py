@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
 
-from adapters import add, config, randomize
+from adapters import config, randomize
 from device import DEVICE
-from families import ALL, DECODERS, FAMILIES, PAD, build, ids, padded
+from families import ALL, FAMILIES, build, ids, padded
 from oracles import adapter_gradients, adapter_weights, embed
 from peft_input_tuning.training import adapter_losses
 
@@ -102,7 +102,9 @@ def assert_gradients(model, want) -> None:
         assert got.keys() == gradients.keys()
         for key, gradient in gradients.items():
             assert gradient.abs().max() > 1e-8, f"{name}, {key}: the case shows nothing"
-            assert_close(got[key], gradient, **EXACT[gradient.dtype], msg=lambda text, at=f"{name}, {key}": f"{at}: {text}")
+            assert_close(
+                got[key], gradient, **EXACT[gradient.dtype], msg=lambda text, at=f"{name}, {key}": f"{at}: {text}"
+            )
     trained = [key for key, parameter in model.named_parameters() if parameter.grad is not None]
     assert all("input_tuning_" in key or "modules_to_save" in key for key in trained)
 
@@ -264,7 +266,12 @@ def test_the_loss_of_a_classifier():
 @pytest.mark.parametrize(
     ("logits", "labels", "names", "says"),
     [
-        ((2, 5, 7), torch.zeros(2, 4, dtype=torch.long), ["a", "a"], r"`labels` are torch.int64 of the shape \(2, 4\)"),
+        (
+            (2, 5, 7),
+            torch.zeros(2, 4, dtype=torch.long),
+            ["a", "a"],
+            r"`labels` are torch.int64 of the shape \(2, 4\)",
+        ),
         ((2, 7), torch.zeros(2), ["a", "a"], "pass the number of a class"),
         ((2, 7), torch.zeros(2, dtype=torch.long), ["a"], "`adapter_names` has 1 names for a batch of 2 rows"),
     ],

@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 
 from oracles import adapter_weights
-from test_trainer_of_many import SOME, StopAfter, data, optimizer_of, trainer_of
+from test_adapters_that_stop import StopAfter
+from test_trainer_of_many import SOME, data, optimizer_of, trainer_of
 from test_training_many import many
 
 # The adapters of twelve rows: three steps of four, the first two of each step in the first process. In "stopped", "a"

@@ -1,6 +1,6 @@
 """Rows that name their adapter: how they get into a batch, and in which order.
 
-    {"input_ids": ..., "adapter_name": "a"}  ──►  {"input_ids": (batch, length), "adapter_names": ["a", ...]}
+{"input_ids": ..., "adapter_name": "a"}  ──►  {"input_ids": (batch, length), "adapter_names": ["a", ...]}
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class CollateNames:
         return batch
 
 
-def names_in(data: Any, known: Sequence[str]) -> list[str]:
+def names_in(data: Any, known: Sequence[str]) -> list[Any]:
     """The adapter of each row of a dataset, or of a list.
 
     Raises:

@@ -16,6 +16,7 @@ from torch.utils.data import Sampler
 from ..call_state import on_device
 from ..layer import named_layer
 from ..optimizer import adapter_parameters
+from ..virtual_tokens.mixed_batch import mixed_batch
 from ..virtual_tokens.scope import tells_input_from_output
 from .early_stopping import trained_adapters
 from .losses import count_labels, row_losses, sum_by_adapter
@@ -33,13 +34,19 @@ class ManyAdapters:
     have it as `loss_<adapter>`. Gradients are clipped adapter by adapter. An epoch has each row once, and each
     adapter's are spread evenly over it. `eval_dataset={"<adapter>": rows, ...}` gives `eval_<adapter>_loss`.
 
-    Works with `Trainer`, `Seq2SeqTrainer` and TRL's `SFTTrainer`, of language models and classifiers, in one process or
-    several (DDP). Goes before the trainer in the list of bases.
+    Works with `Trainer`, `Seq2SeqTrainer` and TRL's `SFTTrainer`, of language models and classifiers, in one process
+    or several (DDP). Goes before the trainer in the list of bases.
 
     Raises:
         ValueError: a model without input-tuning, or a setting that would mix adapters, when the trainer is made.
     """
 
+    model: Any  # these are Trainer's
+    args: Any
+    accelerator: Any
+    data_collator: Any
+    train_dataset: Any
+    _signature_columns: list[str]
     loss_is_scaled_for_ga = True  # of Trainer: `compute_loss` divides by the labels of all accumulated batches
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -118,9 +125,12 @@ class ManyAdapters:
         labels = inputs["labels"]
         if not self._needs_labels:  # or it would work out a loss of its own
             inputs = {key: value for key, value in inputs.items() if key != "labels"}
-        outputs = model(**inputs)
+        base, layer = self.model.get_base_model(), named_layer(self.model)[1]
+        inputs, names = {key: value for key, value in inputs.items() if key != ARGUMENT}, inputs[ARGUMENT]
+        with mixed_batch(base, layer, names, self.adapters):  # here, since compiled models do not read names
+            outputs = model(**inputs)
         sums, _ = row_losses(outputs["logits"], labels, self._shifts, self.args.label_smoothing_factor)
-        return sum_by_adapter(sums, inputs[ARGUMENT], self.adapters), outputs
+        return sum_by_adapter(sums, names, self.adapters), outputs
 
     @property
     def _needs_labels(self) -> bool:
@@ -152,7 +162,9 @@ class ManyAdapters:
         """Adds `loss_<adapter>`, the mean over the steps since the last that had rows of it."""
         if "loss" in logs:
             sums, steps = self.accelerator.reduce(self._logged, "mean").tolist()
-            means = {name: total / count for name, total, count in zip(self.adapters, sums, steps, strict=True) if count}
+            means = {
+                name: total / count for name, total, count in zip(self.adapters, sums, steps, strict=True) if count
+            }
             logs = {**logs, **{f"loss_{name}": mean * self.accelerator.num_processes for name, mean in means.items()}}
             self._logged.zero_()
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
@@ -175,7 +187,6 @@ def _check_settings(trainer: Any) -> None:
         ("loss_type", loss_type if loss_type != "nll" else None, one_loss),
         ("use_liger_kernel", args.use_liger_kernel, "It makes one loss of all rows. Leave it out."),
         ("load_best_model_at_end", args.load_best_model_at_end, "Use callbacks=[EarlyStoppingOfEach()]."),
-        ("torch_compile", args.torch_compile, "`adapter_names` runs without it. Leave it out."),
         ("deepspeed", args.deepspeed, spreads),
         ("fsdp", args.fsdp, spreads),
         ("n_gpu", args.n_gpu if args.n_gpu > 1 else None, "Start one process for each GPU, with torchrun."),
