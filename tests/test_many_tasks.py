@@ -34,7 +34,6 @@ def test_a_run_trains_and_checks_every_row(run, tmp_path, capsys):
     assert run() == 0
     said = capsys.readouterr().out
     assert "7 rows, 3 adapters and the bare model" in said
-    assert "in one batch" in said
     assert "Every row is what its adapter gives alone." in said
     assert "now there: loaded-again, properties, text-to-logic" in said
     lengths = {
@@ -59,19 +58,6 @@ def test_a_row_that_differs_is_an_error(run, monkeypatch, capsys):
     monkeypatch.setattr(many_tasks, "alone", lambda *_: "something else")
     assert run() == 1
     assert "'something else' alone" in capsys.readouterr().err
-
-
-def test_serving_starts_on_the_trained_adapters(run, monkeypatch, tmp_path):
-    import generation_service
-
-    served = {}
-    monkeypatch.setattr(generation_service, "serve", lambda app, host, port: served.update(app=app, port=port))
-    assert run("--serve", "--port", "1234") == 0
-    batcher = served["app"].state.batcher
-    assert served["port"] == 1234
-    assert batcher.adapters == ["loaded-again", "properties", "text-to-logic"]
-    assert batcher.submit("properties", "count(of Book())", 2).result(30).batch_rows == 1
-    batcher.close()
 
 
 @pytest.mark.parametrize("wrong", [["--steps", "0"], ["--data", "nowhere"], ["--tasks", "one"], ["--model", "./no"]])

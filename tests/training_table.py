@@ -35,6 +35,7 @@ ON_GPU = f"{CACHE_KEY}-cuda"  # of a run with DEVICE=cuda
 GROUPS = (  # in the order of the page; a marker with another group is an error
     "transformers Trainer",
     "TRL",
+    "sentence-transformers",
     "accelerate and processes",
     "Quantized bases",
     "Memory",
@@ -44,7 +45,7 @@ GROUPS = (  # in the order of the page; a marker with another group is an error
     "Faults",
 )
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "trl", "deepspeed", "bitsandbytes", "torchao", "hqq")
-PACKAGES += ("optimum-quanto", "lightning")
+PACKAGES += ("optimum-quanto", "lightning", "sentence-transformers")
 HEAD = """\
 # What one can train with
 

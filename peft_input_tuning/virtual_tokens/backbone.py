@@ -261,7 +261,8 @@ def check_has_place(model: nn.Module, backbone_path: str | None, embedding_path:
         return
     if backbone_path is None:
         decoder = path_of(model, model.get_decoder()) if hasattr(model, "get_decoder") else ""
-        if decoder and embedding_path.startswith(f"{decoder}."):
+        reads_text = getattr(model, "main_input_name", "input_ids") == "input_ids"
+        if not reads_text and decoder and embedding_path.startswith(f"{decoder}."):
             raise ValueError(
                 f"`num_virtual_tokens` is {num_virtual_tokens}, but the input of {type(model).__name__} is no text: "
                 f"the embedding is that of its decoder. Give input-tuning the decoder (`model.{decoder} = "

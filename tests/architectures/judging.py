@@ -80,7 +80,7 @@ def judge(ours: Run, wanted: Run, base: Run, also: Run | None = None) -> Cell:
 
     Args:
         ours: the adapted model.
-        wanted: the oracle in the same situation.
+        wanted: the oracle in the same situation; if both end with one error, the base has it with rows of that length.
         base: the untouched base in the same situation; asked where the oracle fails.
         also: the oracle in a situation that should come to the same (no padding, no cache). Where the base makes a
             difference between the two, either counts.
@@ -93,9 +93,11 @@ def judge(ours: Run, wanted: Run, base: Run, also: Run | None = None) -> Cell:
             return Cell("lacks", lacking)
         try:
             ours()
-        except Exception as refusal:
-            if is_ours(refusal):
-                return Cell("refused", describe(refusal))
+        except Exception as same:
+            if is_ours(same):
+                return Cell("refused", describe(same))
+            if describe(same) == describe(error):  # the oracle is the base, with longer rows
+                return Cell("lacks", f"with as many tokens: {describe(error)}")
         return Cell("failure", f"no oracle: {describe(error)}")
     try:
         found = ours()
