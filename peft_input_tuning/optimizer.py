@@ -17,12 +17,14 @@ from .layer import InputTuningLayer, named_layer
 PROMPT_LR_RATIO = 10.0
 
 
-def adapter_parameters(model: nn.Module, name: str) -> list[nn.Parameter]:
-    """All parameters of one input-tuning adapter: prompt, input-adapter, and its copies of `modules_to_save`."""
-    found = [parameter for _, parameter in named_layer(model)[1].named_adapter_parameters(name)]
+def parameters_of_adapters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """All parameters of each input-tuning adapter: prompt, input-adapter, and its copies of `modules_to_save`."""
+    layer = named_layer(model)[1]
+    found = {name: [p for _, p in layer.named_adapter_parameters(name)] for name in layer.adapter_names}
     for module in model.modules():
-        if isinstance(module, ModulesToSaveWrapper) and name in module.modules_to_save:
-            found += module.modules_to_save[name].parameters()
+        if isinstance(module, ModulesToSaveWrapper):
+            for name in found.keys() & module.modules_to_save.keys():
+                found[name] += module.modules_to_save[name].parameters()
     return found
 
 
@@ -63,7 +65,7 @@ def input_tuning_parameter_groups(
         groups = _groups(layer, trainable, lr, prompt_lr, weight_decay)
     else:
         wanted = {id(parameter) for parameter in trainable}
-        own = {name: [p for p in adapter_parameters(model, name) if id(p) in wanted] for name in layer.adapter_names}
+        own = {name: [p for p in every if id(p) in wanted] for name, every in parameters_of_adapters(model).items()}
         _check_names("lr", lr, [name for name, parameters in own.items() if parameters])
         if isinstance(prompt_lr, Mapping):
             _check_names("prompt_lr", prompt_lr, list(lr))

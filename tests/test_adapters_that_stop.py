@@ -172,3 +172,10 @@ def test_rows_without_labels(tmp_path):
     trainer.data_collator = CollateNames(lambda rows: {"input_ids": ids(len(rows), 5)}, ["a", "b"])
     with pytest.raises(ValueError, match="`labels` are missing in a batch of"):
         trainer.train()
+
+
+def test_adapters_of_transformers(tmp_path):
+    """`model.add_adapter` makes no PeftModel, and has no switch for what trains."""
+    model, *_ = adapted(LLAMA)
+    with pytest.raises(ValueError, match=r"`model` must be a PeftModel, got LlamaForCausalLM"):
+        trainer_of(model.get_base_model(), data("ab"), tmp_path)

@@ -8,17 +8,12 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..layer import named_layer
-from ..optimizer import adapter_parameters
+from ..optimizer import parameters_of_adapters
 
 
 def trained_adapters(model: nn.Module) -> list[str]:
     """The adapters that train: those with a parameter that requires a gradient."""
-    return [
-        name
-        for name in named_layer(model)[1].adapter_names
-        if any(parameter.requires_grad for parameter in adapter_parameters(model, name))
-    ]
+    return [name for name, own in parameters_of_adapters(model).items() if any(p.requires_grad for p in own)]
 
 
 class EarlyStoppingOfEach(TrainerCallback):
@@ -56,7 +51,7 @@ class EarlyStoppingOfEach(TrainerCallback):
             if loss is None:
                 continue
             if name not in self.best or loss < self.best[name][0] - self.threshold:
-                self.best[name] = loss, [p.detach().clone() for p in adapter_parameters(model, name)]
+                self.best[name] = loss, [p.detach().clone() for p in parameters_of_adapters(model)[name]]
                 self.waited[name] = 0
                 continue
             self.waited[name] += 1
@@ -75,5 +70,5 @@ class EarlyStoppingOfEach(TrainerCallback):
 
     @torch.no_grad()
     def _restore(self, model: nn.Module, name: str) -> None:
-        for parameter, value in zip(adapter_parameters(model, name), self.best[name][1], strict=True):
+        for parameter, value in zip(parameters_of_adapters(model)[name], self.best[name][1], strict=True):
             parameter.copy_(value)

@@ -80,6 +80,6 @@ def count_labels(labels: Tensor, shift_labels: bool = False) -> Tensor:
 def check_classes(logits: Tensor, labels: Tensor) -> None:
     if logits.shape[:-1] != labels.shape or labels.is_floating_point():
         raise ValueError(
-            f"`labels` are {labels.dtype} of the shape {tuple(labels.shape)}, for logits {tuple(logits.shape)}. A "
-            "loss for each adapter is a cross-entropy: pass the number of a class for each row, or for each place of it."
+            f"`labels` are {labels.dtype} of the shape {tuple(labels.shape)}, for logits {tuple(logits.shape)}. The "
+            "loss is a cross-entropy: pass the number of a class for each row, or for each place of it."
         )

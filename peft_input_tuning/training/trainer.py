@@ -10,12 +10,13 @@ from collections.abc import Sized
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 
 from ..call_state import on_device
 from ..layer import named_layer
-from ..optimizer import adapter_parameters
+from ..optimizer import parameters_of_adapters
 from ..virtual_tokens.mixed_batch import mixed_batch
 from ..virtual_tokens.scope import tells_input_from_output
 from .early_stopping import trained_adapters
@@ -151,8 +152,8 @@ class ManyAdapters:
         """Each adapter's gradient by its own norm, or large ones would shrink the others'."""
         self.accelerator.unscale_gradients()
         norms = [
-            nn.utils.clip_grad_norm_(adapter_parameters(self.model, name), self.args.max_grad_norm)
-            for name in trained_adapters(self.model)
+            nn.utils.clip_grad_norm_(own, self.args.max_grad_norm)
+            for own in parameters_of_adapters(self.model).values()
         ]
         return torch.stack(norms).norm()
 
@@ -178,6 +179,10 @@ class ManyAdapters:
 
 def _check_settings(trainer: Any) -> None:
     """Refuses what would mix adapters, or go past the loss that is made here."""
+    if not isinstance(trainer.model, PeftModel):
+        raise ValueError(
+            f"`model` must be a PeftModel, got {type(trainer.model).__name__}. Make it by get_peft_model."
+        )
     args = trainer.args
     loss_type = getattr(args, "loss_type", "nll")  # of TRL
     one_loss = "Each adapter's loss is a cross-entropy that is made here. Leave it out."
@@ -187,8 +192,8 @@ def _check_settings(trainer: Any) -> None:
         ("loss_type", loss_type if loss_type != "nll" else None, one_loss),
         ("use_liger_kernel", args.use_liger_kernel, "It makes one loss of all rows. Leave it out."),
         ("load_best_model_at_end", args.load_best_model_at_end, "Use callbacks=[EarlyStoppingOfEach()]."),
-        ("deepspeed", args.deepspeed, spreads),
-        ("fsdp", args.fsdp, spreads),
+        ("deepspeed", trainer.is_deepspeed_enabled, spreads),
+        ("fsdp", trainer.is_fsdp_enabled, spreads),
         ("n_gpu", args.n_gpu if args.n_gpu > 1 else None, "Start one process for each GPU, with torchrun."),
     )
     for name, value, remedy in wrong:
