@@ -7,6 +7,7 @@ import torch
 from torch.testing import assert_close
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from adapters import adapted
 from families import build, ids
 from oracles import adapter_weights
 from peft_input_tuning.training import EarlyStoppingOfEach
