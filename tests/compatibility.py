@@ -46,6 +46,7 @@ FEATURES = {  # the markers' names and what the README says
     "unload": "unload gives the base model back",
     "merge": "merging an adapter without virtual tokens",
     "export": "export to a plain checkpoint",
+    "lora": "as a LoRA that stock PEFT loads",
     "transformers adapters": "adapters of transformers: `add_adapter`, `load_adapter`",
     "with LoRA": "together with LoRA",
     "pipeline": "`pipeline()`",

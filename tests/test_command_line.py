@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from families import FAMILIES, VOCAB, build
 from oracles import row_output
 from peft_input_tuning.command_line.gguf import gguf_arguments
 from peft_input_tuning.command_line.load import load_adapter
-from peft_input_tuning.command_line.main import _parser
+from peft_input_tuning.command_line.main import _parser, main
 from tokenizers_of_families import tokenizer_of
 
 
@@ -185,6 +186,107 @@ def test_errors_are_one_line_and_status_2(saved, tmp_path):
         assert message in result.stderr
         assert "Traceback" not in result.stderr
     assert not (tmp_path / "plain").exists()
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def junk(path: Path) -> None:
+    path.write_bytes(b"\x1b[2Jno such file format")
+
+
+def fields(**changes: object) -> Callable[[Path], None]:
+    return lambda path: path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+BROKEN = {
+    "cut weights": (WEIGHTS, cut, "its weights are cut off, or no safetensors file"),
+    "junk weights": (WEIGHTS, junk, "its weights are cut off, or no safetensors file"),
+    "cut configuration": (CONFIG, cut, "it holds no JSON"),
+    "a list": (CONFIG, lambda path: path.write_text("[1, 2]"), "holds a list, not fields"),
+    "unknown method": (CONFIG, fields(peft_type="\x1b[31mX"), r"a method that PEFT does not know ('\x1b[31mX')"),
+    "method of a wrong type": (CONFIG, fields(peft_type=["LORA"]), "a method that PEFT does not know (['LORA'])"),
+    "another method": (CONFIG, fields(peft_type="LORA"), "another method"),
+    "field of a wrong type": (CONFIG, fields(num_virtual_tokens="many"), "`num_virtual_tokens` must be an integer"),
+    "base of a wrong type": (CONFIG, fields(base_model_name_or_path=7), "names 7 as its base model"),
+}
+
+
+@pytest.mark.parametrize("command", ["inspect", "export", "to-lora"])
+@pytest.mark.parametrize(("name", "spoil", "message"), BROKEN.values(), ids=BROKEN)
+def test_broken_files_are_answered_in_one_line(saved, tmp_path, capsys, command, name, spoil, message):
+    folder, _, _ = saved
+    shutil.copytree(folder / "adapter", tmp_path / "adapter")
+    spoil(tmp_path / "adapter" / name)
+    output = [] if command == "inspect" else [str(tmp_path / "output")]
+    assert main([command, str(tmp_path / "adapter"), *output]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"peft-input-tuning {command}: ")
+    assert message in error
+    assert error.isprintable()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
+
+
+@pytest.mark.parametrize(
+    ("name", "spoil"), [("model.safetensors", cut), ("config.json", junk)], ids=["weights", "config"]
+)
+def test_a_broken_base_is_answered_in_one_line(saved, tmp_path, capsys, name, spoil):
+    folder, _, _ = saved
+    shutil.copytree(folder / "base", tmp_path / "base")
+    spoil(tmp_path / "base" / name)
+    assert main(["inspect", str(folder / "adapter"), "--base", str(tmp_path / "base")]) == 2
+    assert str(tmp_path / "base") in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_inspect_shows_control_characters_of_files_as_escapes(saved, tmp_path, capsys):
+    folder, _, _ = saved
+    shutil.copytree(folder / "adapter", tmp_path / "adapter")
+    fields(prompt_tuning_init_text="\x1b]0;title\x07 \u202ereversed")(tmp_path / "adapter" / CONFIG)
+    assert main(["inspect", str(tmp_path / "adapter"), "--base", str(folder / "base")]) == 0
+    said = capsys.readouterr().out
+    assert r"\x1b]0;title\x07 \u202ereversed" in said
+    assert all(line.isprintable() for line in said.splitlines())
+
+
+def test_to_lora_on_a_grown_base(saved, tmp_path, capsys):
+    folder, base, weights = saved
+    assert main(["to-lora", str(folder / "adapter"), str(tmp_path / "lora")]) == 2
+    assert "grow_base(base, output_dir, virtual_tokens=4)" in capsys.readouterr().err
+    assert main(["grow-base", str(folder / "base"), str(tmp_path / "base"), "--virtual-tokens", "4"]) == 0
+    assert f"Wrote {tmp_path / 'base'} with 101 words; virtual tokens are 97 to 100." in capsys.readouterr().out
+    (tmp_path / "text").write_text("a b c\nd\n")
+    options = ("--base", tmp_path / "base", "--max-rank", 32, "--text", tmp_path / "text")
+    result = run("to-lora", folder / "adapter", tmp_path / "lora", *options)
+    assert result.returncode == 0, result.stderr
+    assert "Exact but for rounding" in result.stdout
+    assert "vLLM: --max-lora-rank 32" in result.stdout
+    assert "<|virtual_0|><|virtual_1|><|virtual_2|><|virtual_3|>" in result.stdout
+    lora = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "lora").eval().to(DEVICE)
+    assert lora.peft_config["default"].peft_type == "LORA"
+    inputs = AutoTokenizer.from_pretrained(tmp_path / "lora")("a b c", return_tensors="pt").to(DEVICE)
+    row = torch.tensor(tokenizer_of(FAMILIES["llama"])("a b c")["input_ids"], device=DEVICE)
+    with torch.no_grad():
+        assert_close(lora(**inputs).logits[0, 4:, :VOCAB], row_output(base, weights, row), atol=2e-4, rtol=1e-3)
+
+
+def test_to_lora_of_a_lower_rank_says_its_errors(saved, tmp_path, capsys):
+    folder, _, _ = saved
+    (tmp_path / "text").write_text("a b c\n")
+    options = ["--virtual-token-ids", "96,95,94,93", "--rank", "12", "--text", str(tmp_path / "text")]
+    assert main(["to-lora", str(folder / "adapter"), str(tmp_path / "lora"), *options]) == 0
+    said = capsys.readouterr().out
+    assert "NOT exact: rank 12, and 28 would be." in said
+    assert "over all words" in said
+    assert "in the text" in said
+    for more, message in (
+        (["--max-rank", "20"], "`max_rank` is 20"),
+        (["--virtual-token-ids", "x"], "no list of ids"),
+    ):
+        assert main(["to-lora", str(folder / "adapter"), str(tmp_path / "other"), *more]) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
 
 
 def test_help():

@@ -310,6 +310,22 @@ def test_interrupted_export_leaves_nothing(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_an_export_through_a_link_over_what_a_killed_one_left(tmp_path):
+    """tests/test_output_folders.py has the other places."""
+    model, base, weights = adapted(FAMILIES["llama"])
+    (tmp_path / "real" / ".unfinished").mkdir(parents=True)
+    (tmp_path / "real" / ".unfinished" / "model.safetensors").write_text("cut off")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    report = export_model(model, tmp_path / "link")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real"]
+    assert not (tmp_path / "real" / ".unfinished").exists()
+    plain = type(base).from_pretrained(tmp_path / "real").eval().to(DEVICE)
+    virtual = torch.tensor(report.virtual_token_ids, device=DEVICE)
+    out = plain(input_ids=torch.cat([virtual, ids(7)])[None]).logits[0, 4:, :97]
+    assert_close(out, row_output(base, weights, ids(7)), **TOLERANCE)
+    assert "\n# real\n" in (tmp_path / "real" / "README.md").read_text()
+
+
 def test_a_wrong_table_is_noticed(tmp_path, monkeypatch):
     model, _, _ = adapted(FAMILIES["llama"])
     monkeypatch.setattr("peft_input_tuning.export.export.folded_table", lambda *args: folded_table(*args) * 1.01)

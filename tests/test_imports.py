@@ -26,6 +26,7 @@ ORDER = (
     "placement",
     "model",
     "export inspection",
+    "lora_form",
     "__init__",
     "familiarity training",
     "command_line",

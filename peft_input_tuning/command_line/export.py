@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from ..output.folders import check_folder_to_write
 from .load import DTYPES, add_adapter, load_adapter
 
 
@@ -20,6 +21,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     from ..export.export import export_model
 
+    check_folder_to_write("OUTPUT", arguments.output)
     model, tokenizer = load_adapter(arguments)
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
     with tqdm(desc="Folding the table", unit=" rows") as bar:

@@ -220,6 +220,7 @@ def _tables(found: Familiarity, title: str) -> Iterator[Table]:
     from rich.table import Table
 
     from ..familiarity.page import figure_rows, input_rows, prose_name, token_rows, token_value
+    from ..output.words import printable
 
     figures = Table("", "inputs", prose_name(found), title=escape(title))
     for row in figure_rows(found):
@@ -231,10 +232,10 @@ def _tables(found: Familiarity, title: str) -> Iterator[Table]:
     if found.least_familiar_inputs:
         texts = Table("number", "bits per byte", "bigram score", "text", title="Least familiar inputs")
         for *numbers, text in input_rows(found):
-            texts.add_row(*numbers, escape(text if len(text) <= 80 else text[:80] + "…"))
+            texts.add_row(*numbers, escape(printable(text if len(text) <= 80 else text[:80] + "…")))
         yield texts
     if found.least_familiar_tokens:
         tokens = Table("token", f"mean {token_value(found)}", "occurrences", title="Least familiar tokens")
         for token, *numbers in token_rows(found):
-            tokens.add_row(escape(token), *numbers)
+            tokens.add_row(escape(printable(token)), *numbers)
         yield tokens

@@ -58,13 +58,13 @@ def _tables(found: AdapterInspection) -> Iterator[Table]:
     from rich.markup import escape
     from rich.table import Table
 
-    from ..output.words import shown
+    from ..output.words import printable, shown
 
-    about = Table(title=escape(f"Adapter {found.adapter_name}"), show_header=False)
+    about = Table(title=escape(printable(f"Adapter {found.adapter_name}")), show_header=False)
     sizes, norms = found.sizes, found.embedding_norms
-    about.add_row("base model", escape(str(found.base_model)))
+    about.add_row("base model", escape(printable(str(found.base_model))))
     for key, fact in found.facts.items():
-        about.add_row(key, escape(str(fact)))
+        about.add_row(key, escape(printable(str(fact))))
     about.add_row(
         "parameters", f"prompt {sizes.prompt:,}, input-adapter {sizes.input_adapter:,}, other {sizes.other:,}"
     )

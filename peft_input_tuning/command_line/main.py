@@ -1,5 +1,5 @@
-"""The command line: `peft-input-tuning export ADAPTER OUTPUT`, `peft-input-tuning inspect ADAPTER`,
-`peft-input-tuning familiarity DATA.jsonl --model MODEL` and `peft-input-tuning run PROGRAM ...`.
+"""The command line: `peft-input-tuning` with `export ADAPTER OUTPUT`, `to-lora ADAPTER OUTPUT`,
+`grow-base BASE OUTPUT`, `inspect ADAPTER`, `familiarity DATA.jsonl --model MODEL` and `run PROGRAM ...`.
 
 Imports that only one command needs stand inside of its `run`.
 """
@@ -9,7 +9,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from . import export, familiarity, inspect, run
+from ..output.words import printable
+from . import export, familiarity, grow_base, inspect, run, to_lora
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -22,7 +23,8 @@ def main(argv: list[str] | None = None) -> int:
             return arguments.run(arguments)
         program = run.prepared(arguments.program, argv[2:])
     except (ValueError, OSError, RuntimeError) as error:
-        print(f"peft-input-tuning {arguments.command}: {error}", file=sys.stderr)
+        said = printable(" ".join(str(error).split()))  # libraries' messages have several lines
+        print(f"peft-input-tuning {arguments.command}: {said}", file=sys.stderr)
         return 2 if isinstance(error, ValueError | OSError) else 1
     return program()  # its errors are its own
 
@@ -38,6 +40,22 @@ def _parser() -> argparse.ArgumentParser:
     )
     export.add_arguments(command)
     command.set_defaults(run=export.run)
+    command = commands.add_parser(
+        "to-lora",
+        help="write an adapter as a LoRA, which PEFT and engines load without this package",
+        description="Writes an adapter, its prompt included, as a LoRA on the word embedding. Stock PEFT loads it, "
+        "and engines that serve many LoRAs on one base model do.",
+    )
+    to_lora.add_arguments(command)
+    command.set_defaults(run=to_lora.run)
+    command = commands.add_parser(
+        "grow-base",
+        help="write a base model with words for the virtual tokens of its LoRAs",
+        description="Writes a base model with more words, once for all adapters that to-lora makes LoRAs of. Only "
+        "bases whose table has no words to spare need it; to-lora says so.",
+    )
+    grow_base.add_arguments(command)
+    command.set_defaults(run=grow_base.run)
     command = commands.add_parser(
         "inspect",
         help="show what an adapter's virtual tokens are near to, and which words it moves",

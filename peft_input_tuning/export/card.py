@@ -46,7 +46,7 @@ def write_export_card(directory: Path, base: Any, report: ExportReport, has_toke
     )
     card = EXPORT_CARD.format(
         data=ModelCardData(base_model=source, tags=["input-tuning"]).to_yaml(),
-        title=report.output_dir.name,
+        title=report.output_dir.resolve().name,
         base=f"`{source}`" if source else type(base).__name__,
         adapter=report.adapter_name,
         count=len(ids),

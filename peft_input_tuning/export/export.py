@@ -9,25 +9,23 @@ the vocabulary that the tokenizer puts in front; the input-adapter is in the emb
 
 from __future__ import annotations
 
-import copy
-import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.utils.quantization_config import QuantizationMethod
 
 from ..base_weights import is_quantized
 from ..layer import InputTuningLayer, named_layer
 from ..merging import Progress
-from ..virtual_tokens.backbone import find_decoder
+from ..output.folders import unfinished_folder
 from ..virtual_tokens.subclass import class_of
 from .card import write_export_card
+from .plain_model import empty_model, suppress, vocabulary_names
 from .report import ExportReport
 from .state import folded_table, grow_vocabulary, plain_state_dict
 from .tokenizer import tokenizer_with_prompt
@@ -63,9 +61,6 @@ def export_model(
             written.
         RuntimeError: the reloaded model gives other outputs; nothing is left at the target.
     """
-    target = Path(output_dir)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"`output_dir` {str(target)!r} exists and is not an empty folder. Choose a new one.")
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     path, layer = named_layer(base)
     name = _adapter_name(layer, adapter_name)
@@ -79,34 +74,24 @@ def export_model(
     rows = max([words, *(i + 1 for i in virtual_ids)])
     dtype = dtype or layer.weight.dtype
 
-    state = plain_state_dict(base, name)
-    table_name = f"{path}.weight"
-    with _only_active(base, name):  # the head that it asks for may be one of `modules_to_save`
-        vocabulary = _vocabulary_names(base, state, table_name)
-    if rows > words or virtual_ids:
-        grow_vocabulary(state, vocabulary, rows, virtual_ids)
-    state[table_name] = folded_table(layer, name, virtual_ids, rows, dtype, progress)
-    plain = _empty_model(base, rows)
-    if plain.can_generate() and virtual_ids:
-        _suppress(plain.generation_config, virtual_ids)
-
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.unfinished-", dir=target.parent))
-    try:
+    with unfinished_folder("`output_dir`", output_dir, last="config.json") as scratch:
+        state = plain_state_dict(base, name)
+        table_name = f"{path}.weight"
+        with _only_active(base, name):  # the head that it asks for may be one of `modules_to_save`
+            vocabulary = vocabulary_names(base, state, table_name)
+        if rows > words or virtual_ids:
+            grow_vocabulary(state, vocabulary, rows, virtual_ids)
+        state[table_name] = folded_table(layer, name, virtual_ids, rows, dtype, progress)
+        plain = empty_model(base, rows)
+        if plain.can_generate() and virtual_ids:
+            suppress(plain.generation_config, virtual_ids)
         plain.to(dtype).save_pretrained(scratch, state_dict={key: _cast(value, dtype) for key, value in state.items()})
         del state
         if exported_tokenizer is not None:
             exported_tokenizer.save_pretrained(scratch)
         difference, largest = _compare(base, layer, name, scratch, virtual_ids, dtype)
-        report = ExportReport(target, name, tuple(virtual_ids), difference, largest)
+        report = ExportReport(Path(output_dir), name, tuple(virtual_ids), difference, largest)
         write_export_card(scratch, base, report, has_tokenizer=exported_tokenizer is not None)
-        if target.exists():
-            target.rmdir()
-        scratch.chmod(0o755)  # mkdtemp's are private
-        scratch.rename(target)
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
     return report
 
 
@@ -132,6 +117,11 @@ def _refuse_what_no_checkpoint_holds(base: nn.Module, layer: InputTuningLayer, c
         raise ValueError(
             f"`model` is offloaded: `{away}` is not in memory. Load the base model without offloading to export it."
         )
+    refuse_words_for_prompt(base, count)
+
+
+def refuse_words_for_prompt(base: nn.Module, count: int) -> None:
+    """Raises ValueError for models in which virtual tokens cannot be words of the input like others."""
     if not count:
         return
     reads_first = getattr(base.base_model, "pooler", None) is not None
@@ -144,44 +134,6 @@ def _refuse_what_no_checkpoint_holds(base: nn.Module, layer: InputTuningLayer, c
     raise ValueError(
         f"`model` is a {type(base).__name__}, {why}. Export an adapter with num_virtual_tokens=0, or keep the adapter."
     )
-
-
-def _vocabulary_names(base: nn.Module, state: dict[str, Tensor], table_name: str) -> list[str]:
-    """Tensors beside the wrapped table that have a place for every word: heads, their biases, tied tables."""
-    words = state[table_name].shape[0]
-    shared = {state[table_name].data_ptr()}
-    head = base.get_output_embeddings()
-    if head is not None:
-        shared.add(head.weight.data_ptr())
-        if getattr(head, "bias", None) is not None:
-            shared.add(head.bias.data_ptr())
-    if getattr(base, "final_logits_bias", None) is not None:  # BART
-        shared.add(base.final_logits_bias.data_ptr())
-    return [
-        key
-        for key, value in state.items()
-        if key != table_name and value.data_ptr() in shared and words in value.shape
-    ]
-
-
-def _empty_model(base: nn.Module, rows: int) -> nn.Module:
-    """The class of the base without weights, with the new vocabulary. A decoder's head is untied from its table; an
-    encoder-decoder model keeps its ties, since a table of the encoder's own is part of the format."""
-    config = copy.deepcopy(base.config)
-    config.vocab_size = rows
-    if hasattr(config, "quantization_config"):  # of the GGUF file
-        del config.quantization_config
-    if find_decoder(base, base.get_encoder()) is None:
-        config.tie_word_embeddings = False
-    with torch.device("meta"):
-        plain = class_of(base)(config)
-    if base.can_generate():
-        plain.generation_config = copy.deepcopy(base.generation_config)
-    return plain
-
-
-def _suppress(config: GenerationConfig, virtual_ids: Sequence[int]) -> None:
-    config.suppress_tokens = sorted({*(config.suppress_tokens or []), *virtual_ids})
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

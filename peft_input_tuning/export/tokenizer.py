@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
 from typing import Any
 
 from tokenizers import Tokenizer, processors
@@ -29,32 +30,54 @@ def tokenizer_with_prompt(tokenizer: PreTrainedTokenizerBase, count: int) -> tup
     Raises:
         ValueError: a tokenizer without a backend, or with tokens of these names.
     """
-    if not getattr(tokenizer, "is_fast", False):
-        raise ValueError(
-            f"`tokenizer` is a {type(tokenizer).__name__} without a `tokenizers` backend, which cannot put virtual "
-            "tokens in front by itself. Pass the fast tokenizer of the model, or none."
-        )
     names = [VIRTUAL_TOKEN.format(i) for i in range(count)]
     known = set(names) & set(tokenizer.get_vocab())
     if known:
         raise ValueError(
             f"`tokenizer` has the token {min(known)!r} already. It is an exported model's: pass the base model's."
         )
+    exported = plain_copy(tokenizer)
+    return exported, put_in_front(exported, names)
+
+
+def plain_copy(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerFast:
+    """A copy as a plain `PreTrainedTokenizerFast`, without padding and truncation.
+
+    Raises:
+        ValueError: a tokenizer without a backend.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError(
+            f"`tokenizer` is a {type(tokenizer).__name__} without a `tokenizers` backend, which cannot put virtual "
+            "tokens in front by itself. Pass the fast tokenizer of the model, or none."
+        )
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.no_padding()
     backend.no_truncation()
     special = {key: value for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
     settings: dict[str, Any] = {name: getattr(tokenizer, name) for name in _KEPT if hasattr(tokenizer, name)}
-    exported = PreTrainedTokenizerFast(tokenizer_object=backend, **special, **settings)
+    copied = PreTrainedTokenizerFast(tokenizer_object=backend, **special, **settings)
     extra = [str(t) for t in getattr(tokenizer, "extra_special_tokens", None) or [] if isinstance(t, str)]
-    exported.add_tokens([*extra, *names], special_tokens=True)
-    ids = exported.convert_tokens_to_ids(names)
+    copied.add_tokens(extra, special_tokens=True)
+    copied.chat_template = copy.copy(tokenizer.chat_template)
+    return copied
+
+
+def add_words(tokenizer: PreTrainedTokenizerFast, names: list[str]) -> list[int]:
+    """Makes `names` special tokens; those that the tokenizer knows keep their ids. Returns their ids."""
+    tokenizer.add_tokens(names, special_tokens=True)
+    return tokenizer.convert_tokens_to_ids(names)
+
+
+def put_in_front(tokenizer: PreTrainedTokenizerFast, names: list[str]) -> list[int]:
+    """Makes `names` special tokens that start every text and every chat, in place. Returns their ids."""
+    ids = add_words(tokenizer, names)
     if names:
-        _put_in_front(exported.backend_tokenizer, names, ids)
-        exported.chat_template = _template_with_prompt(tokenizer.chat_template, "".join(names))
-    else:
-        exported.chat_template = copy.copy(tokenizer.chat_template)
-    return exported, ids
+        _put_in_front(tokenizer.backend_tokenizer, names, ids)
+        tokenizer.chat_template = map_template(
+            tokenizer.chat_template, lambda template: f"{{{{- {json.dumps(''.join(names))} }}}}{template}"
+        )
+    return ids
 
 
 def _put_in_front(backend: Tokenizer, names: list[str], ids: list[int]) -> None:
@@ -67,10 +90,11 @@ def _put_in_front(backend: Tokenizer, names: list[str], ids: list[int]) -> None:
     backend.post_processor = prompt if own is None else processors.Sequence([own, prompt])
 
 
-def _template_with_prompt(template: Any, front: str) -> Any:
-    """Chat templates render to text that is tokenized without special tokens, so the prompt goes into the text."""
-    if template is None:
-        return None
+def map_template(template: Any, change: Callable[[str], str]) -> Any:
+    """Changes a chat template, or each of several; None stays None.
+
+    Chat templates render to text that is tokenized without special tokens, so virtual tokens go into the text.
+    """
     if isinstance(template, dict):
-        return {name: _template_with_prompt(one, front) for name, one in template.items()}
-    return f"{{{{- {json.dumps(front)} }}}}{template}"
+        return {name: map_template(one, change) for name, one in template.items()}
+    return None if template is None else change(template)

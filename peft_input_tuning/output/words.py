@@ -30,3 +30,8 @@ def word_of(token_id: int, value: float, tokenizer: PreTrainedTokenizerBase | No
 def shown(word: Word) -> str:
     """A word so that spaces and line ends are seen; its id where there is no tokenizer."""
     return f"#{word.token_id}" if word.text is None else repr(word.text)[1:-1].replace(" ", "␣") or "(empty)"
+
+
+def printable(text: str) -> str:
+    """A text of a file for a terminal, in one line: control characters, which a terminal obeys, as escapes."""
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
