@@ -157,13 +157,6 @@ def test_fewer_names_than_rows_outside_of_generate():
         model(input_ids=ids(4, 5), adapter_names=["default", "__base__"])
 
 
-def test_mixed_batches_are_for_inference():
-    model, _, _ = adapted(llama)
-    model.train()
-    with pytest.raises(ValueError, match=r"the model is in training mode. Call `eval\(\)`"):
-        model(input_ids=ids(2, 5), adapter_names=["default", "default"])
-
-
 def test_prompts_of_different_lengths_where_positions_go_by_place():
     """RoFormer as a decoder: one table turns the queries and keys of all rows."""
     settings = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
