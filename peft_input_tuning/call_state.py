@@ -1,8 +1,8 @@
 """Which adapter each row of the current call uses (`adapter_names=[...]`), and whether `generate` makes the call.
 
 All are properties of one call, not of the model: two threads may call one model with different rows. So they live in
-context variables, which every thread has for itself. Compiled code does not read them: `InputTuningModel` runs calls
-with `adapter_names` eagerly.
+context variables, which every thread has for itself. Compiled code does not read them: it leaves its graph for what
+depends on rows (`out_of_graphs_if_mixed`), and outside of training such calls run eagerly as a whole.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import wraps
+from threading import Lock
 from typing import Any
 
 import torch
@@ -89,12 +91,33 @@ _row_adapters: ContextVar[tuple[object, RowAdapters] | None] = ContextVar("row_a
 _generation: ContextVar[tuple[object, Generation] | None] = ContextVar("generation", default=None)
 
 
+_mixed_calls = 0  # calls with rows of several adapters, in all threads
+_counting = Lock()
+_is_mixed = False  # whether there are any: compiled code is guarded by it, and traced once for each
+
+
 def current_row_adapters(layer: object) -> RowAdapters | None:
     """The rows of the call of `layer`'s model that is under way; None where one adapter serves the whole batch."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() and not _is_mixed:
         return None
+    return _rows_of_call(layer)
+
+
+@torch.compiler.disable
+def _rows_of_call(layer: object) -> RowAdapters | None:
     owner, rows = _row_adapters.get() or (None, None)
     return rows if owner is layer else None
+
+
+def out_of_graphs_if_mixed(function: Callable) -> Callable:
+    """Has compiled code call a function as it is while there are mixed calls: traced, it would be for their rows."""
+    as_it_is = torch.compiler.disable(function)
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return as_it_is(*args, **kwargs) if _is_mixed else function(*args, **kwargs)
+
+    return call
 
 
 def generation_of(layer: object) -> Generation | None:
@@ -117,7 +140,16 @@ def generating(layer: object, generation: Generation) -> Iterator[None]:
 @contextmanager
 def use_row_adapters(layer: object, rows: RowAdapters) -> Iterator[None]:
     token = _row_adapters.set((layer, rows))
+    _count_mixed_calls(1)
     try:
         yield
     finally:
         _row_adapters.reset(token)
+        _count_mixed_calls(-1)
+
+
+def _count_mixed_calls(more: int) -> None:
+    global _mixed_calls, _is_mixed
+    with _counting:
+        _mixed_calls += more
+        _is_mixed = _mixed_calls > 0

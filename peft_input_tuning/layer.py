@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from .base_weights import base_embedding, execution_device
-from .call_state import current_row_adapters, on_device
+from .call_state import current_row_adapters, on_device, out_of_graphs_if_mixed
 from .config import InputTuningConfig
 from .merging import MergeableTable
 from .mixed_rows import MixedRows
@@ -199,6 +199,7 @@ class InputTuningLayer(MergeableTable, MixedRows, PromptStates):
 
     # ---- forward ------------------------------------------------------------------------------------------------
 
+    @out_of_graphs_if_mixed
     def forward(self, input_ids: Tensor, *args: Any, is_output: IsOutput | None = None, **kwargs: Any) -> Tensor:
         """`(batch, length)` ids → `(batch, length, embedding_dim)` adapted embeddings.
 

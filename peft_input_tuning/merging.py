@@ -39,19 +39,19 @@ def fold(
     scale: Tensor,
     progress: Progress | None = None,
 ) -> None:
-    """Writes the adapted embedding of every word into `table`, worked out in float32, `BLOCK_ROWS` rows at a time.
+    """Writes the adapted embedding of every word into `table`, in the dtype of `scale`, `BLOCK_ROWS` rows at a time.
 
     Args:
         table: `(>= words, embedding_dim)`, of any dtype, on any device; its first `words` rows are written.
         embedding: `(n,)` ids on `scale`'s device → `(n, embedding_dim)`.
-        adapter: T in float32, `(n, embedding_dim)` → `(n, embedding_dim)`.
+        adapter: T in that dtype, `(n, embedding_dim)` → `(n, embedding_dim)`.
         words: number of words.
-        scale: what `embedding` multiplies its rows with, a float32 scalar.
+        scale: what `embedding` multiplies its rows with, a scalar of float32 or more.
         progress: called with (rows done, rows in all) after each block.
     """
     for start in range(0, words, BLOCK_ROWS):
         ids = torch.arange(start, min(start + BLOCK_ROWS, words), device=scale.device)
-        table[start : start + len(ids)] = adapter(embedding(ids).float()) / scale
+        table[start : start + len(ids)] = adapter(embedding(ids).to(scale.dtype)) / scale
         if progress is not None:
             progress(start + len(ids), words)
 
@@ -79,7 +79,7 @@ class MergeableTable(nn.Module, BaseTunerLayer):
             raise ValueError(
                 f"Adapter {self.merged_adapters[0]!r} is merged into the embedding. Call unmerge_adapter() first."
             )
-        fold(table, self.base_layer, self.float32_adapter(name), self.num_embeddings, self.embed_scale, progress)
+        fold(table, self.base_layer, self.plain_adapter(name), self.num_embeddings, self.embed_scale, progress)
 
     def check_foldable(self, name: str) -> None:
         """Raises where a table cannot hold what an adapter does."""
@@ -100,8 +100,8 @@ class MergeableTable(nn.Module, BaseTunerLayer):
             return torch.ones((), device=device, dtype=dtype)
         return scale.to(self.weight.dtype).to(device, dtype)
 
-    def float32_adapter(self, name: str) -> Callable[[Tensor], Tensor]:
-        """One adapter's T with its arithmetic in float32, without dropout."""
+    def plain_adapter(self, name: str) -> Callable[[Tensor], Tensor]:
+        """One adapter's T without dropout, with its arithmetic in the dtype of what it is given."""
         if name not in self.input_tuning_fc1:
             return lambda embeddings: embeddings
         fc1, fc2 = self.input_tuning_fc1[name], self.input_tuning_fc2[name]

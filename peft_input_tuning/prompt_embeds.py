@@ -73,7 +73,7 @@ def prompt_embeds(model: nn.Module, input_ids: Tensor, adapter_name: str | None 
             "torch.tensor([ids])."
         )
     embeddings = layer.unadapted(input_ids.to(execution_device(layer.base_layer)))
-    adapted = layer.float32_adapter(name)(embeddings)  # without dropout, in the dtype of the embeddings
+    adapted = layer.plain_adapter(name)(embeddings)  # without dropout, in the dtype of the embeddings
     prompt = soft_prompt(model, name).to(adapted).expand(len(adapted), -1, -1)
     return torch.cat([prompt, adapted], dim=1)
 

@@ -75,7 +75,7 @@ def test_a_static_cache_without_room_for_the_prompt(family):
     cache = transformers.StaticCache(config=base.config, max_cache_len=8)
     if all(cache.is_sliding):
         return  # it forgets what has no room
-    with pytest.raises(ValueError, match="is a StaticCache of 8 places, and the input and its virtual tokens take 9"):
+    with pytest.raises(ValueError, match="is a StaticCache of 8 places, and the tokens and virtual tokens take 9"):
         model(input_ids=ids(1, 5), past_key_values=cache)
     assert still_works(model)
 
@@ -157,13 +157,6 @@ def test_fewer_names_than_rows_outside_of_generate():
         model(input_ids=ids(4, 5), adapter_names=["default", "__base__"])
 
 
-def test_mixed_batches_are_for_inference():
-    model, _, _ = adapted(llama)
-    model.train()
-    with pytest.raises(ValueError, match=r"the model is in training mode. Call `eval\(\)`"):
-        model(input_ids=ids(2, 5), adapter_names=["default", "default"])
-
-
 def test_prompts_of_different_lengths_where_positions_go_by_place():
     """RoFormer as a decoder: one table turns the queries and keys of all rows."""
     settings = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
@@ -232,3 +225,11 @@ def test_two_adapters_for_the_whole_batch():
     assert model.base_model.layer.active_adapters == ["default"]
     with pytest.raises(ValueError, match="Unknown adapter 'c'"):
         model.base_model.set_adapter("c")
+
+
+def test_embeddings_beside_names_were_looked_up_without_them():
+    model, *_ = adapted(FAMILIES["llama"])
+    x, names = model.get_input_embeddings()(ids(2, 5)), ["default", "__base__"]
+    for call in (model, model.get_base_model(), model.generate, model.get_base_model().generate):
+        with pytest.raises(ValueError, match="`inputs_embeds` beside `adapter_names`"):
+            call(inputs_embeds=x, adapter_names=names)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import get_peft_model
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.testing import assert_close
 from transformers import CompileConfig
 
@@ -125,6 +126,37 @@ def test_mixed_batch_of_a_compiled_model_runs_eagerly():
         for names, logits in zip((["b", "default"], ["default", "b"]), want, strict=True):
             assert_close(model(input_ids=batch, adapter_names=names).logits, logits, atol=2e-4, rtol=1e-3)
         assert_close(model(input_ids=batch).logits, alone, atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.feature("mixed batch")
+def test_in_training_a_compiled_model_leaves_its_graphs_for_the_rows_only():
+    """One compilation serves all rows; calls without them get another. The gradients are those of the model as it is,
+    which has them from the formula (test_training_many.py)."""
+    family = FAMILIES["llama"]
+    counter = CompileCounterWithBackend("eager")
+    model, _, _ = adapted(family)
+    add(model, "b", seed=2, num_virtual_tokens=6)
+    model.set_requires_grad(["default", "b"])
+    model.train()
+    batch = ids(3, 7)
+
+    def gradients(names) -> dict:
+        model.zero_grad()
+        model(input_ids=batch, **({} if names is None else {"adapter_names": names})).logits.square().mean().backward()
+        return {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
+
+    calls = (["b", "default", "b"], ["default", "b", "default"], ["b", "b", "default"], None)
+    want = [gradients(names) for names in calls]
+    model.base_model.model.compile(backend=counter)
+    frames = []
+    for names, gradient in zip(calls, want, strict=True):
+        got = gradients(names)
+        frames.append(counter.frame_count)
+        assert got.keys() == gradient.keys()
+        for key, value in gradient.items():
+            assert_close(got[key], value, atol=1e-5, rtol=1e-4)
+    assert counter.op_count > 100
+    assert frames[0] == frames[1] == frames[2] < frames[3]
 
 
 @pytest.mark.feature("mixed batch")

@@ -15,16 +15,20 @@ from torch.testing import assert_close
 
 from adapters import adapted
 from families import FAMILIES, build
+from test_trainer_of_many import SOME, Alone, data
+from test_training_many import many
+from worker_of_many import CASES as CASES_OF_MANY
 
 TESTS = Path(__file__).parent
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
 pytestmark = pytest.mark.not_emulated("its scripts run on the CPU, in processes of their own")
 
 
-def launch(processes: int, *arguments: str) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(TESTS)}
+def launch(processes: int, *arguments: str, worker: str = "distributed_worker.py") -> None:
+    path = os.pathsep.join((str(TESTS.parent), str(TESTS)))  # the package beside these tests, installed or not
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path}
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
-    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", str(TESTS / "distributed_worker.py")]
+    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", str(TESTS / worker)]
     done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr[-4000:]
 
@@ -120,3 +124,23 @@ def resumes(alone: tuple, folder: Path, first: int, then: int, *more: str) -> No
     launch(then, "fsdp2", str(folder), "--steps", "4", "--resume", *more)
     after, weights = result_of(folder)
     assert_same((before + after, weights), alone)
+
+
+@pytest.mark.trains_with("accelerate and processes", "two processes: many adapters at once with Trainer")
+def test_many_adapters_in_two_processes(tmp_path):
+    """Each is what a loop by hand makes of it alone, though one process may have no rows of it."""
+    launch(2, str(tmp_path), worker="worker_of_many.py")
+    found = torch.load(tmp_path / "adapters.pt", weights_only=True)
+    assert set(found) == set(CASES_OF_MANY)
+    for case, names in CASES_OF_MANY.items():
+        model, base = many(adapters=SOME)
+        for name in SOME:
+            alone = Alone(FAMILIES["llama"], base, model, name)
+            rows = data(names)
+            steps = 1 if case == "stopped" and name == "a" else 3
+            for step in range(steps):
+                alone.step([row for row in rows[4 * step : 4 * step + 4] if row["adapter_name"] == name])
+            for key, value in found[case][name].items():
+                assert_close(value, alone.leaves[key].detach(), atol=1e-8, rtol=1e-6, msg=f"{case}, {name}, {key}")
+            loss = float(alone.loss(data(name * 4, seed=60)))
+            assert found[case]["losses"][name] == pytest.approx(loss, rel=1e-6)

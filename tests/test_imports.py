@@ -28,7 +28,7 @@ ORDER = (
     "export inspection",
     "lora_form",
     "__init__",
-    "familiarity",
+    "familiarity training",
     "command_line",
     "__main__",
 )

@@ -433,3 +433,15 @@ def test_the_folded_table():
     embeddings = encoder_of(base).get_input_embeddings().weight.detach() * scale
     assert_close(table[:97], transform(weights, embeddings) / scale, atol=1e-5, rtol=1e-4)
     assert (table[97:] == 7).all()
+
+
+def test_a_table_in_float64_is_merged_in_float64():
+    base = build(LLAMA).double().eval()
+    model = get_peft_model(copy.deepcopy(base), config(LLAMA, num_virtual_tokens=0), autocast_adapter_dtype=False)
+    model = model.double().eval()
+    randomize(model)
+    row = ids(1, 6)
+    with torch.no_grad():
+        want = model(input_ids=row).logits
+        model.merge_adapter()
+        assert_close(model(input_ids=row).logits, want, atol=1e-12, rtol=1e-12)

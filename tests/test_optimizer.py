@@ -331,3 +331,62 @@ def test_a_model_without_input_tuning_is_refused():
     """All of the base would be trained, at the adapter's rate."""
     with pytest.raises(ValueError, match=r"`model` has no input-tuning adapter, got LlamaForCausalLM"):
         create_input_tuning_optimizer(build(LLAMA), torch.optim.AdamW, lr=1e-3)
+
+
+# ---- rates of each adapter ------------------------------------------------------------------------------------------
+
+
+def with_two(**changes):
+    model, _, _ = adapted(LLAMA, **changes)
+    add(model, "second", seed=5, prompt_scale=2.0)
+    return model
+
+
+def test_each_adapter_has_its_own_rates():
+    """With heads of their own in the adapters' groups, and prompts divided by each one's scale."""
+    model, _, _ = adapted(LLAMA, "seq_cls", task_type="SEQ_CLS")
+    add(model, "second", seed=5, prompt_scale=2.0)
+    model.set_requires_grad(["default", "second"])
+    lr, prompt_lr = {"default": 1e-3, "second": 5e-3}, {"default": 2e-2, "second": 6e-2}
+    optimizer = create_input_tuning_optimizer(model, torch.optim.AdamW, lr=lr, prompt_lr=prompt_lr, weight_decay=0.1)
+    found = {(group["adapter_name"], group["name"]): group for group in optimizer.param_groups}
+    assert len(found) == len(optimizer.param_groups) == 4
+    for name, scale in (("default", SCALE), ("second", 2.0)):
+        adapter, prompt = found[name, "adapter"], found[name, "prompt"]
+        assert (adapter["lr"], prompt["lr"] * scale) == (lr[name], pytest.approx(prompt_lr[name]))
+        assert (adapter["weight_decay"], prompt["weight_decay"]) == (0.1, 0.0)
+        assert names_of(model, prompt) == {f"prompt.{name}.weight"}
+        assert names_of(model, adapter) == {
+            f"fc1.{name}.weight",
+            f"fc2.{name}.weight",
+            f"base_model.model.score.modules_to_save.{name}.weight",
+        }
+
+
+@pytest.mark.parametrize("prompt_lr", [None, 4e-2])
+def test_one_rate_for_all_prompts(prompt_lr):
+    model = with_two()
+    model.set_requires_grad(["default", "second"])
+    groups = input_tuning_parameter_groups(model, lr={"default": 1e-3, "second": 5e-3}, prompt_lr=prompt_lr)
+    rates = [group["lr"] * scale for group, scale in zip(groups[1::2], (SCALE, 2.0), strict=True)]
+    assert rates == pytest.approx([1e-2, 5e-2] if prompt_lr is None else [4e-2, 4e-2])
+
+
+@pytest.mark.parametrize(
+    ("rates", "says"),
+    [
+        ({"lr": {"default": 1e-3, "second": 1e-3}}, r"'second' is in one of them only.*set_requires_grad"),
+        ({"lr": {"other": 1e-3}}, r"`lr` has rates for \['other'\], and the adapters that train are \['default'\]"),
+        ({"lr": {}}, "'default' is in one of them only"),
+        ({"lr": {"default": 1e-3}, "prompt_lr": {"second": 1.0}}, "`prompt_lr` has rates for"),
+        (
+            {"lr": 1e-3, "prompt_lr": {"default": 1e-3}},
+            "`prompt_lr` has a rate for each adapter, and `lr` one for all",
+        ),
+        ({"lr": {"default": -1.0}}, "`lr` must be > 0, got -1.0"),
+    ],
+    ids=str,
+)
+def test_rates_that_do_not_fit_the_adapters(rates, says):
+    with pytest.raises(ValueError, match=says):
+        input_tuning_parameter_groups(with_two(), **rates)

@@ -751,3 +751,17 @@ def test_virtual_tokens_need_a_place():
 def test_a_module_that_does_not_say_which_its_embedding_is():
     with pytest.raises(ValueError, match=r"Sequential has no token embedding.*`get_input_embeddings\(\)`"):
         get_peft_model(torch.nn.Sequential(torch.nn.Embedding(VOCAB, 8)), config(num_virtual_tokens=0))
+
+
+def test_a_model_whose_layers_are_of_three_kinds_takes_an_adapter_alone():
+    """LXMERT has a number of layers for each of its inputs."""
+    small = {"l_layers": 1, "x_layers": 1, "r_layers": 1, "visual_feat_dim": 8}
+    settings = t.LxmertConfig(vocab_size=VOCAB, hidden_size=32, num_attention_heads=4, intermediate_size=48, **small)
+    base = t.LxmertModel(settings).eval()
+    model = get_peft_model(copy.deepcopy(base), config(num_virtual_tokens=0)).eval()
+    randomize(model)
+    row, seen = ids(1, 5).cpu(), {"visual_feats": torch.randn(1, 3, 8), "visual_pos": torch.rand(1, 3, 4)}
+    with torch.no_grad():
+        found = model(input_ids=row, **seen).language_output
+        x = transform(adapter_weights(model), base.get_input_embeddings()(row))
+        assert_close(found, base(inputs_embeds=x, **seen).language_output, **TOLERANCE)

@@ -162,7 +162,7 @@ def test_the_examples_of_training(session, tiny_model):
     def base() -> torch.nn.Module:
         return transformers.AutoModelForCausalLM.from_pretrained(tiny_model)
 
-    groups, sft = blocks("docs/training.md")
+    groups, sft, many = blocks("docs/training.md")
     model = get_peft_model(base(), InputTuningConfig(task_type="CAUSAL_LM"))
     trainer = partial(transformers.Trainer, train_dataset=rows)  # the block has no data
     names = {"torch": torch, "model": model, "Trainer": trainer, "arguments": transformers.TrainingArguments(**few)}
@@ -185,13 +185,21 @@ def test_the_examples_of_training(session, tiny_model):
     names["trainer"].train()
     assert rates(names["trainer"]) == pytest.approx({"adapter": 3e-3, "prompt": 3e-2})
 
+    both = [{**row, "adapter_name": name} for row in rows for name in ("e2e", "dart")]
+    settings = {**few, "eval_strategy": "steps", "eval_steps": 1}
+    names |= {"model": base(), "arguments": transformers.TrainingArguments("many", **settings), "rows": both[:-4]}
+    run("docs/training.md", many, {**names, "held_out": both[-4:]})
+    for name, length in (("e2e", 20), ("dart", 10)):
+        loaded = AutoPeftModelForCausalLM.from_pretrained(f"many/{name}", adapter_name=name)
+        assert loaded.peft_config[name].num_virtual_tokens == length
+
 
 def test_every_block_is_run_or_has_a_reason_not_to_be():
     found = {str(path.relative_to(ROOT)): blocks(str(path.relative_to(ROOT))) for path in ROOT.glob("docs/*.md")}
     for path, count in {
         "docs/prompt-tuning.md": 1,
         "docs/serving.md": 3,
-        "docs/training.md": 2,
+        "docs/training.md": 3,
         "docs/using.md": 2,
     }.items():
         for _ in range(count):

@@ -161,3 +161,24 @@ def test_two_prompts_by_hand(family):
         ]
     for i, mine in enumerate((other, weights)):
         assert_close(torch.cat(found, dim=1)[i], row_output(base, mine, rows[i]), **TOLERANCE)
+
+
+@torch.no_grad()
+def test_reset_after_compiled_calls():
+    """A compiled call cannot change the class of the cache that it fills."""
+    model, base, weights = adapted(LLAMA)
+    compiled, cache = torch.compile(model, backend="eager"), static(base)
+    for seed in (0, 1):
+        row = ids(8, seed=seed)
+        found = [compiled(input_ids=row[None, at], **on(model, cache)).logits for at in (slice(0, 7), slice(7, 8))]
+        assert_close(torch.cat(found, dim=1)[0], row_output(base, weights, row), **TOLERANCE)
+        cache.reset()
+
+
+def test_a_cache_with_room_for_the_tokens_alone_is_refused_by_generate_before_it_starts():
+    model, base, _ = adapted(LLAMA)
+    row, slots = ids(7), model.get_base_model().get_input_embeddings().slots
+    places = 7 + NEW - 1 + slots
+    with pytest.raises(ValueError, match=rf"of {places - 1} places, and the tokens and virtual tokens take {places}"):
+        generate(model, input_ids=row[None], **on(model, static(base, places - 1)))
+    assert generate(model, input_ids=row[None], **on(model, static(base, places))).shape == (1, 7 + NEW)

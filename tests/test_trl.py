@@ -16,13 +16,20 @@ from datasets import Dataset
 from peft import get_peft_model
 from torch import Tensor
 from torch.nn.functional import log_softmax, logsigmoid
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+)
 
 from adapters import config, randomize
 from device import DEVICE
 from families import FAMILIES
 from oracles import adapter_weights, row_output
 from peft_input_tuning import create_input_tuning_optimizer
+from peft_input_tuning.training import ManyAdapters
+from peft_input_tuning.training.rows import CollateNames
 
 if sys.version_info < (3, 11):
     pytest.skip("TRL 1.15 and newer need Python 3.11", allow_module_level=True)
@@ -210,6 +217,66 @@ def test_sft_with_two_learning_rates(base, tokenizer, tmp_path):
     after = adapter_weights(trainer.model)
     moved = {name: float((after[name] - before[name]).abs().max()) for name in before}
     assert moved == {name: pytest.approx(3e-2 if "prompt" in name else 3e-3, rel=1e-2) for name in before}
+
+
+# ---- many adapters at once ------------------------------------------------------------------------------------------
+
+
+class SFTTrainerOfMany(ManyAdapters, trl.SFTTrainer):
+    pass
+
+
+def sft_of_many(base, tokenizer, tmp_path, **more):
+    model = get_peft_model(copy.deepcopy(base), config(LLAMA), adapter_name="a")
+    model.add_adapter("b", config(LLAMA, num_virtual_tokens=7))
+    for seed, name in enumerate("ab"):
+        randomize(model, name, seed=seed)
+    rows = [{"prompt": prompt, "completion": good} for prompt, good, _ in PAIRS]
+    return SFTTrainerOfMany(
+        model=model,
+        args=arguments(trl.SFTConfig, tmp_path, **more),
+        train_dataset=Dataset.from_list([{**row, "adapter_name": name} for name in "ab" for row in rows]),
+        processing_class=tokenizer,
+    )
+
+
+@pytest.mark.trains_with("TRL", "SFTTrainer: many adapters at once, completion only")
+def test_sft_of_many_adapters(base, tokenizer, tmp_path):
+    trainer = sft_of_many(base, tokenizer, tmp_path)
+    batch = batch_of(trainer)
+    names, rows, total = batch["adapter_names"], rows_of(batch), 0
+    assert sorted(names) == list("aabb")
+    before = {name: adapter_weights(trainer.model, name) for name in "ab"}
+    for name in "ab":
+        own = [row for row, of in zip(rows, names, strict=True) if of == name]
+        assert all((labels == -100).any() for _, labels in own)
+        total -= float(by_hand(base, before[name], own)[0].mean())
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(total, **CLOSE)
+    for name in "ab":
+        assert all(not torch.equal(v, before[name][k]) for k, v in adapter_weights(trainer.model, name).items())
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ({"loss_type": "dft"}, "`loss_type` is 'dft', which ManyAdapters cannot use"),
+        ({"padding_free": True, "max_length": None}, r"made \[1\] rows of 4: .*padding_free=False"),
+        ({"packing": True, "max_length": 40}, "has no `adapter_name`.*packing=False"),
+    ],
+    ids=str,
+)
+def test_sft_that_would_mix_adapters(base, tokenizer, tmp_path, more, says):
+    with pytest.raises(ValueError, match=says):
+        sft_of_many(base, tokenizer, tmp_path, **more).train()
+
+
+def test_names_beside_the_usual_collator(tokenizer):
+    """By itself, DataCollatorForSeq2Seq would make tensors of the names."""
+    rows = [{"input_ids": [5] * n, "labels": [5] * n, "adapter_name": name} for n, name in ((3, "a"), (8, "b"))]
+    batch = CollateNames(DataCollatorForSeq2Seq(tokenizer), ["a", "b"])(rows)
+    assert batch["adapter_names"] == ["a", "b"]
+    assert batch["input_ids"].shape == batch["labels"].shape == (2, 8)
 
 
 # ---- preferences ----------------------------------------------------------------------------------------------------

@@ -178,7 +178,7 @@ def _blocks(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Embeddings of the words, the base model's and the adapted ones, in float32 on the CPU."""
     device = layer.embed_scale.device
-    transform: Callable[[Tensor], Tensor] = layer.float32_adapter(name)
+    transform: Callable[[Tensor], Tensor] = layer.plain_adapter(name)
     with gather_params_ctx(layer.base_layer.parameters()):
         for start in range(0, len(words), BLOCK_ROWS):
             ids = words[start : start + BLOCK_ROWS].to(device)

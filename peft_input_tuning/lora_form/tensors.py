@@ -150,7 +150,7 @@ def blocks(
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Ids, `(n,)`, with their embeddings, the base's and the adapted ones, `(n, embedding_dim)`, on the CPU in the
     dtype of `embed_scale`."""
-    scale, adapter = layer.embed_scale, layer.float32_adapter(name)
+    scale, adapter = layer.embed_scale, layer.plain_adapter(name)
     for start in range(0, layer.num_embeddings, BLOCK_ROWS):
         ids = torch.arange(start, min(start + BLOCK_ROWS, layer.num_embeddings), device=scale.device)
         e = layer.unadapted(ids).to(scale.dtype)

@@ -241,7 +241,9 @@ def is_causal(backbone: nn.Module) -> bool:
 def has_window(backbone: nn.Module) -> bool:
     """Whether attention sees only the nearest places, in any layer."""
     config = backbone.config.get_text_config()
-    layers = list(getattr(config, "per_layer_config", ())) or [config]
+    counted = isinstance(getattr(config, "num_hidden_layers", None), int)  # LXMERT has three numbers
+    layers = list(getattr(config, "per_layer_config", ())) if counted else []
+    layers = layers or [config]
     return any(getattr(layer, name, None) for layer in layers for name in _WINDOWS)
 
 

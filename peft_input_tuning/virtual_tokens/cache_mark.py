@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from .layout import PromptLayout
+from .layout import PromptLayout, repeat_rows
 from .subclass import Extension, class_of, extend
 
 # What transformers calls the cache, as an argument and in outputs: since 5.24, and before; the third is that of
@@ -41,6 +41,16 @@ class CacheMark:
 
     layout: PromptLayout
     mask: Tensor | None = None
+
+    def selected(self, rows: Any, batch: int | None) -> CacheMark:
+        """The mark on some of the rows of a cache with `batch` of them (None: as many as there were at first)."""
+        layout = self.layout if batch is None else self.layout.repeated(batch)
+        mask = self.mask if self.mask is None or batch is None else repeat_rows(self.mask, batch)
+        known = next((one for one in (layout.lengths, layout.mask, mask) if one is not None), None)
+        if known is None:  # all rows are alike
+            return self
+        rows = torch.as_tensor(rows, device=known.device)
+        return CacheMark(layout.selected(rows), None if mask is None else mask[rows])
 
 
 class MarkedState(Extension):
@@ -82,6 +92,21 @@ class MarkedCache(MarkedState):
         places = super().get_seq_length(layer_idx)  # type: ignore[misc]
         slots = self.slots
         return places if not slots or (isinstance(places, int) and not places) else places - slots
+
+    def batch_select_indices(self, indices: Any) -> None:
+        """Keeps some rows, and what is known of their prompts."""
+        self._select_rows(indices)
+        super().batch_select_indices(indices)  # type: ignore[misc]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._select_rows(beam_idx)
+        super().reorder_cache(beam_idx)  # type: ignore[misc]
+
+    def _select_rows(self, rows: Any) -> None:
+        if self.input_tuning_mark is not None:
+            keys = (getattr(layer, "keys", None) for layer in _layers(self))
+            batch = next((len(one) for one in keys if isinstance(one, Tensor)), None)
+            self.input_tuning_mark = self.input_tuning_mark.selected(rows, batch)
 
     def update(self, *args: Any, **kwargs: Any) -> Any:
         """As the cache's own; a model that does not know of the prompt would count its positions without it."""
@@ -184,13 +209,22 @@ def mark_cache(cache: Any, mark: CacheMark | None) -> Any:
 
 
 def _tell_tokens(cache: Any) -> None:
-    """Compiled code cannot change a class; then the next call outside of it does."""
+    """Compiled code cannot change a class; then the next call outside of it does. Not of a cache of a fixed size: that
+    it was emptied only its class can tell."""
     if torch.compiler.is_compiling():
+        if has_fixed_size(cache) and not isinstance(cache, MarkedCache):
+            _outside_of_graphs(cache, MarkedCache)
         return
     if isinstance(cache, Cache):
         extend(cache, MarkedCache)
     elif hasattr(cache, "reset"):
         extend(cache, MarkedState)
+
+
+_outside_of_graphs = torch.compiler.disable(
+    extend,
+    reason="a cache of a fixed size is marked outside of graphs; with fullgraph=True, do not compile its first call",
+)
 
 
 def enter_backbone(cache: Any) -> None:

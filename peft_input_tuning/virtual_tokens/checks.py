@@ -52,6 +52,15 @@ def check_one_input(call: dict[str, Any], backbone: nn.Module, traits: BackboneT
         )
 
 
+def check_no_embeddings(call: dict[str, Any]) -> None:
+    """Of a call with `adapter_names`."""
+    if call.get("inputs_embeds") is not None:
+        raise ValueError(
+            "`inputs_embeds` beside `adapter_names` were looked up before it was known which adapter each row has. "
+            "Pass `input_ids`, or a batch for each adapter."
+        )
+
+
 def check_mask_and_positions(call: dict[str, Any], given: Tensor) -> None:
     mask, positions = call.get("attention_mask"), call.get("position_ids")
     check_not_expanded(mask)
@@ -75,7 +84,7 @@ def check_room(cache: Any, places: int) -> None:
     room = cache.get_max_length()
     if 0 <= room < places:
         raise ValueError(
-            f"The cache is a {type(cache).__name__} of {room} places, and the input and its virtual tokens take "
+            f"The cache is a {type(cache).__name__} of {room} places, and the tokens and virtual tokens take "
             f"{places}. Make it larger by the number of virtual tokens, or let `generate` make it."
         )
 
@@ -130,7 +139,8 @@ def check_not_expanded(mask: Any) -> None:
         shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(
             f"`attention_mask` must have the shape (batch, length), got {shape}: virtual tokens cannot be added to "
-            "a mask that is already expanded. Pass the two-dimensional mask; or use num_virtual_tokens=0."
+            "a mask that is already expanded. Pass the two-dimensional mask. Where `generate` of a model around the "
+            "adapted one makes it, for a static cache: use a dynamic cache, or give the whole model the adapter."
         )
 
 

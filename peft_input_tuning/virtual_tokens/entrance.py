@@ -21,7 +21,13 @@ from ..call_state import Generation, current_row_adapters, generating, use_row_a
 from ..layer import InputTuningLayer
 from .backbone import BackboneTraits, forward_parameters
 from .cache_mark import cache_of, mark_cache, mark_of, without_masks
-from .checks import check_mask_length, check_masks_on_cache, check_no_pads_behind_prompt
+from .checks import (
+    check_mask_length,
+    check_masks_on_cache,
+    check_no_embeddings,
+    check_no_pads_behind_prompt,
+    check_room,
+)
 from .layout import count_left_pads
 from .mixed_batch import mixed_batch
 from .scope import embeddings_in_scope, input_of_generate
@@ -39,12 +45,14 @@ class Entrance(Extension):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """TRL puts a `forward` of its own on a model: what `forward` does is done here too, and then not again."""
-        with self._rows(kwargs.pop("adapter_names", None)):
+        with self._rows(kwargs.pop("adapter_names", None), kwargs):
+            if current_row_adapters(self.input_tuning_layer[0]) is not None:
+                check_no_embeddings(kwargs)
             args, kwargs = self._in_scope(args, kwargs)
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        with self._rows(kwargs.pop("adapter_names", None)):
+        with self._rows(kwargs.pop("adapter_names", None), kwargs):
             args, kwargs = self._in_scope(args, kwargs)
             return super().forward(*args, **kwargs)  # type: ignore[misc]
 
@@ -78,11 +86,12 @@ class Entrance(Extension):
         return (), embeddings_in_scope(call, layer)
 
     @contextmanager
-    def _rows(self, names: list[str] | None) -> Iterator[None]:
+    def _rows(self, names: list[str] | None, call: dict[str, Any]) -> Iterator[None]:
         self._check_backbone()
         if names is None:
             yield
             return
+        check_no_embeddings(call)
         (layer,) = self.input_tuning_layer
         with mixed_batch(self, layer, names, layer.adapter_names):
             yield
@@ -125,7 +134,7 @@ class GeneratingEntrance(MakesCaches, Entrance):
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         kwargs = _by_name(super().generate, args, kwargs)  # type: ignore[misc]
         (layer,) = self.input_tuning_layer
-        with self._rows(kwargs.pop("adapter_names", None)), ExitStack() as stack:
+        with self._rows(kwargs.pop("adapter_names", None), kwargs), ExitStack() as stack:
             rows = current_row_adapters(layer)
             if rows is not None:
                 stack.enter_context(use_row_adapters(layer, replace(rows, in_generate=True)))
@@ -153,6 +162,9 @@ class GeneratingEntrance(MakesCaches, Entrance):
         chunk, traits = self._setting(kwargs, "prefill_chunk_size"), self.input_tuning_traits
         if not layer.slots or traits is None:
             return
+        new, is_pair = self._setting(kwargs, "max_new_tokens"), self.config.is_encoder_decoder  # type: ignore[attr-defined]
+        if isinstance(new, int) and ids is not None and not is_pair and mark is None:
+            check_room(cache, layer.slots + ids.shape[1] + new - 1)  # the last token goes in no more
         if traits.masks_on_cache is False and self._setting(kwargs, "use_cache") is not False:
             rows = current_row_adapters(layer)
             mask = self._mask_of_ids(ids, kwargs) if mask is None else mask

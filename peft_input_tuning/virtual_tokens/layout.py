@@ -189,6 +189,11 @@ class PromptLayout:
             return x.narrow(dim, self.slots, length).contiguous()
         return gather_places(x, index.argsort(dim=1)[:, self.slots :], dim)
 
+    def selected(self, rows: Tensor) -> PromptLayout:
+        """The same layout for some of the rows, by their numbers or as booleans `(batch,)`."""
+        lengths = None if self.lengths is None else self.lengths[rows]
+        return PromptLayout(self.slots, lengths, None if self.mask is None else self.mask[rows], self.slack)
+
     def repeated(self, batch: int) -> PromptLayout:
         """The same layout for a batch whose rows were repeated."""
         if all(one is None or one.shape[0] == batch for one in (self.lengths, self.mask)):

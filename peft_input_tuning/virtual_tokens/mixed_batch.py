@@ -1,4 +1,5 @@
-"""Mixed batches: `adapter_names=[...]` gives each row of a batch its adapter, at inference."""
+"""Mixed batches: `adapter_names=[...]` gives each row of a batch its adapter, in training too: only the embedding
+differs between rows, so each adapter gets the gradient of its own rows and of nothing else."""
 
 from __future__ import annotations
 
@@ -31,10 +32,12 @@ def mixed_batch(
     Raises:
         ValueError: names that cannot be used, or a model that cannot use them now.
     """
-    rows = _row_adapters(model, layer, names, known)
+    rows = _row_adapters(layer, names, known)
     with ExitStack() as stack:
         stack.enter_context(use_row_adapters(layer, rows))
-        stack.enter_context(_run_eagerly())
+        _check_not_compiling()
+        if not model.training:
+            stack.enter_context(_run_eagerly())
         for module in model.modules():
             if isinstance(module, AuxiliaryTrainingWrapper):  # modules_to_save, a classification head
                 hook = partial(_pass_adapter_names, layer=layer)
@@ -42,11 +45,7 @@ def mixed_batch(
         yield
 
 
-def _row_adapters(
-    model: nn.Module, layer: InputTuningLayer, names: Sequence[str], known: Sequence[str]
-) -> RowAdapters:
-    if model.training:
-        raise ValueError("`adapter_names` is for inference, and the model is in training mode. Call `eval()` first.")
+def _row_adapters(layer: InputTuningLayer, names: Sequence[str], known: Sequence[str]) -> RowAdapters:
     if not names:
         raise ValueError("`adapter_names` is empty. Pass one name a row.")
     if layer.merged:
@@ -61,6 +60,14 @@ def _row_adapters(
     return RowAdapters(tuple(names), tuple(layer.prompt_length(name) for name in names))
 
 
+REFUSAL = "`adapter_names` cannot be used inside torch.compile. Call the model outside of it."
+
+
+def _check_not_compiling() -> None:
+    if torch.compiler.is_compiling():
+        raise ValueError(REFUSAL)
+
+
 _eager_calls = 0
 _eager_stance = ExitStack()
 _eager_lock = Lock()
@@ -68,18 +75,16 @@ _eager_lock = Lock()
 
 @contextmanager
 def _run_eagerly() -> Iterator[None]:
-    """Compiled code does not see the rows of a call, so calls with `adapter_names` run without it. A stance is the
-    whole process's: the first such call sets it, the last one under way puts back what was before."""
+    """Compiled code would have to leave its graph for the rows of a call, which `fullgraph=True` forbids: at inference
+    calls with `adapter_names` run without it. A stance is the whole process's: the first such call sets it, the last
+    one under way puts back what was before."""
     global _eager_calls
-    refusal = "`adapter_names` cannot be used inside torch.compile. Call the model outside of it."
-    if torch.compiler.is_compiling():
-        raise ValueError(refusal)
     with _eager_lock:
         if not _eager_calls:
             try:
                 _eager_stance.enter_context(torch.compiler.set_stance("force_eager"))
             except RuntimeError as error:  # torch: a stance cannot be set inside a compiled region
-                raise ValueError(refusal) from error
+                raise ValueError(REFUSAL) from error
         _eager_calls += 1
     try:
         yield

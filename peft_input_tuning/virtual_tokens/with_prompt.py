@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..call_state import out_of_graphs_if_mixed
 from ..layer import InputTuningLayer
 from .backbone import BackboneTraits
 from .cache_mark import CacheMark, enter_backbone, has_fixed_size, is_empty, leave_backbone, mark_cache, mark_of
@@ -40,6 +41,7 @@ class WithPrompt(Extension):
         return restore(call, output)
 
 
+@out_of_graphs_if_mixed
 def _rewrite(call: BackboneCall) -> None:
     call.add_token_types()
     call.look_up_length_first()
