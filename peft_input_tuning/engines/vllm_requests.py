@@ -79,6 +79,11 @@ def _check(request: Any, name: str) -> None:
         raise VLLMValidationError(
             f"Adapter {name!r} is for token ids, and this request has embeddings, images or sound. Send text or ids."
         )
+    if request.resumable:
+        raise VLLMValidationError(
+            f"Adapter {name!r} has virtual tokens, which would stand in front of each part of an input that comes in "
+            "parts. Send the input as a whole."
+        )
     if params.prompt_logprobs is not None:
         raise VLLMValidationError(
             f"`prompt_logprobs` (`echo` with `logprobs`) is not there for adapter {name!r}: its virtual tokens are "

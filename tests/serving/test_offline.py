@@ -15,7 +15,7 @@ NUMBERS = {"e2e": 1, "overnight": 2}
 def engine(model, **settings):
     from vllm import LLM
 
-    return LLM(str(model), dtype="float32", max_model_len=512, max_num_seqs=32, **settings)
+    return LLM(str(model), **{"dtype": "float32", "max_model_len": 512, "max_num_seqs": 32, **settings})
 
 
 def greedy(**changes):
@@ -153,5 +153,59 @@ def test_prompt_embeds_for_adapters_of_the_input(prepared, wanted):
         base_rows = [row for row in wanted if row["adapter"] == BASE][:10]
         out = llm.generate(embeds_prompts(model, [row["prompt"] for row in rows]) + of_ids(base_rows), greedy())
         assert tokens(out) == [row["wanted"] for row in rows + base_rows]
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+
+
+def tiny(family):
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig, Qwen2Config, Qwen2ForCausalLM
+
+    sizes = {
+        "vocab_size": 320,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "initializer_range": 0.3,
+        "eos_token_id": 319,
+        "max_position_embeddings": 256,
+    }
+    if family == "Gemma 3":  # multiplies embeddings by the root of their size
+        model = Gemma3ForCausalLM(Gemma3TextConfig(head_dim=32, **sizes))
+        model.get_input_embeddings().weight.data.mul_(0.1)  # or the tied head repeats the last word
+        return model
+    return Qwen2ForCausalLM(Qwen2Config(tie_word_embeddings=family == "Qwen 2, tied", **sizes))
+
+
+@pytest.mark.parametrize("family", ["Gemma 3", "Qwen 2", "Qwen 2, tied"])
+def test_other_families(family, tmp_path):
+    from peft import get_peft_model
+    from vllm.lora.request import LoRARequest
+
+    from peft_input_tuning import InputTuningConfig
+
+    torch.manual_seed(0)
+    base = tiny(family)
+    base.save_pretrained(tmp_path / "base")
+    config = InputTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, adapter_hidden_dim=16, init_weights=False)
+    model = get_peft_model(base, config).eval()
+    for name, parameter in model.named_parameters():
+        if "input_tuning_" in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    model.save_pretrained(tmp_path / "adapter")
+    prompts = [torch.randint(0, 319, (1, length)) for length in (3, 9, 20, 33)]
+    how = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    want = [model.generate(input_ids=ids, **how)[0, ids.shape[1] :].tolist() for ids in prompts]
+    with model.disable_adapter():
+        of_base = [model.generate(input_ids=ids, **how)[0, ids.shape[1] :].tolist() for ids in prompts]
+    assert all(a != b for a, b in zip(want, of_base, strict=True))
+    lora = {"enable_lora": True, "lora_target_modules": ["embed_tokens"], "max_loras": 1}
+    llm = engine(tmp_path / "base", skip_tokenizer_init=True, **{**lora, "max_model_len": 128})
+    try:
+        requests = [{"prompt_token_ids": ids[0].tolist()} for ids in prompts]
+        loras = [LoRARequest("a", 1, str(tmp_path / "adapter"))] * 4 + [None] * 4
+        out = llm.generate(requests * 2, greedy(max_tokens=12, detokenize=False), lora_request=loras)
+        assert tokens(out) == want + of_base
     finally:
         llm.llm_engine.engine_core.shutdown()

@@ -148,6 +148,12 @@ def test_usage_counts_virtual_tokens(server, client, rows):
         assert ask(client, server, row, max_tokens=1).usage.prompt_tokens == virtual + len(row["prompt"])
 
 
+def test_an_echo_is_the_prompt_without_virtual_tokens(server, client, rows):
+    row = next(row for row in rows if row["kind"] == "plain" and row["adapter"] == "e2e")
+    text = ask(client, server, row).choices[0].text
+    assert ask(client, server, row, echo=True).choices[0].text == row["text"] + "\n" + text
+
+
 def test_sampling_never_leaves_the_vocabulary(server, client, rows):
     row = next(row for row in rows if row["adapter"] == "overnight")
     for seed in range(5):

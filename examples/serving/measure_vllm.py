@@ -1,0 +1,151 @@
+"""What many adapters cost in vLLM: the base model, input-tuning adapters, LoRAs, with 1, 8 and 32 of them in a batch.
+
+    OMP_NUM_THREADS=1 python examples/serving/measure_vllm.py --base BASE --rounds 6
+
+Each way has an engine of its own. A round asks all of them the same, one after another, so that what else the machine
+does meets all alike. Adapters have random weights, which cost what trained ones do. Printed: new tokens for each
+second of processor time (medians of the rounds, with quartiles), and what that is of the base's in the same round.
+Wall time is in the file. Needs what docs/serving.md installs beside vLLM, and psutil.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+COUNTS = (1, 8, 32)
+BARE = "base, not compiled"
+# name → layers that vLLM gives adapters to, and the adapter
+WAYS: dict[str, tuple[list[str], dict[str, Any]]] = {
+    "input-tuning": (["embed_tokens"], {}),
+    "LoRA q, v": (["q_proj", "v_proj"], {"target_modules": ["q_proj", "v_proj"]}),
+    "LoRA all linear": (LINEAR, {"target_modules": LINEAR}),
+}
+
+
+def write_adapters(base: str, folder: Path, hidden: int | None) -> None:
+    """A folder for each way; the base model as a folder, if it is the packaged one."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from peft_input_tuning import InputTuningConfig
+
+    for name, (_, settings) in WAYS.items():
+        if (folder / name).is_dir():
+            continue
+        config: Any = InputTuningConfig(task_type="CAUSAL_LM", init_weights=False, adapter_hidden_dim=hidden)
+        if settings:
+            config = LoraConfig(task_type="CAUSAL_LM", r=8, init_lora_weights=False, **settings)
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), config)
+        model.save_pretrained(folder / name)
+
+
+class Engine:
+    """An engine, and the processes that it runs in."""
+
+    def __init__(self, base: str, targets: list[str] | None, **settings: Any) -> None:
+        import psutil
+        from vllm import LLM
+
+        before = set(psutil.Process().children(recursive=True))
+        if targets:
+            settings |= {"enable_lora": True, "lora_target_modules": targets, "max_loras": max(COUNTS)}
+        self.llm = LLM(base, dtype="float32", max_model_len=512, max_num_seqs=32, max_lora_rank=8, **settings)
+        self.processes = set(psutil.Process().children(recursive=True)) - before
+
+    def processor_seconds(self) -> float:
+        return sum(sum(process.cpu_times()[:2]) for process in self.processes)
+
+
+def ask(engine: Engine, folder: Path | None, adapters: int, prompts: list[list[int]], new: int) -> tuple[float, float]:
+    """Asks all prompts at once; returns new tokens for a second of processor time, and for a second."""
+    from vllm import SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    requests = None
+    if folder is not None:
+        requests = [LoRARequest(f"a{i % adapters}", i % adapters + 1, str(folder)) for i in range(len(prompts))]
+    settings = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, detokenize=False)
+    processor, wall = engine.processor_seconds(), time.perf_counter()
+    engine.llm.generate(
+        [{"prompt_token_ids": ids} for ids in prompts], settings, lora_request=requests, use_tqdm=False
+    )
+    processor, wall = engine.processor_seconds() - processor, time.perf_counter() - wall
+    return len(prompts) * new / processor, len(prompts) * new / wall
+
+
+def summary(values: list[float]) -> str:
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return f"{middle:.3g} ({low:.3g} to {high:.3g})"
+
+
+def report(measured: dict[str, list[tuple[float, float]]]) -> str:
+    """A table: new tokens for a second of processor time, and over the base's of the same round."""
+    lines = [
+        "| | new tokens a processor second | of the base's | of the base's, not compiled |",
+        "| :-- | --: | --: | --: |",
+    ]
+    for name, values in measured.items():
+        shares = [
+            summary([one / of_base for (one, _), (of_base, _) in zip(values, measured[base], strict=True)])
+            for base in ("base", BARE)
+        ]
+        lines.append(f"| {name} | {summary([tokens for tokens, _ in values])} | {' | '.join(shares)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", required=True, help="folder or hub id of the base model")
+    parser.add_argument("--adapters", type=Path, default=Path("outputs/vllm-adapters"), help="folder for adapters")
+    parser.add_argument("--hidden", type=int, help="adapter_hidden_dim; left out: 2e")
+    parser.add_argument("--requests", type=int, default=32)
+    parser.add_argument("--prompt", type=int, default=64, help="tokens of a prompt")
+    parser.add_argument("--new", type=int, default=32, help="new tokens of a request")
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--output", type=Path, default=Path("outputs/vllm.json"))
+    arguments = parser.parse_args()
+    write_adapters(arguments.base, arguments.adapters, arguments.hidden)
+    # vLLM compiles the base model, on a CPU too; with `--enable-lora`, whatever for, it compiles nothing on a CPU.
+    engines = {"base": Engine(arguments.base, None), BARE: Engine(arguments.base, None, enforce_eager=True)}
+    engines |= {name: Engine(arguments.base, targets) for name, (targets, _) in WAYS.items()}
+    draw = random.Random(0)
+    measured: dict[str, list[tuple[float, float]]] = {}
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    for turn in range(arguments.rounds + 1):
+        prompts = [[draw.randrange(100, 40_000) for _ in range(arguments.prompt)] for _ in range(arguments.requests)]
+        plans = [("base", None, 0), (BARE, None, 0)] + [
+            (name, arguments.adapters / name, n) for n in COUNTS for name in WAYS
+        ]
+        draw.shuffle(plans)
+        for name, folder, adapters in plans:
+            engine = engines[name]
+            engine.llm.reset_prefix_cache()
+            figures = ask(engine, folder, adapters, prompts, arguments.new)
+            if turn:  # the first round loads adapters
+                key = f"{name}, {adapters}" if folder else name
+                measured.setdefault(key, []).append(figures)
+        ordered = {name: measured.get(name, []) for name in ("base", BARE)} | {
+            f"{name}, {n}": measured.get(f"{name}, {n}", []) for name in WAYS for n in COUNTS
+        }
+        arguments.output.write_text(json.dumps(ordered), encoding="utf-8")
+        if turn > 1:
+            print(f"after {turn} rounds\n{report(ordered)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
