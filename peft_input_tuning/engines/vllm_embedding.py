@@ -43,7 +43,9 @@ class EmbeddingByWord(VocabParallelEmbeddingWithLoRA):
         most = check_engine(self.base_layer)
         self.words = self.base_layer.org_vocab_size
         self.most_virtual_tokens = most
-        self.scale = embedding_scale(model_config)
+        self.scale = float(
+            torch.tensor(embedding_scale(model_config), dtype=lora_config.lora_dtype)
+        )  # as transformers
         shape = (max_loras, self.words + most, self.base_layer.embedding_dim)
         device = self.base_layer.weight.device
         self.tables = torch.zeros(shape, dtype=lora_config.lora_dtype, device=device)
