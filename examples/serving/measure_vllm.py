@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -64,7 +63,8 @@ class Engine:
         before = set(psutil.Process().children(recursive=True))
         if targets:
             settings |= {"enable_lora": True, "lora_target_modules": targets, "max_loras": max(COUNTS)}
-        self.llm = LLM(base, dtype="float32", max_model_len=512, max_num_seqs=32, max_lora_rank=8, **settings)
+        sizes = {"max_model_len": 256, "max_num_seqs": 32, "max_lora_rank": 8, "kv_cache_memory_bytes": 320 << 20}
+        self.llm = LLM(base, dtype="float32", **sizes, **settings)
         self.processes = set(psutil.Process().children(recursive=True)) - before
 
     def processor_seconds(self) -> float:

@@ -83,7 +83,7 @@ def test_texts_and_chats_get_their_virtual_tokens(native, prepared, mixed):
 
 def test_prompts_are_cached_for_each_adapter(native, prepared, mixed):
     """The same ids under another adapter must not find this one's keys and values."""
-    ids = [5, 6, 7, 8] * 20
+    ids = [5, 6, 7, 8] * 60  # a whole block of 128, which is what vLLM caches on a CPU
     requests = [{"prompt_token_ids": ids}] * 3
     names = ["e2e", "overnight", BASE]
     first = native.generate(requests, greedy(), lora_request=[lora(prepared, name) for name in names])
