@@ -100,10 +100,10 @@ def report(measured: dict[str, list[tuple[float, float]]]) -> str:
         "| :-- | --: | --: | --: |",
     ]
     for name, values in measured.items():
-        shares = [
-            summary([one / of_base for (one, _), (of_base, _) in zip(values, measured[base], strict=True)])
-            for base in ("base", BARE)
-        ]
+        shares = []
+        for base in ("base", BARE):
+            pairs = zip(values, measured.get(base, []), strict=base in measured)
+            shares.append(summary([one / of_base for (one, _), (of_base, _) in pairs]) if base in measured else "")
         lines.append(f"| {name} | {summary([tokens for tokens, _ in values])} | {' | '.join(shares)} |")
     return "\n".join(lines)
 
@@ -113,6 +113,7 @@ def main() -> None:
     parser.add_argument("--base", required=True, help="folder or hub id of the base model")
     parser.add_argument("--adapters", type=Path, default=Path("outputs/vllm-adapters"), help="folder for adapters")
     parser.add_argument("--hidden", type=int, help="adapter_hidden_dim; left out: 2e")
+    parser.add_argument("--ways", nargs="+", default=["base", BARE, *WAYS], help="what to measure, all by default")
     parser.add_argument("--requests", type=int, default=32)
     parser.add_argument("--prompt", type=int, default=64, help="tokens of a prompt")
     parser.add_argument("--new", type=int, default=32, help="new tokens of a request")
@@ -121,16 +122,19 @@ def main() -> None:
     arguments = parser.parse_args()
     write_adapters(arguments.base, arguments.adapters, arguments.hidden)
     # vLLM compiles the base model, on a CPU too; with `--enable-lora`, whatever for, it compiles nothing on a CPU.
-    engines = {"base": Engine(arguments.base, None), BARE: Engine(arguments.base, None, enforce_eager=True)}
-    engines |= {name: Engine(arguments.base, targets) for name, (targets, _) in WAYS.items()}
+    engines = {}
+    for name in arguments.ways:
+        targets = WAYS[name][0] if name in WAYS else None
+        engines[name] = Engine(arguments.base, targets, **({"enforce_eager": True} if name == BARE else {}))
+    keys = [key for name in engines for key in ([f"{name}, {n}" for n in COUNTS] if name in WAYS else [name])]
     draw = random.Random(0)
     measured: dict[str, list[tuple[float, float]]] = {}
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     for turn in range(arguments.rounds + 1):
         prompts = [[draw.randrange(100, 40_000) for _ in range(arguments.prompt)] for _ in range(arguments.requests)]
-        plans = [("base", None, 0), (BARE, None, 0)] + [
-            (name, arguments.adapters / name, n) for n in COUNTS for name in WAYS
-        ]
+        plans: list[tuple[str, Path | None, int]] = []
+        for name in engines:
+            plans += [(name, arguments.adapters / name, n) for n in COUNTS] if name in WAYS else [(name, None, 0)]
         draw.shuffle(plans)
         for name, folder, adapters in plans:
             engine = engines[name]
@@ -139,9 +143,7 @@ def main() -> None:
             if turn:  # the first round loads adapters
                 key = f"{name}, {adapters}" if folder else name
                 measured.setdefault(key, []).append(figures)
-        ordered = {name: measured.get(name, []) for name in ("base", BARE)} | {
-            f"{name}, {n}": measured.get(f"{name}, {n}", []) for name in WAYS for n in COUNTS
-        }
+        ordered = dict(sorted(measured.items(), key=lambda item: keys.index(item[0])))
         arguments.output.write_text(json.dumps(ordered), encoding="utf-8")
         if turn > 1:
             print(f"after {turn} rounds\n{report(ordered)}", flush=True)

@@ -112,10 +112,11 @@ def test_penalties_leave_virtual_tokens_out(native, prepared, mixed):
     [("input-only", {}, "prompt_embeds"), ("e2e", {"prompt_logprobs": 1}, "prompt_logprobs")],
 )
 def test_what_cannot_be_is_refused_and_the_engine_lives(native, prepared, mixed, name, settings, said):
+    from vllm.exceptions import VLLMValidationError
     from vllm.lora.request import LoRARequest
 
     request = LoRARequest(name, NUMBERS.get(name, 3), str(prepared / name))
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(VLLMValidationError, match=said):
         native.generate([{"prompt_token_ids": [1, 2, 3]}], greedy(**settings), lora_request=request)
     row = mixed[0]
     out = native.generate(of_ids([row]), greedy(), lora_request=lora(prepared, row["adapter"]))
