@@ -55,9 +55,15 @@ class FolderResolver(LoRAResolver):
         if path.parent != self.folder or not is_input_tuning(path):
             return None
         trained_on = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
-        if trained_on != base_model_name:
+        if not _are_same(trained_on, base_model_name):
             logger.warning(
                 "Adapter %r was trained on %r, and not on %r: not served.", lora_name, trained_on, base_model_name
             )
             return None
         return LoRARequest(lora_name=lora_name, lora_int_id=abs(hash(lora_name)) + 1, lora_path=str(path))
+
+
+def _are_same(one: str, other: str) -> bool:
+    """Whether two names are those of one model: the same words, or the same folder."""
+    folders = Path(one), Path(other)
+    return one == other or (all(folder.is_dir() for folder in folders) and folders[0].samefile(folders[1]))

@@ -294,4 +294,11 @@ def test_the_resolver_gives_folders_of_its_own_folder_only(tmp_path, name):
     resolver = FolderResolver(str(tmp_path / "all"))
     assert asyncio.run(resolver.resolve_lora("base", "mine")).lora_path == str(tmp_path / "all" / "mine")
     assert asyncio.run(resolver.resolve_lora("another", "mine")) is None
+    config = json.loads((tmp_path / "all" / "mine" / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(tmp_path / "all" / ".." / "outside")
+    (tmp_path / "all" / "mine" / "adapter_config.json").write_text(json.dumps(config))
+    assert asyncio.run(resolver.resolve_lora(str(tmp_path / "outside"), "mine")) is not None
+    assert asyncio.run(resolver.resolve_lora(str(tmp_path / "all"), "mine")) is None
+    config["base_model_name_or_path"] = "base"
+    (tmp_path / "all" / "mine" / "adapter_config.json").write_text(json.dumps(config))
     assert asyncio.run(resolver.resolve_lora("base", name)) is None
