@@ -3,9 +3,10 @@
     OMP_NUM_THREADS=1 python examples/serving/measure_vllm.py --base BASE --rounds 6
 
 Each way has an engine of its own. A round asks all of them the same, one after another, so that what else the machine
-does meets all alike. Adapters have random weights, which cost what trained ones do. Printed: new tokens for each
-second of processor time (medians of the rounds, with quartiles), and what that is of the base's in the same round.
-Wall time is in the file. Needs what docs/serving.md installs beside vLLM, and psutil.
+does meets all alike. Adapters have random weights, which cost what trained ones do. An adapter's 20 virtual tokens
+make prompts longer; so the base is also asked with prompts that are as much longer, which says what the adapters
+themselves cost. Printed: new tokens for each second of processor time (medians of the rounds, with quartiles), and
+what that is of a base's in the same round. Wall time is in the file. Needs psutil beside what docs/serving.md installs.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 COUNTS = (1, 8, 32)
 BARE = "base, not compiled"
+VIRTUAL = 20
+LONGER = f"{{}}, prompts longer by {VIRTUAL}"
 # name → layers that vLLM gives adapters to, and the adapter
 WAYS: dict[str, tuple[list[str], dict[str, Any]]] = {
     "input-tuning": (["embed_tokens"], {}),
@@ -46,7 +49,9 @@ def write_adapters(base: str, folder: Path, hidden: int | None) -> None:
     for name, (_, settings) in WAYS.items():
         if (folder / name).is_dir():
             continue
-        config: Any = InputTuningConfig(task_type="CAUSAL_LM", init_weights=False, adapter_hidden_dim=hidden)
+        config: Any = InputTuningConfig(
+            task_type="CAUSAL_LM", num_virtual_tokens=VIRTUAL, adapter_hidden_dim=hidden, init_weights=False
+        )
         if settings:
             config = LoraConfig(task_type="CAUSAL_LM", r=8, init_lora_weights=False, **settings)
         model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), config)
@@ -94,17 +99,16 @@ def summary(values: list[float]) -> str:
 
 
 def report(measured: dict[str, list[tuple[float, float]]]) -> str:
-    """A table: new tokens for a second of processor time, and over the base's of the same round."""
+    """A table: new tokens for a second of processor time, and over those of a base in the same round."""
+    bases = [name for name in measured if name.startswith("base")]
     lines = [
-        "| | new tokens a processor second | of the base's | of the base's, not compiled |",
-        "| :-- | --: | --: | --: |",
+        "| | new tokens | " + " | ".join(f"of {name}" for name in bases) + " |",
+        "| :-- " + "| --: " * (1 + len(bases)) + "|",
     ]
     for name, values in measured.items():
-        shares = []
-        for base in ("base", BARE):
-            pairs = zip(values, measured.get(base, []), strict=base in measured)
-            shares.append(summary([one / of_base for (one, _), (of_base, _) in pairs]) if base in measured else "")
-        lines.append(f"| {name} | {summary([tokens for tokens, _ in values])} | {' | '.join(shares)} |")
+        tokens = [processor for processor, _ in values]
+        shares = [[one / of_base for one, (of_base, _) in zip(tokens, measured[base], strict=True)] for base in bases]
+        lines.append(f"| {name} | " + " | ".join(summary(figures) for figures in [tokens, *shares]) + " |")
     return "\n".join(lines)
 
 
@@ -126,22 +130,24 @@ def main() -> None:
     for name in arguments.ways:
         targets = WAYS[name][0] if name in WAYS else None
         engines[name] = Engine(arguments.base, targets, **({"enforce_eager": True} if name == BARE else {}))
-    keys = [key for name in engines for key in ([f"{name}, {n}" for n in COUNTS] if name in WAYS else [name])]
+    keys = []
+    for name in engines:
+        keys += [f"{name}, {n}" for n in COUNTS] if name in WAYS else [name, LONGER.format(name)]
     draw = random.Random(0)
     measured: dict[str, list[tuple[float, float]]] = {}
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     for turn in range(arguments.rounds + 1):
         prompts = [[draw.randrange(100, 40_000) for _ in range(arguments.prompt)] for _ in range(arguments.requests)]
-        plans: list[tuple[str, Path | None, int]] = []
+        plans: list[tuple[str, int, int]] = []  # which engine, how many adapters, how much longer prompts
         for name in engines:
-            plans += [(name, arguments.adapters / name, n) for n in COUNTS] if name in WAYS else [(name, None, 0)]
+            plans += [(name, n, 0) for n in COUNTS] if name in WAYS else [(name, 0, 0), (name, 0, VIRTUAL)]
         draw.shuffle(plans)
-        for name, folder, adapters in plans:
-            engine = engines[name]
-            engine.llm.reset_prefix_cache()
-            figures = ask(engine, folder, adapters, prompts, arguments.new)
+        for name, adapters, longer in plans:
+            engines[name].llm.reset_prefix_cache()
+            folder = arguments.adapters / name if adapters else None
+            figures = ask(engines[name], folder, adapters, [[50] * longer + ids for ids in prompts], arguments.new)
             if turn:  # the first round loads adapters
-                key = f"{name}, {adapters}" if folder else name
+                key = f"{name}, {adapters}" if adapters else LONGER.format(name) if longer else name
                 measured.setdefault(key, []).append(figures)
         ordered = dict(sorted(measured.items(), key=lambda item: keys.index(item[0])))
         arguments.output.write_text(json.dumps(ordered), encoding="utf-8")

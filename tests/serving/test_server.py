@@ -72,8 +72,8 @@ class Server:
 
 
 @pytest.fixture(scope="module")
-def server(prepared, tmp_path_factory):
-    log = tmp_path_factory.mktemp("server") / "log.txt"
+def server(prepared):
+    log = prepared / "server.log"
     with log.open("w") as file:
         server = Server(prepared, file)
         try:
@@ -151,7 +151,8 @@ def test_usage_counts_virtual_tokens(server, client, rows):
 def test_an_echo_is_the_prompt_without_virtual_tokens(server, client, rows):
     row = next(row for row in rows if row["kind"] == "plain" and row["adapter"] == "e2e")
     text = ask(client, server, row).choices[0].text
-    assert ask(client, server, row, echo=True).choices[0].text == row["text"] + "\n" + text
+    # with token ids vLLM leaves the prompt's text out
+    assert ask(client, server, row, echo=True, extra_body={}).choices[0].text == row["text"] + "\n" + text
 
 
 def test_sampling_never_leaves_the_vocabulary(server, client, rows):
@@ -199,29 +200,32 @@ def memory_of(process) -> int:
 
 
 def test_soak(server, client, rows, prepared):
-    """Adapters come and go under load: nothing wrong, nothing lost, memory flat."""
+    """Adapters come and go under load: nothing wrong, nothing lost, memory flat.
+
+    One is unloaded when its own requests are done. vLLM 0.32 tells adapters of a batch apart by name, so that its
+    engine stops if requests for two of one name, from before and after, meet in it.
+    """
     names = [f"task{i}" for i in range(8)]
     folder = {name: ("e2e", "overnight")[i % 2] for i, name in enumerate(names)}
     by_adapter = {kind: [row for row in rows if row["adapter"] == kind] for kind in ("e2e", "overnight", BASE)}
     loaded, lock, changes = set(names), threading.Lock(), 0
     for name in names:
         assert server.load(name, prepared / folder[name])[0] == 200
-    done, wrong, memory = 0, [], []
+    done, wrong, memory, under_way = 0, [], [], dict.fromkeys([*names, BASE], 0)
 
     def work(number: int) -> None:
         nonlocal done
         draw = random.Random(number)
         with lock:
             name = draw.choice([*sorted(loaded), BASE])
+            under_way[name] += 1
         row = draw.choice(by_adapter[folder.get(name, BASE)])
-        try:
-            got = token_ids(ask(client, server, {**row, "adapter": name}, max_tokens=6))
-        except openai.NotFoundError:  # unloaded between choosing and asking
-            got = None
-        if got not in (None, row["wanted"][:6]):
+        got = token_ids(ask(client, server, {**row, "adapter": name}, max_tokens=6))
+        if got != row["wanted"][:6]:
             wrong.append((name, row["text"], got))
         with lock:
             done += 1
+            under_way[name] -= 1
             if done in (SOAK // 4, SOAK // 2):
                 memory.append(memory_of(server.process))
 
@@ -232,6 +236,8 @@ def test_soak(server, client, rows, prepared):
             name = draw.choice(names)
             with lock:
                 loaded.discard(name)
+            while under_way[name]:
+                time.sleep(0.05)
             assert server.unload(name)[0] == 200
             assert server.load(name, prepared / folder[name])[0] == 200
             with lock:
