@@ -6,7 +6,7 @@ Each way has an engine of its own. A round asks all of them the same, one after 
 does meets all alike. Adapters have random weights, which cost what trained ones do. An adapter's 20 virtual tokens
 make prompts longer; so the base is also asked with prompts that are as much longer, which says what the adapters
 themselves cost. Printed: new tokens for each second of processor time (medians of the rounds, with quartiles), and
-what that is of a base's in the same round. Wall time is in the file. Needs psutil beside what docs/serving.md installs.
+what that is of a base's in the same round. Wall time is in the file. Needs psutil beside vLLM.
 """
 
 from __future__ import annotations
