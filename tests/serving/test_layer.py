@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -130,6 +132,19 @@ def test_the_embeddings_scale_is_inside_of_the_adapter(layer, base, tmp_path):
     got = layer(torch.tensor([4, 5, WORDS])) * 3.0
     assert_close(got[:2], naive(weights, base[4:6] * 3.0, relu), atol=1e-5, rtol=1e-5)
     assert_close(got[2], weights["prompt.weight"][0] * 8.0)
+
+
+def test_an_adapter_that_is_dropped_is_freed_at_once(tmp_path):
+    """Engines look for circles of references seldom, and adapters come and go."""
+    adapter_folder(tmp_path / "a")
+    gc.disable()
+    try:
+        adapter = read(tmp_path / "a")
+        weights = weakref.ref(adapter.adapt.keywords["fc1"])
+        del adapter
+        assert weights() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize(
