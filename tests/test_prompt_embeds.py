@@ -3,6 +3,9 @@ prompt-tuning call besides answers, or says what to call."""
 
 from __future__ import annotations
 
+import base64
+import io
+
 import pytest
 import torch
 from peft import PeftModel, PromptTuningConfig, get_peft_model
@@ -12,6 +15,7 @@ from adapters import adapted, add, config, randomize
 from families import ALL, DECODERS, FAMILIES, build, ids
 from oracles import adapter_weights, embed
 from peft_input_tuning import prompt_embeds, soft_prompt
+from peft_input_tuning.engines import embeds_base64, embeds_prompts
 
 LLAMA = FAMILIES["llama"]
 ROWS = ids(2, 6)
@@ -171,3 +175,15 @@ def test_prompt_tuning_around_input_tuning_has_its_own_prompt():
     assert isinstance(outer, PeftModel)
     assert outer.get_prompt(2).shape == (2, 3, 32)
     assert torch.equal(soft_prompt(outer, "default"), weights["prompt.weight"])
+
+
+def test_requests_of_rows_of_any_length():
+    """As vLLM takes them: offline a dict for each row, over HTTP what torch.save writes, in base64."""
+    model, base, weights = adapted(LLAMA, adapter_scope="input")
+    rows = [[3, 4, 5], [6]]
+    prompts = embeds_prompts(model, rows)
+    for row, prompt in zip(rows, prompts, strict=True):
+        assert_close(prompt["prompt_embeds"], embed(base, weights, torch.tensor(row))[0])
+        sent = torch.load(io.BytesIO(base64.b64decode(embeds_base64(prompt["prompt_embeds"]))), weights_only=True)
+        assert torch.equal(sent, prompt["prompt_embeds"])
+    assert len(base64.b64decode(embeds_base64(prompts[1]["prompt_embeds"]))) < 4096  # not what it is a part of
