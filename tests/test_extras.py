@@ -20,7 +20,7 @@ SCRIPTS = sorted(
     if "__main__" in path.read_text(encoding="utf-8")
 )
 COMMAND = "peft-input-tuning"
-BROUGHT_BY_EXTRAS = {"datasets", "pandas", "pyarrow", "starlette"}
+BROUGHT_BY_EXTRAS = {"datasets", "pandas", "pyarrow"}
 
 # Runs scripts one after the other in one process, which imports torch and transformers once.
 RUN = """
@@ -77,7 +77,10 @@ def answers(calls: list[list[str]], cwd: Path) -> list[tuple[int, str, str]]:
 
 
 HELP = [[script] for script in SCRIPTS if script != "logic_to_text.py"]  # which takes no arguments
-HELP += [[COMMAND], *([COMMAND, command] for command in ("export", "inspect", "familiarity", "run"))]
+HELP += [
+    [COMMAND],
+    *([COMMAND, command] for command in ("export", "to-lora", "grow-base", "inspect", "familiarity", "run")),
+]
 # In the folder that `said` makes. `model` has a GGUF file, `data` a task.
 MISSING = [
     (["quickstart.py"], "evaluate", "demo"),
@@ -87,6 +90,8 @@ MISSING = [
     (["to_gguf.py", "checkpoint", "out.gguf", "--converter", "convert.py"], "gguf", "demo"),
     (["loops/accelerate_loop.py", "--model", "model"], "gguf", "demo"),
     (["loops/lightning_loop.py"], "lightning", "all"),
+    (["training/many_at_once.py"], "gguf", "demo"),
+    (["training/time_a_row.py"], "gguf", "demo"),
     (["speed/run.py"], "rich", "demo"),
     (["benchmark/familiarity_of_tasks.py", "data", "--model", "model"], "gguf", "demo"),
     (["benchmark/one_run.py", "data", "--task", "e2e", "--method", "lora", "--rate", "1"], "datasets", "benchmark"),
@@ -135,7 +140,7 @@ def test_a_missing_extra_is_named_in_one_line(said, call, module, extra):
 
 
 def test_every_script_is_tried():
-    tried = {call[0] for call, _, _ in MISSING} | {"logic_to_text.py"}
+    tried = {call[0] for call, _, _ in MISSING} | {"logic_to_text.py", "serving/measure_vllm.py"}  # vLLM is no extra
     assert tried - {COMMAND} == set(SCRIPTS)
 
 

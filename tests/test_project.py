@@ -17,7 +17,7 @@ from peft_input_tuning.tested_versions import NEWEST_TESTED
 
 ROOT = Path(__file__).parent.parent
 NAME = "peft-input-tuning"
-EXTRAS = {"inspect", "metrics", "serve", "demo", "embeddings", "benchmark", "test", "dev", "all"}
+EXTRAS = {"inspect", "metrics", "demo", "embeddings", "benchmark", "test", "dev", "all"}
 
 
 def text(path: str) -> str:

@@ -28,6 +28,7 @@ from peft_input_tuning import InputTuningConfig, create_input_tuning_optimizer
 from peft_input_tuning.optimizer import parameters_of_adapters
 from peft_input_tuning.training import adapter_losses
 from rounds import run_rounds
+from task_data import InputError
 from train_and_generate import load_base, quiet
 
 
@@ -100,8 +101,13 @@ def main(argv: list[str] | None = None) -> int:
     add("--rounds", type=int, default=7, help="(%(default)s)")
     options = parser.parse_args(argv)
     quiet()
-    needs("demo", "gguf")
-    model = model_with(options.adapters, options.prompt, find_model(options.model), options.device)
+    try:
+        needs("demo", "gguf")
+        place = find_model(options.model)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    model = model_with(options.adapters, options.prompt, place, options.device)
     clock = time.perf_counter if options.device == "cuda" else time.process_time
     print(memory(model))
     print("\n| adapters | rows of each | a row, at once | a row, alone | ratio (quartiles) |", flush=True)
