@@ -21,6 +21,7 @@ from adapters import adapted, config, randomize
 from device import DEVICE
 from families import FAMILIES, VOCAB, build
 from oracles import row_output
+from peft_input_tuning import __version__
 from peft_input_tuning.command_line.gguf import gguf_arguments
 from peft_input_tuning.command_line.load import load_adapter
 from peft_input_tuning.command_line.main import _parser, main
@@ -293,3 +294,10 @@ def test_help():
     result = run("export", "--help")
     assert result.returncode == 0
     assert "must not exist, or be empty" in result.stdout
+
+
+def test_the_version(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--version"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out == f"peft-input-tuning {__version__}\n"

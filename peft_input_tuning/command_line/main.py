@@ -10,6 +10,7 @@ import argparse
 import sys
 
 from ..output.words import printable
+from ..version import __version__
 from . import export, familiarity, grow_base, inspect, run, to_lora
 
 
@@ -31,6 +32,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="peft-input-tuning", description="Tools around input-tuning adapters.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser(
         "export",
