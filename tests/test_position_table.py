@@ -167,20 +167,6 @@ def test_beams(kind):
         assert torch.equal(out[2 * i : 2 * i + 2], model.generate(**one, adapter_names=[name], **beams)), name
 
 
-@torch.no_grad()
-def test_from_embeddings():
-    base = decoder("Bart")
-    model, weights = mixed(base)
-    rows, inputs, pads = batch_of("left")
-    with torch.no_grad():
-        each = [embed(base, {**weights[name], "prompt.weight": torch.empty(0, 32, device=DEVICE)}, row)[0]
-                for name, row in zip(NAMES, inputs["input_ids"], strict=True)]  # fmt: skip
-    mask = inputs["attention_mask"]
-    out = model(inputs_embeds=torch.stack(each), attention_mask=mask, adapter_names=NAMES).logits
-    for i, (name, row) in enumerate(zip(NAMES, rows, strict=True)):
-        assert_close(of_tokens(out, inputs, i), alone(base, weights[name], row, pads[i]), **TOLERANCE)
-
-
 def test_gradients():
     base = decoder("Bart")
     model, weights = mixed(base)

@@ -31,7 +31,7 @@ def plain_ids(module: nn.Module, embedding: nn.Module, count: int) -> Tensor:
     special |= {getattr(config, f"{name}_token_id", None) for name in _SPECIAL}
     plain = [number for number in range(table.num_embeddings // 2, table.num_embeddings) if number not in special]
     plain = plain or [0]
-    return torch.tensor([(plain * count)[:count]], device=execution_device(table))
+    return torch.tensor([(plain * count)[:count]]).to(execution_device(table))
 
 
 def pad_id(backbone: nn.Module) -> int:
