@@ -169,6 +169,27 @@ def test_the_files_that_a_text_names_exist(path):
         assert (ROOT / name).exists(), name
 
 
+PAGES = sorted(str(path.relative_to(ROOT)) for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+
+
+def anchors(page: str) -> set[str]:
+    """What links to a page's headings are called."""
+    headings = re.findall(
+        r"^#+ (.*)$", re.sub(r"^```.*?^```$", "", page, flags=re.DOTALL | re.MULTILINE), re.MULTILINE
+    )
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", PAGES)
+def test_no_link_is_broken(path):
+    for target, anchor in re.findall(r"\]\(([^)\s#]*)#?([^)\s]*)\)", text(path)):
+        if "://" in target:
+            continue
+        page = (ROOT / path).parent / target if target else ROOT / path
+        assert page.exists(), target
+        assert not anchor or anchor in anchors(page.read_text(encoding="utf-8")), f"{target}#{anchor}"
+
+
 def test_continuous_integration_runs_the_commands_of_the_readme():
     lines = text(".ci/run").replace("\\\n", "").splitlines()
     commands = [line.split()[1] for line in lines if line.startswith("make ")]
