@@ -119,7 +119,7 @@ def read_adapter(folder: Path, name: str, embedding_dim: int, device: torch.devi
         for key, parameter in own.items():
             parameters[parameter].copy_(found[key])
     layer.requires_grad_(False).float().to(device)
-    return Adapter(soft_prompt(layer, name), layer.float32_adapter(name))
+    return Adapter(soft_prompt(layer, name), layer.plain_adapter(name))
 
 
 def _as_new(config: InputTuningConfig) -> InputTuningConfig:
