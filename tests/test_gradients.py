@@ -79,7 +79,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(family, reentrant):
 @pytest.mark.trains_with("Memory", "bfloat16 base, adapter in float32")
 @pytest.mark.feature("bf16")
 @each_family
-def test_bf16_base_with_plain_adapter(family):
+def test_bf16_base_with_float32_adapter(family):
     """PEFT keeps adapters in float32 over a bfloat16 base: weights and gradients are float32, products bfloat16."""
     model = get_peft_model(build(family).to(torch.bfloat16), config(family)).eval()
     randomize(model)
