@@ -65,7 +65,7 @@ class WhatMasksDo:
 def what_masks_do(backbone: nn.Module, embedding: nn.Module, traits: BackboneTraits) -> WhatMasksDo:
     """Runs a backbone on a row that is padded and one that is not, and on a cache."""
     ids = plain_ids(backbone, embedding, _LENGTH)
-    return replace(_with_masks(backbone, ids, traits), fills_cache=_fills_cache(backbone, ids, traits.cache))
+    return replace(_with_masks(backbone, ids, traits), fills_cache=_fills_cache(backbone, ids, traits))
 
 
 def _with_masks(backbone: nn.Module, ids: Tensor, traits: BackboneTraits) -> WhatMasksDo:
@@ -154,14 +154,19 @@ def _masks_on_cache(backbone: nn.Module, ids: Tensor, traits: BackboneTraits) ->
     return is_same(found[:, -1], torch.cat([one[:, -1] for one in alone if one is not None]))
 
 
-def _fills_cache(backbone: nn.Module, ids: Tensor, name: str | None) -> bool | None:
+def _fills_cache(backbone: nn.Module, ids: Tensor, traits: BackboneTraits) -> bool | None:
     """Whether a last token on a cache that was passed before is what it is in the whole row."""
+    name = traits.cache
+    whole = {"input_ids": ids}
+    if "position_ids" in traits.parameters:
+        whole["position_ids"] = torch.arange(ids.shape[1], device=ids.device).unsqueeze(0) + traits.first_position
     try:
         if name is None or name in backbone(input_ids=ids, use_cache=True, return_dict=True):
             return None
         cache = DynamicCache(config=backbone.config)
-        for part in (ids[:, :-1], ids[:, -1:]):
-            found = hidden_states(backbone, input_ids=part, use_cache=True, **{name: cache})
+        for part in (slice(0, -1), slice(-1, None)):
+            given = {key: value[:, part] for key, value in whole.items()}
+            found = hidden_states(backbone, **given, use_cache=True, **{name: cache})
     except Exception:
         return False
     expected = states_or_none(backbone, input_ids=ids)
