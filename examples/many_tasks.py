@@ -21,11 +21,11 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from extras import needs
+from extras import exit_status, needs
 from logic_to_text import make_splits
 from packaged_model import PACKAGED, find_model
 from peft_input_tuning import reuse_prompts
-from task_data import Example, InputError, limit, read_json_lines
+from task_data import Example, limit, read_json_lines
 from train_and_generate import Rates, check_lengths, encode_rows, encode_source, load_base, quiet, train
 
 BASE = "__base__"  # PEFT's name for no adapter
@@ -249,11 +249,7 @@ def run(options: argparse.Namespace) -> int:
 def main(argv: list[str] | None = None) -> int:
     options = parse_arguments(argv)
     quiet()
-    try:
-        return run(options)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return exit_status(lambda: run(options))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ The oracle is the adapter itself, in transformers, on the base as it was before 
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,23 +17,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from adapters import add, config, randomize
 from families import FAMILIES
 from peft_input_tuning import grow_base, save_as_lora
+from test_engines import CONVERTER, TEXTS, pytestmark  # noqa: F401  the same texts, where the engines are
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
 NEW = 24
-TEXTS = [
-    "The capital of France is",
-    "sort(releaseDate asc of MusicRecording())[1] means",
-    "Once upon a time there",
-    "SELECT name FROM users WHERE",
-    "Ein Hund läuft über die Straße, 数字 12345",
-]
 LENGTHS = {"a": 8, "b": 5}
-CONVERTER = os.environ.get("LLAMA_CPP_CONVERTER")
-pytestmark = [
-    pytest.mark.engines,
-    pytest.mark.skipif(CONVERTER is None, reason="needs llama.cpp's converter: run `make test-engines`"),
-]
 
 
 def packaged() -> tuple[torch.nn.Module, object]:

@@ -6,6 +6,7 @@ With a `PeftModel`; the two most usual also with a model of transformers that ma
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -51,13 +52,15 @@ def as_ids(text: str) -> torch.Tensor:
     return torch.tensor([WORDS[word] for word in text.split()], device=DEVICE)
 
 
-def with_adapter(base: torch.nn.Module, way: str, task_type: str | None) -> tuple[torch.nn.Module, dict]:
+def with_adapter(
+    base: torch.nn.Module, way: str, task_type: str | None, **changes: Any
+) -> tuple[torch.nn.Module, dict]:
     """The model with an adapter that matters, and the adapter's weights for the oracles."""
     if way == "PEFT":
-        model = get_peft_model(base, config(task_type=task_type))
+        model = get_peft_model(base, config(task_type=task_type, **changes))
     else:
         model = base
-        model.add_adapter(config(task_type=task_type))
+        model.add_adapter(config(task_type=task_type, **changes))
     randomize(model)
     return model.eval(), adapter_weights(model)
 
@@ -333,12 +336,7 @@ def test_zero_shot_image_classification(name, slots, way):
     """A model that compares texts with images names no word embedding; the adapter goes into the part that has one."""
     base = two_towers(name)
     oracle = copy.deepcopy(base)
-    if way == "PEFT":
-        model = get_peft_model(base, config(num_virtual_tokens=slots))
-    else:
-        model = base
-        model.add_adapter(config(num_virtual_tokens=slots))
-    randomize(model)
+    model, weights = with_adapter(base, way, None, num_virtual_tokens=slots)
     images = (t.CLIPImageProcessor if name == "clip" else t.SiglipImageProcessor)(**SIZE)
     words = tokenizer_of_words()
     pipe = pipeline(
@@ -352,7 +350,7 @@ def test_zero_shot_image_classification(name, slots, way):
     }
 
     table = oracle.text_model.embeddings.token_embedding
-    oracle, virtual = grown(oracle, adapter_weights(model), table=table)
+    oracle, virtual = grown(oracle, weights, table=table)
     pixels = images(PICTURE, return_tensors="pt").pixel_values.to(DEVICE)
     logits = []
     for label in labels:

@@ -24,7 +24,7 @@ from peft import PeftModel, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
 
 from curves import Curves, curves_page
-from extras import needs
+from extras import exit_status, needs
 from many_tasks import Task, generated_tasks, tasks_from
 from packaged_model import PACKAGED, find_model
 from peft_input_tuning import InputTuningConfig, create_input_tuning_optimizer
@@ -202,11 +202,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     options = parse_arguments(argv)
     quiet()
-    try:
-        return run_all(options)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return exit_status(lambda: run_all(options))
 
 
 if __name__ == "__main__":

@@ -22,13 +22,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "speed"))
 import torch
 from peft import PeftModel, get_peft_model
 
-from extras import needs
+from extras import exit_status, needs
 from packaged_model import PACKAGED, find_model
 from peft_input_tuning import InputTuningConfig, create_input_tuning_optimizer
 from peft_input_tuning.optimizer import parameters_of_adapters
 from peft_input_tuning.training import adapter_losses
 from rounds import run_rounds
-from task_data import InputError
 from train_and_generate import load_base, quiet
 
 
@@ -89,6 +88,19 @@ def memory(model: PeftModel) -> str:
     )
 
 
+def run(options: argparse.Namespace) -> int:
+    needs("demo", "gguf")
+    place = find_model(options.model)
+    model = model_with(options.adapters, options.prompt, place, options.device)
+    clock = time.perf_counter if options.device == "cuda" else time.process_time
+    print(memory(model))
+    print("\n| adapters | rows of each | a row, at once | a row, alone | ratio (quartiles) |", flush=True)
+    print("| --: | --: | --: | --: | --: |", flush=True)
+    for rows in options.rows:
+        print(compare(model, rows, options, clock), flush=True)
+    return 0
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -101,20 +113,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--rounds", type=int, default=7, help="(%(default)s)")
     options = parser.parse_args(argv)
     quiet()
-    try:
-        needs("demo", "gguf")
-        place = find_model(options.model)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    model = model_with(options.adapters, options.prompt, place, options.device)
-    clock = time.perf_counter if options.device == "cuda" else time.process_time
-    print(memory(model))
-    print("\n| adapters | rows of each | a row, at once | a row, alone | ratio (quartiles) |", flush=True)
-    print("| --: | --: | --: | --: | --: |", flush=True)
-    for rows in options.rows:
-        print(compare(model, rows, options, clock), flush=True)
-    return 0
+    return exit_status(lambda: run(options))
 
 
 if __name__ == "__main__":

@@ -8,10 +8,49 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import Any
 
 from ..output.words import printable
 from ..version import __version__
 from . import export, familiarity, grow_base, inspect, run, to_lora
+
+COMMANDS: dict[str, tuple[Any, str, str]] = {  # module, help, description
+    "export": (
+        export,
+        "write an adapter and its base model as one plain checkpoint",
+        "Writes an adapter and its base model as one plain checkpoint, which loads with transformers alone and costs "
+        "nothing extra at inference.",
+    ),
+    "to-lora": (
+        to_lora,
+        "write an adapter as a LoRA, which PEFT and engines load without this package",
+        "Writes an adapter, its prompt included, as a LoRA on the word embedding. Stock PEFT loads it, and engines "
+        "that serve many LoRAs on one base model do.",
+    ),
+    "grow-base": (
+        grow_base,
+        "write a base model with words for the virtual tokens of its LoRAs",
+        "Writes a base model with more words, once for all adapters that to-lora makes LoRAs of. Only bases whose "
+        "table has no words to spare need it; to-lora says so.",
+    ),
+    "inspect": (
+        inspect,
+        "show what an adapter's virtual tokens are near to, and which words it moves",
+        "Shows what an adapter has learned, in words of the vocabulary.",
+    ),
+    "familiarity": (
+        familiarity,
+        "measure how familiar inputs are to a frozen model",
+        "Measures how familiar inputs are to a frozen model: the model's own bits per byte and the tokenizer's tokens "
+        "per byte, beside plain prose, and how frequent the inputs' bigrams are in a corpus.",
+    ),
+    "run": (
+        run,
+        "run a program that knows PEFT but not this package: run lm_eval --model hf ...",
+        "Runs a program, such as lm_eval, in which PEFT knows input-tuning adapters. Without it, a program that does "
+        "not import peft_input_tuning ends with KeyError: 'INPUT_TUNING'.",
+    ),
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -21,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv[:2] if runs else argv)
     try:
         if not runs:
-            return arguments.run(arguments)
+            return COMMANDS[arguments.command][0].run(arguments)
         program = run.prepared(arguments.program, argv[2:])
     except (ValueError, OSError, RuntimeError) as error:
         said = printable(" ".join(str(error).split()))  # libraries' messages have several lines
@@ -34,50 +73,6 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="peft-input-tuning", description="Tools around input-tuning adapters.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser(
-        "export",
-        help="write an adapter and its base model as one plain checkpoint",
-        description="Writes an adapter and its base model as one plain checkpoint, which loads with transformers "
-        "alone and costs nothing extra at inference.",
-    )
-    export.add_arguments(command)
-    command.set_defaults(run=export.run)
-    command = commands.add_parser(
-        "to-lora",
-        help="write an adapter as a LoRA, which PEFT and engines load without this package",
-        description="Writes an adapter, its prompt included, as a LoRA on the word embedding. Stock PEFT loads it, "
-        "and engines that serve many LoRAs on one base model do.",
-    )
-    to_lora.add_arguments(command)
-    command.set_defaults(run=to_lora.run)
-    command = commands.add_parser(
-        "grow-base",
-        help="write a base model with words for the virtual tokens of its LoRAs",
-        description="Writes a base model with more words, once for all adapters that to-lora makes LoRAs of. Only "
-        "bases whose table has no words to spare need it; to-lora says so.",
-    )
-    grow_base.add_arguments(command)
-    command.set_defaults(run=grow_base.run)
-    command = commands.add_parser(
-        "inspect",
-        help="show what an adapter's virtual tokens are near to, and which words it moves",
-        description="Shows what an adapter has learned, in words of the vocabulary.",
-    )
-    inspect.add_arguments(command)
-    command.set_defaults(run=inspect.run)
-    command = commands.add_parser(
-        "familiarity",
-        help="measure how familiar inputs are to a frozen model",
-        description="Measures how familiar inputs are to a frozen model: the model's own bits per byte and the "
-        "tokenizer's tokens per byte, beside plain prose, and how frequent the inputs' bigrams are in a corpus.",
-    )
-    familiarity.add_arguments(command)
-    command.set_defaults(run=familiarity.run)
-    command = commands.add_parser(
-        "run",
-        help="run a program that knows PEFT but not this package: run lm_eval --model hf ...",
-        description="Runs a program, such as lm_eval, in which PEFT knows input-tuning adapters. Without it, a "
-        "program that does not import peft_input_tuning ends with KeyError: 'INPUT_TUNING'.",
-    )
-    run.add_arguments(command)
+    for name, (module, summary, description) in COMMANDS.items():
+        module.add_arguments(commands.add_parser(name, help=summary, description=description))
     return parser

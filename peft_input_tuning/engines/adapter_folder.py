@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -102,7 +103,7 @@ def read_adapter(folder: Path, name: str, embedding_dim: int, device: torch.devi
         )
     try:
         found = load_file(file)
-    except Exception as error:  # safetensors has an error of its own for each way to be broken
+    except (SafetensorError, OSError) as error:
         raise ValueError(f"{str(file)!r} of adapter {name!r} cannot be read ({error}). Save it again.") from None
     layer = InputTuningLayer(nn.Embedding(1, embedding_dim))
     layer.update_layer(name, _as_new(config))

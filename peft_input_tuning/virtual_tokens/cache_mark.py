@@ -95,18 +95,21 @@ class MarkedCache(MarkedState):
 
     def batch_select_indices(self, indices: Any) -> None:
         """Keeps some rows, and what is known of their prompts."""
-        self._select_rows(indices)
+        mark = self._mark_of_rows(indices)
         super().batch_select_indices(indices)  # type: ignore[misc]
+        self.input_tuning_mark = mark
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        self._select_rows(beam_idx)
+        mark = self._mark_of_rows(beam_idx)
         super().reorder_cache(beam_idx)  # type: ignore[misc]
+        self.input_tuning_mark = mark
 
-    def _select_rows(self, rows: Any) -> None:
-        if self.input_tuning_mark is not None:
-            keys = (getattr(layer, "keys", None) for layer in _layers(self))
-            batch = next((len(one) for one in keys if isinstance(one, Tensor)), None)
-            self.input_tuning_mark = self.input_tuning_mark.selected(rows, batch)
+    def _mark_of_rows(self, rows: Any) -> CacheMark | None:
+        if self.input_tuning_mark is None:
+            return None
+        keys = (getattr(layer, "keys", None) for layer in _layers(self))
+        batch = next((len(one) for one in keys if isinstance(one, Tensor)), None)
+        return self.input_tuning_mark.selected(rows, batch)
 
     def update(self, *args: Any, **kwargs: Any) -> Any:
         """As the cache's own; a model that does not know of the prompt would count its positions without it."""

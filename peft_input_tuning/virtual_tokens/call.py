@@ -2,7 +2,7 @@
 
     caller ──► ids, mask, positions get the prompt ──► backbone ──► the prompt's places out again ──► caller
 
-    a sequence starts      [-P … -1 ; ids], and mask, positions, token types for them        `start.py`
+    a sequence starts      [V-P … V-1 ; ids], and mask, positions, token types for them        `start.py`
     ... with its states    the prompt's keys and values go into the cache                    `reuse.py`
     packed sequences       as if one starts, with a prompt before each                       `packed.py`
     a sequence goes on     mask and positions know of the prompt in the cache                `go_on.py`

@@ -145,8 +145,8 @@ def check_not_expanded(mask: Any) -> None:
 
 
 def check_other_arguments(backbone: nn.Module, call: dict[str, Any], given: Tensor) -> None:
-    """Arguments with a value for each place of the input, of which only some are known here (not LED's
-    `global_attention_mask`), and XLM's lengths of rows."""
+    """Arguments with a value for each place of the input, of which only some are known here (not XLNet's
+    `perm_mask`), and XLM's lengths of rows."""
     for name, value in call.items():
         if name in _OF_PLACES or name.startswith("encoder_") or not isinstance(value, Tensor):
             continue

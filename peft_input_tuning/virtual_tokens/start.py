@@ -1,9 +1,9 @@
 """A sequence starts: its prompt goes in front, as negative ids.
 
-    ids    [ pads | a b c ]    ──►    [ pads | -P … -1 | a b c ]
+    ids    [ pads | a b c ]    ──►    [ pads | V-P … V-1 | a b c ]        V: `VIRTUAL`, far below 0
 
-The embedding looks up -1 as the last row of the prompt, -2 as the one before it; whatever else the model does with ids
-it does with these as well.
+The embedding looks up V-1 as the last row of the prompt, V-2 as the one before it; whatever else the model does with
+ids it does with these as well.
 """
 
 from __future__ import annotations

@@ -65,7 +65,9 @@ class WhatMasksDo:
 def what_masks_do(backbone: nn.Module, embedding: nn.Module, traits: BackboneTraits) -> WhatMasksDo:
     """Runs a backbone on a row that is padded and one that is not, and on a cache."""
     ids = plain_ids(backbone, embedding, _LENGTH)
-    return replace(_with_masks(backbone, ids, traits), fills_cache=_fills_cache(backbone, ids, traits))
+    seen = _with_masks(backbone, ids, traits)
+    first = traits.first_position if seen.first_position is None else seen.first_position
+    return replace(seen, fills_cache=_fills_cache(backbone, ids, replace(traits, first_position=first)))
 
 
 def _with_masks(backbone: nn.Module, ids: Tensor, traits: BackboneTraits) -> WhatMasksDo:
