@@ -9,7 +9,6 @@ import os
 import random
 import re
 import shutil
-import sys
 from operator import sub
 from pathlib import Path
 from statistics import fmean, stdev, variance
@@ -34,14 +33,6 @@ SKILL = {
 WORDS = [f"w{number}" for number in range(40)]
 ROWS = {"train": 4, "validation": 2, "test": 24}
 SEEDS = (0, 1)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _on_the_path():
-    before = list(sys.path)
-    sys.path[:0] = [str(BENCHMARK), str(BENCHMARK.parent)]
-    yield
-    sys.path[:] = before
 
 
 # ---- made-up data and runs ------------------------------------------------------------------------------------------

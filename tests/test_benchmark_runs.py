@@ -22,24 +22,22 @@ import torch
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, Trainer
 
+import generation
+import one_run
+import plan
+import records
+import run_all
+import tasks
 from families import EOS, FAMILIES, PAD, build
+from input_tuning_examples import logic_to_text
+from methods import METHODS
 from oracles import likeliest
+from plan import BUDGETS, GRID, Run
+from target_loss import use_loss_on_targets
 from tokenizers_of_families import tokenizer_of
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 BENCHMARK = EXAMPLES / "benchmark"
-sys.path[:0] = [str(BENCHMARK), str(EXAMPLES)]
-
-import generation  # noqa: E402
-import logic_to_text  # noqa: E402
-import one_run  # noqa: E402
-import plan  # noqa: E402
-import records  # noqa: E402
-import run_all  # noqa: E402
-import tasks  # noqa: E402
-from methods import METHODS  # noqa: E402
-from plan import BUDGETS, GRID, Run  # noqa: E402
-from target_loss import use_loss_on_targets  # noqa: E402
 
 TRIAL = BUDGETS["trial"]
 DECODERS = [name for name, family in FAMILIES.items() if family.kind == "decoder"]

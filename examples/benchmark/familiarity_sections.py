@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # beside the other examples
-
 from blocks import Block, Figure, Heading, Paragraph, Table
 from bootstrap import LEVEL
 from comparisons import HIGHEST, LOWEST, OURS, gain, gap_closed, pairs_of, rank_correlation, regression, relative

@@ -8,14 +8,11 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # beside the other examples
-
+from input_tuning_examples.task_data import InputError
 from peft_input_tuning.output.files import unfinished
-from task_data import InputError
 
 FINAL = ("finished", "diverged")
 Record = dict[str, Any]

@@ -17,22 +17,20 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # beside the other examples
-
 from amount_sections import amounts
 from blocks import FIGURES, Block, Figure, Table, block_markdown, markdown, page
 from bootstrap import SAMPLES
 from comparisons import LOWEST, OURS, finished, gap_closed
-from extras import needs
 from familiarity_sections import familiarity, gap, line, significance
 from findings import MISSING, Findings, number
+from input_tuning_examples.extras import needs
+from input_tuning_examples.task_data import InputError
 from peft_input_tuning.output.files import unfinished
 from plan import BUDGETS, SHARED
 from records import read_records
 from result_sections import ablations, samples, scores
 from run_sections import all_runs, rates, what_was_run
 from significance import check_installed, compare_all, load, save, still_true
-from task_data import InputError
 
 RESULTS = Path(__file__).resolve().parent / "results"
 FAMILIARITY = RESULTS / "familiarity.json"

@@ -12,15 +12,14 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # beside the other examples
-
 from tqdm import tqdm
 
-from one_run import METRIC, check_installed
+from input_tuning_examples.metrics import PAPER_METRICS
+from input_tuning_examples.task_data import InputError
+from one_run import check_installed
 from records import Record, read_records, write_record
 from report import RESULTS, parser_for_stored_runs
 from significance import outputs_and_references
-from task_data import InputError
 from tasks import find_tasks
 
 
@@ -43,7 +42,7 @@ def rescore(results: Path, data: Path) -> dict[str, Record]:
     find_tasks(data, tuple({record["task"] for record in records.values()}))
     import evaluate
 
-    metric = evaluate.load(METRIC)
+    metric = evaluate.load(PAPER_METRICS)
     changed = {}
     for name, record in tqdm(records.items(), desc="Measuring", unit="run", disable=None):
         texts, references = outputs_and_references(results, data, name, record)

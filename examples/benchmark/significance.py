@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -16,17 +15,15 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # beside the other examples
-
 from tqdm import tqdm
 
 from bootstrap import SAMPLES, SEED, paired_bootstrap
 from comparisons import finished, in_order
-from extras import needs
+from input_tuning_examples.extras import needs
+from input_tuning_examples.task_data import InputError
 from peft_input_tuning.output.files import unfinished
 from plan import TASKS
 from records import Record, read_outputs
-from task_data import InputError
 from tasks import SPLITS, find_tasks, read_task
 
 PAIRS = (("input-tuning", "prompt-tuning"), ("input-tuning", "fine-tuning"), ("lora", "input-tuning"))
@@ -174,7 +171,7 @@ def outputs_and_references(results: Path, data: Path, name: str, record: Record)
         )
     import sacrebleu
 
-    from metrics.generation_metrics import by_position
+    from input_tuning_examples.metrics.generation_metrics import by_position
 
     score = sacrebleu.corpus_bleu(outputs, by_position(references), lowercase=True).score
     if abs(score - record["metrics"]["bleu"]) > _TOLERANCE:

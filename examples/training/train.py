@@ -1,7 +1,7 @@
 """Trains a language model with transformers' Trainer: input-tuning, or the methods that one compares it with.
 
-    python examples/train.py --train_data train.jsonl --test_data test.jsonl --output_dir outputs/my-run
-    accelerate launch --config_file examples/accelerate_configs/ddp_cpu.yaml examples/train.py ...
+    python examples/training/train.py --train_data train.jsonl --test_data test.jsonl --output_dir outputs/my-run
+    accelerate launch --config_file examples/training/accelerate_configs/ddp_cpu.yaml examples/training/train.py ...
 
 Data are JSON lines, or a dataset's name for `datasets`: a source and a target column, or chat messages of which the
 last one is the target. The loss is on the target only. Decoder-only and encoder-decoder models are told apart by their
@@ -29,10 +29,6 @@ from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftConfig, PromptTuningConfig, get_peft_model
 from tqdm.auto import tqdm
 from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    AutoTokenizer,
     DataCollatorForSeq2Seq,
     EarlyStoppingCallback,
     HfArgumentParser,
@@ -42,21 +38,21 @@ from transformers import (
     set_seed,
 )
 
-from checkpoints import CheckpointFolders, find_checkpoint, write_whole
-from extras import needs
-from faults import StopAtNonFinite, TrainingError, is_out_of_room, out_of_room
-from packaged_model import PACKAGED, find_model
+from input_tuning_examples.base_model import Base
+from input_tuning_examples.checkpoints import CheckpointFolders, find_checkpoint, write_whole
+from input_tuning_examples.extras import needs
+from input_tuning_examples.faults import StopAtNonFinite, TrainingError, is_out_of_room, out_of_room
+from input_tuning_examples.metrics import GENERATION_METRICS
+from input_tuning_examples.packaged_model import PACKAGED
+from input_tuning_examples.task_data import InputError
+from input_tuning_examples.train_and_generate import IGNORED
+from input_tuning_examples.training_rows import Columns, Row, encode, read_rows
+from input_tuning_examples.validation_loss import TokenMeanTrainer, filled_up
 from peft_input_tuning import InputTuningConfig, input_tuning_parameter_groups
-from peft_input_tuning.command_line.gguf import dense_weights
-from task_data import InputError
-from train_and_generate import IGNORED
-from training_rows import Columns, Row, encode, read_rows
-from validation_loss import TokenMeanTrainer, filled_up
 
 # Of each method, and its rate where none is given: what docs/which-method.md found; of LoRA a step less, as its best
 # rate stood beside one that diverged.
 LEARNING_RATES = {"input-tuning": 3e-3, "prompt-tuning": 3e-2, "lora": 3e-3, "full": 1e-4}
-METRIC = str(Path(__file__).resolve().parent / "metrics" / "generation_metrics.py")
 SHOWN = 5  # generations in the model card
 
 
@@ -112,37 +108,6 @@ def check(options: Options, arguments: TrainingArguments) -> None:
 
 
 # ---- model ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Base:
-    """A pretrained model whose weights are still to be loaded."""
-
-    name: str
-    gguf_file: str | None
-    seq2seq: bool
-    tokenizer: PreTrainedTokenizerBase
-
-    @classmethod
-    def find(cls, model: str) -> Base:
-        """Raises InputError where there is no such model."""
-        name, gguf_file = find_model(model)
-        more = {"gguf_file": gguf_file} if gguf_file else {}
-        try:
-            config = AutoConfig.from_pretrained(name, **more)
-            tokenizer = AutoTokenizer.from_pretrained(name, **more)
-        except (OSError, ValueError) as error:
-            why = str(error).partition("\n")[0]
-            raise InputError(
-                f"--model: {model!r} cannot be read ({why}). Pass a folder that `save_pretrained` wrote, or a hub id."
-            ) from None
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
-        return cls(name, gguf_file, config.is_encoder_decoder, tokenizer)
-
-    def load(self, dtype: str) -> torch.nn.Module:
-        auto = AutoModelForSeq2SeqLM if self.seq2seq else AutoModelForCausalLM
-        return auto.from_pretrained(self.name, dtype=getattr(torch, dtype), **dense_weights(self.gguf_file))
 
 
 def peft_config(options: Options, seq2seq: bool) -> PeftConfig | None:
@@ -260,7 +225,10 @@ def write_card(folder: Path, options: Options, results: dict[str, Any], generati
     card = ModelCard.load(path) if path.is_file() else ModelCard(f"---\n---\n\n# {folder.name}\n")
     lines = ["## Results", "", "| | |", "| :-- | --: |"]
     lines += [f"| {name} | {value:.4g} |" for name, value in results.items() if isinstance(value, int | float)]
-    lines += ["", f"Trained with `examples/train.py`, method {options.method}, on `{Path(options.train_data).name}`."]
+    lines += [
+        "",
+        f"Trained with `examples/training/train.py`, method {options.method}, on `{Path(options.train_data).name}`.",
+    ]
     for row in generations[:SHOWN]:
         lines += ["", f"    input      {row['source']!r}", f"    generated  {row['text']!r}"]
         lines += [f"    reference  {row['references'][0]!r}"]
@@ -288,7 +256,7 @@ def run(options: Options, arguments: TrainingArguments) -> dict[str, Any]:
     if test and arguments.process_index == 0:
         import evaluate
 
-        metric = evaluate.load(METRIC)
+        metric = evaluate.load(GENERATION_METRICS)
 
     set_seed(arguments.seed)
     model = base.load(options.dtype)

@@ -1,6 +1,6 @@
 """BLEU, chrF, ROUGE-L and exact match against one or more references, as a metric script for `evaluate`.
 
-A local script, so that `evaluate.load("examples/metrics/generation_metrics.py")` works without a network.
+A local script, so that `evaluate.load(<path of this file>)` works without a network.
 """
 
 import datasets

@@ -9,8 +9,8 @@ from typing import Any
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
-from task_data import InputError
-from train_and_generate import IGNORED, SEPARATOR
+from .task_data import InputError
+from .train_and_generate import IGNORED, SEPARATOR
 
 
 @dataclass(frozen=True)

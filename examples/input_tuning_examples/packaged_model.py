@@ -8,8 +8,8 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-from extras import needs
-from task_data import InputError
+from .extras import needs
+from .task_data import InputError
 
 PACKAGED = "packaged"
 

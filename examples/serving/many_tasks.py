@@ -1,7 +1,7 @@
 """Three tasks, three adapters, one frozen model, one batch.
 
-    python examples/many_tasks.py                                           # three generated tasks
-    python examples/many_tasks.py --data DATA --tasks e2e overnight dart    # folders of train.jsonl and test.jsonl
+    python examples/serving/many_tasks.py                                   # three generated tasks
+    python examples/serving/many_tasks.py --data DATA --tasks e2e overnight dart   # folders of JSON lines
 
 Trains an adapter for each task, with prompts of different lengths, and saves them; adapters that are in --output-dir
 already are not trained again. Then rows of all three tasks, and of the bare model, go through the model as one batch:
@@ -14,57 +14,31 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from extras import exit_status, needs
-from logic_to_text import make_splits
-from packaged_model import PACKAGED, find_model
+from input_tuning_examples.extras import exit_status, needs
+from input_tuning_examples.packaged_model import PACKAGED, find_model
+from input_tuning_examples.several_tasks import Task, generated_tasks, tasks_from
+from input_tuning_examples.task_data import Example, limit
+from input_tuning_examples.train_and_generate import (
+    Rates,
+    check_lengths,
+    encode_rows,
+    encode_source,
+    load_base,
+    quiet,
+    train,
+)
 from peft_input_tuning import reuse_prompts
-from task_data import Example, limit, read_json_lines
-from train_and_generate import Rates, check_lengths, encode_rows, encode_source, load_base, quiet, train
 
 BASE = "__base__"  # PEFT's name for no adapter
 RATES = Rates(prompt_tuning=0.1, prompt=3e-2, adapter=3e-3)
 VALIDATION_ROWS = 32
 ROWS_EACH = 2  # of the mixed batch
-
-
-@dataclass(frozen=True)
-class Task:
-    name: str
-    train: list[Example]
-    test: list[Example]
-
-
-def generated_tasks(seed: int) -> list[Task]:
-    """Three tasks over the same generated rows: say it in words, write it as an expression, name the properties."""
-    splits = make_splits(seed=seed)
-    directions = {
-        "logic-to-text": lambda row: Example(row.source, (row.reference,)),
-        "text-to-logic": lambda row: Example(row.reference, (row.source,)),
-        "properties": lambda row: Example(row.source, (", ".join(row.properties) or "none",)),
-    }
-    return [
-        Task(name, [make(row) for row in splits["train"]], [make(row) for row in splits["test"]])
-        for name, make in directions.items()
-    ]
-
-
-def tasks_from(data: Path, names: list[str]) -> list[Task]:
-    """Tasks from folders of JSON lines.
-
-    Raises:
-        InputError: a file is missing or not what it should be.
-    """
-    return [
-        Task(name, *(read_json_lines(str(data / name / f"{split}.jsonl"), "--data") for split in ("train", "test")))
-        for name in names
-    ]
 
 
 def train_adapters(

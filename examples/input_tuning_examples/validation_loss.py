@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from transformers.trainer_utils import EvalLoopOutput
 
-from faults import CheckedTrainer
-from train_and_generate import IGNORED
+from .faults import CheckedTrainer
+from .train_and_generate import IGNORED
 
 
 class TokenMeanTrainer(CheckedTrainer):

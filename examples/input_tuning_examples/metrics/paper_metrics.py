@@ -1,7 +1,7 @@
 """The metrics of the tables on data-to-text generation (E2E, WebNLG, DART), as a metric script for `evaluate`.
 
-A local script, so that `evaluate.load("examples/metrics/paper_metrics.py")` works without a network, data of nltk or
-Java. `evaluate` copies `generation_metrics.py` beside it.
+A local script, so that `evaluate.load(<path of this file>)` works without a network, data of nltk or Java.
+`evaluate` copies `generation_metrics.py` beside it.
 """
 
 import math

@@ -19,7 +19,8 @@ from safetensors import SafetensorError, safe_open
 from transformers import TrainerCallback, TrainingArguments
 
 from peft_input_tuning.output.files import unfinished
-from task_data import InputError
+
+from .task_data import InputError
 
 RESUME = "go on from the last complete checkpoint with --resume_from_checkpoint last"
 _STATE = "trainer_state.json"

@@ -31,8 +31,9 @@ from transformers import logging as transformers_logging
 
 from peft_input_tuning import InputTuningConfig, create_input_tuning_optimizer
 from peft_input_tuning.command_line.gguf import dense_weights
-from prompt_methods import generate_greedily
-from task_data import Example, InputError
+
+from .prompt_methods import generate_greedily
+from .task_data import Example, InputError
 
 IGNORED = -100  # label of places without a loss
 SEPARATOR = "\n"  # between source and target

@@ -10,7 +10,7 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
-from logic_to_text import make_splits
+from .logic_to_text import make_splits
 
 VALIDATION_ROWS = 48
 SHAPE = '{"source": "...", "references": ["...", ...]}'

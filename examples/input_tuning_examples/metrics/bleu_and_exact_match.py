@@ -1,6 +1,6 @@
 """Corpus BLEU (sacrebleu) and exact match against one or more references, as a metric script for `evaluate`.
 
-A local script, so that `evaluate.load("examples/metrics/bleu_and_exact_match.py")` works without a network.
+A local script, so that `evaluate.load(<path of this file>)` works without a network.
 """
 
 import evaluate

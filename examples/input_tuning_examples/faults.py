@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from checkpoints import RESUME, last_complete_checkpoint
+from .checkpoints import RESUME, last_complete_checkpoint
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_ROOM_WORDS = re.compile(

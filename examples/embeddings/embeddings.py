@@ -1,7 +1,7 @@
 """Retrieval with inputs that an embedding model was never trained on: queries in codes, documents in English.
 
-    python examples/embeddings.py                                                   # a generated task
-    python examples/embeddings.py --train-file train.jsonl --test-file test.jsonl   # your own
+    python examples/embeddings/embeddings.py                                                   # a generated task
+    python examples/embeddings/embeddings.py --train-file train.jsonl --test-file test.jsonl   # your own
 
 The model is the frozen all-MiniLM-L6-v2, in sentence-transformers. The generated queries are expressions over a
 database whose tables and columns have numbers for names, such as `count(of T3() filter C7 = Oslo)`; the documents say
@@ -26,10 +26,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from extras import needs
-from logic_to_text import ENTITIES
-from quickstart import OneLineParser, at_least, check_output_dir, rate
-from task_data import Example, InputError, load_task
+from input_tuning_examples.arguments import OneLineParser, at_least, check_output_dir, rate
+from input_tuning_examples.extras import needs
+from input_tuning_examples.logic_to_text import ENTITIES
+from input_tuning_examples.task_data import Example, InputError, load_task
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 
-from task_data import InputError
+from .task_data import InputError
 
 
 def needs(extra: str, *modules: str) -> None:

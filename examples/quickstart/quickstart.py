@@ -1,12 +1,12 @@
 """Prompt-tuning against input-tuning on a small frozen language model, in some minutes on a CPU.
 
-    python examples/quickstart.py                                                   # a generated logic-to-text task
-    python examples/quickstart.py --train-file train.jsonl --test-file test.jsonl   # your own
+    python examples/quickstart/quickstart.py                                      # a generated logic-to-text task
+    python examples/quickstart/quickstart.py --train-file train.jsonl --test-file test.jsonl  # your own
 
 Both methods get the same prompt length, steps and rows in the same order. What comes out: a table, some generations
 side by side, the loss curves, results.json, and the trained adapter, which is loaded again in a fresh process.
 
-Read `train_and_generate.py` next: it is what a script of your own would do.
+Read `input_tuning_examples/train_and_generate.py` next: it is what a script of your own would do.
 """
 
 from __future__ import annotations
@@ -22,43 +22,20 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from extras import needs
-from packaged_model import PACKAGED, find_model
-from task_data import Example, InputError, load_task
+from input_tuning_examples.arguments import OneLineParser, at_least, check_output_dir, rate
+from input_tuning_examples.extras import needs
+from input_tuning_examples.metrics import BLEU_AND_EXACT_MATCH
+from input_tuning_examples.packaged_model import PACKAGED, find_model
+from input_tuning_examples.peak_memory import peak_memory_mb
+from input_tuning_examples.task_data import Example, InputError, load_task
 
 # torch and transformers are imported where they are used, so that --help and wrong arguments answer at once.
 
-HERE = Path(__file__).resolve().parent
-METRIC = str(HERE / "metrics" / "bleu_and_exact_match.py")
 MODULES = ("accelerate", "evaluate", "gguf", "matplotlib", "rich", "rouge_score", "sacrebleu")
 PACKAGES = ("peft-input-tuning", "torch", "transformers", "peft", "accelerate", "evaluate", "sacrebleu")
 SHOWN = 6  # generations
-
-
-class OneLineParser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}. See --help.\n")
-
-
-def at_least(smallest: int):
-    def integer(text: str) -> int:
-        if not text.lstrip("-").isdigit() or int(text) < smallest:
-            raise argparse.ArgumentTypeError(f"must be an integer >= {smallest}, got {text!r}")
-        return int(text)
-
-    return integer
-
-
-def rate(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a number > 0, got {text!r}")
-    return value
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -83,29 +60,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--output-dir", default="outputs/quickstart", help="folder for all that is written (%(default)s)")
     add("--reload", metavar="DIR", help="only load the adapter of an earlier run and generate with it again")
     return parser.parse_args(argv)
-
-
-def check_output_dir(path: str) -> Path:
-    folder = Path(path)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--output-dir: {path!r} cannot be made ({error.strerror}). Pass another folder.") from None
-    return folder
-
-
-def peak_memory_mb() -> int | None:
-    """The most memory this process has held; None where the system does not say (Windows)."""
-    status = Path("/proc/self/status")
-    if status.is_file():  # Linux, where getrusage gives a started process its parent's peak
-        lines = status.read_text().splitlines()
-        return next((int(line.split()[1]) // 1024 for line in lines if line.startswith("VmHWM:")), None)
-    try:
-        import resource
-    except ImportError:
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak // (1024 * 1024 if platform.system() == "Darwin" else 1024)
 
 
 def show_table(results: dict[str, dict[str, Any]], title: str) -> None:
@@ -174,7 +128,16 @@ def compare(
     import evaluate
     import torch
 
-    from train_and_generate import METHODS, Rates, check_lengths, encode_rows, generate, load_base, quiet, train
+    from input_tuning_examples.train_and_generate import (
+        METHODS,
+        Rates,
+        check_lengths,
+        encode_rows,
+        generate,
+        load_base,
+        quiet,
+        train,
+    )
 
     quiet()
     print(f"Loading {options.model} ...")
@@ -187,7 +150,7 @@ def compare(
         check_lengths(base, rows, f"--{name}-file", options.num_virtual_tokens, new)
     sources = [example.source for example in task["test"]]
     references = [list(example.references) for example in task["test"]]
-    metric = evaluate.load(METRIC)
+    metric = evaluate.load(BLEU_AND_EXACT_MATCH)
     results: dict[str, dict[str, Any]] = {}
     texts: dict[str, list[str]] = {}
     for method in METHODS:
@@ -250,7 +213,7 @@ def reload(folder: str) -> int:
     options, rows = report["options"], report["generations"]
     import torch
 
-    from train_and_generate import generate, load_adapter, load_base, quiet
+    from input_tuning_examples.train_and_generate import generate, load_adapter, load_base, quiet
 
     quiet()
     base, tokenizer = load_base(*find_model(options["model"]), getattr(torch, options["dtype"]))

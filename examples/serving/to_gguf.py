@@ -1,12 +1,12 @@
 """An exported checkpoint, or an adapter as a LoRA, as a GGUF file, for llama.cpp and what is built on it.
 
     peft-input-tuning export my-adapter my-checkpoint
-    python examples/to_gguf.py my-checkpoint my-model.gguf --converter llama.cpp/convert_hf_to_gguf.py
+    python examples/serving/to_gguf.py my-checkpoint my-model.gguf --converter llama.cpp/convert_hf_to_gguf.py
 
     peft-input-tuning grow-base my-base my-grown-base --virtual-tokens 20 --untie
     peft-input-tuning to-lora my-adapter my-lora --base my-grown-base
-    python examples/to_gguf.py my-grown-base base.gguf --converter llama.cpp/convert_hf_to_gguf.py
-    python examples/to_gguf.py my-lora my-lora.gguf --base base.gguf
+    python examples/serving/to_gguf.py my-grown-base base.gguf --converter llama.cpp/convert_hf_to_gguf.py
+    python examples/serving/to_gguf.py my-lora my-lora.gguf --base base.gguf
 
 A LoRA is written here. llama.cpp takes one tensor for the embedding and for an output that is tied to it, and would
 apply the LoRA twice: the base must be untied.
@@ -31,7 +31,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, GenerationConfig
 
-from extras import needs
+from input_tuning_examples.extras import needs
 
 VIRTUAL_TOKEN = "<|virtual_0|>"
 OUTTYPES = ("f32", "f16", "bf16", "q8_0", "auto")
