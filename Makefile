@@ -27,7 +27,7 @@ VLLM = $(VENV)-vllm/installed
 LLAMA_CPP = llama_cpp_python-0.3.36
 CONVERTER = $(abspath $(VENV)-engines)/source/$(LLAMA_CPP)/vendor/llama.cpp/convert_hf_to_gguf.py
 
-.PHONY: help demo bench test test-slow test-all test-lowest test-newest test-engines test-vllm \
+.PHONY: help demo bench report test test-slow test-all test-lowest test-newest test-engines test-vllm \
 	test-architectures check format compatibility clean
 
 help:  ## list the targets
@@ -38,6 +38,9 @@ demo: $(DEMO)  ## train prompt-tuning and input-tuning on real weights and compa
 
 bench: $(DEMO)  ## measure time and memory beside prompt-tuning, LoRA and the base model
 	$(VENV)/bin/python examples/speed/run.py $(BENCH)
+
+report: $(DEV)  ## make the benchmark's report from the stored runs: examples/benchmark/results/small/report.html
+	$(VENV)/bin/python examples/benchmark/report.py
 
 test: $(DEV)  ## run the tests; on a GPU with DEVICE=cuda
 	$(VENV)/bin/python $(PYTEST) -m "not slow and not engines and not vllm"

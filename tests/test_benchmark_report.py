@@ -323,7 +323,7 @@ def stored(results: Path) -> dict:
 
 
 def test_each_seed_and_all_together_are_compared(made):
-    from records import read_outputs
+    from records import outputs_file, read_outputs
     from tasks import read_task
 
     found = {
@@ -339,7 +339,7 @@ def test_each_seed_and_all_together_are_compared(made):
     texts = [text for name in names for text in read_outputs(made.results, name)]
     rows = [list(row.references) for row in read_task(made.data, "dart", ROWS).rows["test"]]
     assert both["bleu"] == pytest.approx(bleu(texts, rows + rows))
-    outputs = made.results / f"{names[0]}.txt"
+    outputs = outputs_file(made.results, names[0])
     assert both["runs"][names[0]]["outputs"] == hashlib.sha256(outputs.read_bytes()).hexdigest()
     assert stored(made.results)["samples"] == 200
 
@@ -406,7 +406,7 @@ def test_stale_comparisons_are_left_out_with_a_word(copy, capsys):
 
 @pytest.mark.parametrize("change", ["nothing", "attempts", "status", "data_hash", "config", "no outputs", "no record"])
 def test_what_makes_a_comparison_stale(copy, change):
-    from records import read_records
+    from records import outputs_file, read_records
     from significance import load, still_true
 
     name = "main/dart.input-tuning.seed1"
@@ -419,7 +419,7 @@ def test_what_makes_a_comparison_stale(copy, change):
     }
     records[name] |= changes.get(change, {})
     if change == "no outputs":
-        (copy.results / f"{name}.txt").unlink()
+        outputs_file(copy.results, name).unlink()
     if change == "no record":
         del records[name]
     comparisons, draws = load(copy.results / "significance.json")
@@ -448,7 +448,7 @@ def test_without_data_or_stored_comparisons_or_three_tasks(copy):
 
     (copy.results / "significance.json").unlink()
     for seed in SEEDS:
-        (copy.results / "main" / f"dart.fine-tuning.seed{seed}.json").unlink()
+        (copy.results / "runs" / "main" / f"dart.fine-tuning.seed{seed}.json").unlink()
     assert report.main(copy.options) == 0
     assert not (copy.results / "regression.json").exists()  # that of the earlier runs
     text = (copy.results / "report.md").read_text(encoding="utf-8")
@@ -462,14 +462,16 @@ def test_a_single_run_of_one_seed(copy, capsys):
     """What is not there is a dash, or a sentence that says so; no figure is drawn of nothing."""
     import report
 
-    shutil.rmtree(copy.results / "rates")
+    shutil.rmtree(copy.results / "runs" / "rates")
     shutil.rmtree(copy.results / "figures")
-    for path in (copy.results / "main").glob("*.json"):
+    for path in (copy.results / "runs" / "main").glob("*.json"):
         if path.stem != "dart.input-tuning.seed1":
             path.unlink()
     assert report.main([str(copy.data), *copy.options]) == 0
     text = (copy.results / "report.md").read_text(encoding="utf-8")
-    score = json.loads((copy.results / "main" / "dart.input-tuning.seed1.json").read_text())["metrics"]["bleu"]
+    score = json.loads((copy.results / "runs" / "main" / "dart.input-tuning.seed1.json").read_text())["metrics"][
+        "bleu"
+    ]
     assert "One seed." in text
     assert row_of(text, "BLEU", "input-tuning") == ["input-tuning", f"{score:.1f}"]
     assert row_of(text, "BLEU", "fine-tuning") == ["fine-tuning", "–"]
@@ -495,21 +497,21 @@ def missing_task(copy) -> None:
 
 
 def one_output_less(copy) -> None:
-    path = copy.results / "main" / "dart.input-tuning.seed0.txt"
+    path = copy.results / "runs" / "main" / "dart.input-tuning.seed0.txt"
     path.write_text("\n".join(path.read_text().splitlines()[1:]) + "\n")
 
 
 def other_outputs(copy) -> None:
-    path = copy.results / "main" / "dart.input-tuning.seed0.txt"
+    path = copy.results / "runs" / "main" / "dart.input-tuning.seed0.txt"
     path.write_text("\n".join(reversed(path.read_text().splitlines())) + "\n")
 
 
 def no_outputs(copy) -> None:
-    (copy.results / "main" / "dart.input-tuning.seed0.txt").unlink()
+    (copy.results / "runs" / "main" / "dart.input-tuning.seed0.txt").unlink()
 
 
 def other_rows(copy) -> None:
-    path = copy.results / "main" / "dart.prompt-tuning.seed0"
+    path = copy.results / "runs" / "main" / "dart.prompt-tuning.seed0"
     lines = path.with_suffix(".seed0.txt").read_text().splitlines()
     record = json.loads(path.with_suffix(".seed0.json").read_text())
     record["config"]["rows"] = ROWS | {"test": 30}
@@ -521,7 +523,7 @@ def other_rows(copy) -> None:
 
 
 def nothing_finished(copy) -> None:
-    shutil.rmtree(copy.results / "main")
+    shutil.rmtree(copy.results / "runs" / "main")
 
 
 @pytest.mark.parametrize(
@@ -533,9 +535,9 @@ def nothing_finished(copy) -> None:
             r"DATA: dart/test.jsonl is not the file that main/dart\.\S+ was tested on .* Pass the data of the run\.",
         ),
         (missing_task, [], "DATA: there is no dart/test.jsonl"),
-        (one_output_less, [], "main/dart.input-tuning.seed0: it has 23 outputs for 24 test rows. Remove its record"),
+        (one_output_less, [], "main/dart.input-tuning.seed0: it has 23 outputs for 24 test rows. Take its line out"),
         (other_outputs, [], r"main/dart.input-tuning.seed0: its outputs have BLEU \d\.\d\d on DATA, its record says"),
-        (no_outputs, [], "main/dart.input-tuning.seed0: its outputs, .*txt, are missing. Remove its record"),
+        (no_outputs, [], "main/dart.input-tuning.seed0: its texts are missing. Take its line out"),
         (other_rows, [], "main/dart.input-tuning.seed0 and main/dart.prompt-tuning.seed0 were tested on different"),
         (
             nothing_finished,
@@ -589,7 +591,7 @@ def row_of(text: str, heading: str, first: str) -> list[str]:
 
 
 def test_every_started_run_is_named(made, text, html):
-    names = [f"{path.parent.name}/{path.stem}" for path in made.results.glob("*/*.json")]
+    names = [f"{path.parent.name}/{path.stem}" for path in (made.results / "runs").glob("*/*.json")]
     assert len(names) == 32
     for name in names:
         assert f"| {name} |" in text
@@ -612,7 +614,7 @@ def test_what_was_run(text):
 def test_the_tables_have_the_records_figures(made, text):
     scores = {}
     for method in SKILL:
-        paths = [made.results / "main" / f"dart.{method}.seed{seed}.json" for seed in SEEDS]
+        paths = [made.results / "runs" / "main" / f"dart.{method}.seed{seed}.json" for seed in SEEDS]
         scores[method] = [json.loads(path.read_text())["metrics"]["bleu"] for path in paths]
         first, second = scores[method]
         shown = f"{(first + second) / 2:.1f} ± {abs(first - second) / math.sqrt(2):.1f}"
@@ -823,7 +825,7 @@ def test_metrics_are_computed_again_from_the_stored_texts(copy, capsys):
     import evaluate
 
     import rescore
-    from one_run import METRIC
+    from input_tuning_examples.metrics import PAPER_METRICS
     from records import read_outputs, read_records
 
     before, given = read_records(copy.results), [str(copy.data), *copy.options[:2]]
@@ -831,7 +833,7 @@ def test_metrics_are_computed_again_from_the_stored_texts(copy, capsys):
     after = read_records(copy.results)
     main = {name for name, record in before.items() if (record["stage"], record["status"]) == ("main", "finished")}
     assert {name for name in before if before[name] != after[name]} == main
-    metric = evaluate.load(METRIC)
+    metric = evaluate.load(PAPER_METRICS)
     for name in main:
         lines = (copy.data / after[name]["task"] / "test.jsonl").read_text(encoding="utf-8").splitlines()
         chosen = sorted(random.Random(0).sample(range(30), 24))  # the rows that a run draws

@@ -692,7 +692,7 @@ def test_a_run_whose_process_is_killed_has_failed_and_the_others_go_on(data, tmp
         "    scratch.write_text(json.dumps(record))\n"
         "    scratch.replace(path)\n"
         "name, loss = sys.argv[1], float(sys.argv[2])\n"
-        f"path = pathlib.Path({str(tmp_path / 'results')!r}, name + '.json')\n"
+        f"path = pathlib.Path({str(tmp_path / 'results' / 'runs')!r}, name + '.json')\n"
         "path.parent.mkdir(parents=True, exist_ok=True)\n"
         "record = {'status': 'running', 'errors': [], 'metrics': {'validation_loss': loss}}\n"
         "write(record)\n"
@@ -757,7 +757,7 @@ def test_results_of_another_budget_or_of_other_data_are_not_taken(record, messag
     name = "rates/e2e.lora.rate0.001"
     records.write_record(tmp_path, name, {"status": "interrupted", "task": "e2e", **(record or {})})
     if record is None:
-        path = tmp_path / f"{name}.json"
+        path = records.record_file(tmp_path, name)
         path.write_text(path.read_text()[:-4])
     assert run_all.main([str(data), "--model", str(tiny_model), "--results", str(tmp_path)]) == 2
     assert re.search(message, capsys.readouterr().err)

@@ -11,7 +11,7 @@ import sacrebleu
 
 import told_facts
 from input_tuning_examples.task_data import InputError
-from records import write_outputs, write_record
+from records import outputs_file, write_outputs, write_record
 from tasks import SPLITS, read_task
 
 ROOT = Path(__file__).parent.parent
@@ -94,9 +94,12 @@ def test_the_command_prints_a_row_of_each_compared_main_run(runs, capsys):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        (lambda folder, run: (folder / "results" / "main" / f"{run}.json").unlink(), "no main run of webnlg in"),
+        (
+            lambda folder, run: (folder / "results" / "runs" / "main" / f"{run}.json").unlink(),
+            "no main run of webnlg in",
+        ),
         (lambda folder, run: (folder / "data" / "webnlg" / "test.jsonl").unlink(), "there is no webnlg/test.jsonl"),
-        (lambda folder, run: (folder / "results" / "main" / f"{run}.txt").unlink(), "its outputs"),
+        (lambda folder, run: outputs_file(folder / "results", f"main/{run}").unlink(), "its texts"),
     ],
     ids=["no run", "no data", "no outputs"],
 )

@@ -439,7 +439,7 @@ def test_accelerate_reads_the_configurations(path):
 def test_the_metric_is_what_its_libraries_say():
     predictions = ["the cat sat on the mat", "a dog", "nothing alike"]
     references = [["the cat sat on a mat", "a cat sat"], ["A dog"], ["quite different words"]]
-    got = evaluate.load(train.METRIC).compute(predictions=predictions, references=references)
+    got = evaluate.load(train.GENERATION_METRICS).compute(predictions=predictions, references=references)
     streams = [[texts[min(n, len(texts) - 1)] for texts in references] for n in range(2)]
     streams[1][1:] = [None, None]
     assert got["bleu"] == pytest.approx(sacrebleu.corpus_bleu(predictions, streams).score)
@@ -449,7 +449,7 @@ def test_the_metric_is_what_its_libraries_say():
     assert RougeScorer(["rougeL"]).score("a b", "a b")["rougeL"].fmeasure == 1
     assert got["exact_match"] == pytest.approx(100 / 3)
     with pytest.raises(ValueError, match=r"references\[0\]"):
-        evaluate.load(train.METRIC).compute(predictions=["a"], references=[[]])
+        evaluate.load(train.GENERATION_METRICS).compute(predictions=["a"], references=[[]])
 
 
 # ---- loops ----------------------------------------------------------------------------------------------------------

@@ -50,11 +50,10 @@ from input_tuning_examples.validation_loss import TokenMeanTrainer, filled_up
 from methods import METHODS, Method
 from peft_input_tuning import input_tuning_parameter_groups
 from plan import BUDGETS, Budget, Run, run_on
-from records import Record, read_record, write_outputs, write_record
+from records import RESULTS, Record, read_record, write_outputs, write_record
 from target_loss import use_loss_on_targets
 from tasks import Task, in_order_of_steps, read_task
 
-HERE = Path(__file__).resolve().parent
 PACKAGES = (
     "peft-input-tuning",
     "torch",
@@ -355,7 +354,7 @@ def results_folder(options: argparse.Namespace) -> Path:
     if options.results:
         return options.results
     model = "" if options.model == PACKAGED else f"-{model_label(options.model)}"
-    return HERE / "results" / (options.budget + model)
+    return RESULTS / (options.budget + model)
 
 
 def asked_run(options: argparse.Namespace, budget: Budget) -> Run:

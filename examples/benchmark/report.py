@@ -27,12 +27,11 @@ from input_tuning_examples.extras import needs
 from input_tuning_examples.task_data import InputError
 from peft_input_tuning.output.files import unfinished
 from plan import BUDGETS, SHARED
-from records import read_records
+from records import RESULTS, read_records
 from result_sections import ablations, samples, scores
 from run_sections import all_runs, rates, what_was_run
 from significance import check_installed, compare_all, load, save, still_true
 
-RESULTS = Path(__file__).resolve().parent / "results"
 FAMILIARITY = RESULTS / "familiarity.json"
 STORED = "significance.json"
 SECTIONS = (what_was_run, scores, significance, gap, familiarity, rates, ablations, amounts, samples, all_runs)

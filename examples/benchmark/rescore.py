@@ -17,8 +17,8 @@ from tqdm import tqdm
 from input_tuning_examples.metrics import PAPER_METRICS
 from input_tuning_examples.task_data import InputError
 from one_run import check_installed
-from records import Record, read_records, write_record
-from report import RESULTS, parser_for_stored_runs
+from records import RESULTS, Record, has_texts, read_outputs, read_records, write_outputs, write_record
+from report import parser_for_stored_runs
 from significance import outputs_and_references
 from tasks import find_tasks
 
@@ -30,11 +30,7 @@ def rescore(results: Path, data: Path) -> dict[str, Record]:
         InputError: there are no such runs, DATA is not that of the runs, or a run's texts are missing or another's;
             the message names the run.
     """
-    records = {
-        name: record
-        for name, record in read_records(results).items()
-        if record["status"] == "finished" and record["stage"] != "rates"
-    }
+    records = {name: record for name, record in read_records(results).items() if has_texts(record)}
     if not records:
         raise InputError(
             f"--results: no run with texts in {str(results)!r} has finished. Name the folder of the runs."
@@ -62,8 +58,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"rescore.py: {error}", file=sys.stderr)
         return 2
     for name, record in changed.items():
+        write_outputs(results, name, read_outputs(results, name))  # beside its record, wherever they were
         write_record(results, name, record)
-    print(f"{len(changed)} records in {results} have new metrics.")
+    print(f"{len(changed)} records in {results} have new metrics; collect.py stores them.")
     return 0
 
 

@@ -16,8 +16,8 @@ from comparisons import finished
 from findings import MISSING
 from input_tuning_examples.task_data import InputError
 from plan import BUDGETS, SHARED, TASKS, Budget
-from records import Record, read_records
-from report import RESULTS, parser_for_stored_runs
+from records import RESULTS, Record, read_records
+from report import parser_for_stored_runs
 from significance import check_installed, outputs_and_references
 from tasks import find_tasks, read_task
 

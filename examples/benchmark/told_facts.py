@@ -19,8 +19,8 @@ from comparisons import finished, in_order
 from input_tuning_examples.task_data import InputError
 from methods import METHODS
 from plan import ABLATIONS, BUDGETS
-from records import read_records
-from report import RESULTS, parser_for_stored_runs
+from records import RESULTS, read_records
+from report import parser_for_stored_runs
 from significance import check_installed, outputs_and_references
 from tasks import SPLITS, find_tasks, read_task
 
