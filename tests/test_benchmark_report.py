@@ -19,7 +19,6 @@ import pytest
 import sacrebleu
 
 from parsed_page import Page
-from peft_input_tuning.familiarity import FamiliarityRegression
 
 BENCHMARK = Path(__file__).parent.parent / "examples" / "benchmark"
 HOSTILE = "<script>alert(1)</script> | `x` [a](https://example.com)"
@@ -209,12 +208,14 @@ def test_the_line_is_numpys():
     shares = {"e2e": 95.0, "overnight": 90.0, "dart": 91.0, "webnlg": 70.0}
     scores = {(task, "fine-tuning"): [50.0] for task in shares}
     scores |= {(task, "prompt-tuning"): [share / 2] for task, share in shares.items()}
-    found = regression(means(some(scores), "bleu"), bits, "here")
+    found = regression(means(some(scores), "bleu"), bits)
     slope, intercept = numpy.polyfit([bits[task] for task in shares], [100 - s for s in shares.values()], 1)
     assert (found.slope, found.intercept) == (pytest.approx(slope), pytest.approx(intercept))
-    assert (found.tasks, found.figure, found.source) == (4, "bits_per_byte", "here")
+    covariance = numpy.polyfit([bits[task] for task in shares], [100 - s for s in shares.values()], 1, cov=True)[1]
+    assert found.slope_error == pytest.approx(math.sqrt(covariance[0, 0]))
+    assert (found.tasks, found.lowest, found.highest) == (4, 1.5, 3.9)
     del scores["e2e", "fine-tuning"], scores["dart", "prompt-tuning"]
-    assert regression(means(some(scores), "bleu"), bits, "here") is None
+    assert regression(means(some(scores), "bleu"), bits) is None
 
 
 @pytest.mark.parametrize(
@@ -450,7 +451,6 @@ def test_without_data_or_stored_comparisons_or_three_tasks(copy):
     for seed in SEEDS:
         (copy.results / "runs" / "main" / f"dart.fine-tuning.seed{seed}.json").unlink()
     assert report.main(copy.options) == 0
-    assert not (copy.results / "regression.json").exists()  # that of the earlier runs
     text = (copy.results / "report.md").read_text(encoding="utf-8")
     assert "Not computed: call report.py with DATA." in text
     assert "Fewer than three tasks have both" in text
@@ -631,10 +631,31 @@ def test_the_tables_have_the_records_figures(made, text):
     assert row_of(text, "dart", "input-tuning")[-4:] == ["1,338,624", "61", "30", "3,000"]
 
 
-def test_the_regression_file_is_what_the_report_says(made, text):
-    line = FamiliarityRegression.load(made.results / "regression.json")
+def test_a_line_that_cannot_be_fitted():
+    from regression import FamiliarityRegression
+
+    for values, losses in (([1.0, 2.0], [1.0, 2.0]), ([1.0, 1.0, 1.0], [1.0, 2.0, 3.0]), ([1.0, 2.0, 3.0], [1.0])):
+        with pytest.raises(ValueError, match="`values` must be at least 3"):
+            FamiliarityRegression.fit(values, losses)
+
+
+def test_what_a_line_rests_on():
+    from regression import FamiliarityRegression
+
+    values = [2.0, 4.0, 7.0, 9.0, 12.0]
+    assert FamiliarityRegression.fit(values, [2 * x for x in values]).unsupported is None
+    few = FamiliarityRegression.fit(values[:4], [2 * x for x in values[:4]])
+    assert few.unsupported == "it rests on 4 tasks, fewer than 5"
+    loose = FamiliarityRegression.fit(values, [5.0, -5.0, 9.0, -9.0, 8.0])
+    assert loose.unsupported == f"its slope, {loose.slope:.3g} ± {loose.slope_error:.2g}, is too uncertain"
+
+
+def test_the_line_is_what_the_report_says(made, text):
+    from comparisons import means, regression
+    from records import read_records
+
+    line = regression(means(read_records(made.results), "bleu"), BITS)
     assert line.tasks == 3
-    assert "a-model.Q4" in line.source
     said = f"= {line.intercept:.1f} + ({line.slope:.1f} ± {line.slope_error:.1f}) × bits per byte"
     assert f"prompt-tuning's loss in per cent of fine-tuning's BLEU {said}" in text
     assert "The line says nothing of other inputs: it rests on 3 tasks, fewer than 5." in text
@@ -795,7 +816,7 @@ def test_a_familiarity_file_that_is_not_one(content, copy, tmp_path, capsys):
     assert report.main([*copy.options, "--familiarity", str(path)]) == 2
     message = capsys.readouterr().err
     assert ("there is no file" if content is None else "is not what familiarity_of_tasks.py writes") in message
-    assert (copy.results / "regression.json").is_file()  # an earlier call's
+    assert (copy.results / "report.md").is_file()  # an earlier call's
 
 
 def test_the_summary(made, capsys):
