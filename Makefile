@@ -91,7 +91,7 @@ test-dist: dist $(DEV)  ## run the tests from the source distribution alone; DIS
 	rm -rf build/sdist && mkdir -p build/sdist
 	tar -xzf dist/peft_input_tuning-*.tar.gz -C build/sdist --strip-components 1
 	cd build/sdist && PYTHONPATH=$(CURDIR)/build/sdist GIT_CEILING_DIRECTORIES=$(CURDIR)/build \
-		$(abspath $(VENV)/bin/python) $(PYTEST) -o cache_dir=../pytest -m "not slow and not engines and not vllm" $(DIST_TESTS)
+		$(abspath $(VENV)/bin/python) $(PYTEST) -o cache_dir=.pytest_cache -m "not slow and not engines and not vllm" $(DIST_TESTS)
 
 format: $(DEV)  ## format the code and mend what the linter can
 	$(VENV)/bin/ruff check --fix .
