@@ -15,10 +15,15 @@ from .version import __version__ as __version__
 if TYPE_CHECKING or not is_command_line():
     from .api import *  # noqa: F403
     from .api import __all__ as __all__
+    from .api import register_method
+
+    register_method()
 else:
 
     def __getattr__(name: str) -> object:
         """A public name, before the command line's work has begun."""
         from importlib import import_module
 
-        return getattr(import_module(f"{__name__}.api"), name)
+        api = import_module(f"{__name__}.api")
+        api.register_method()
+        return getattr(api, name)

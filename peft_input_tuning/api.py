@@ -1,4 +1,4 @@
-"""All that `import peft_input_tuning` brings. Importing this module registers the method INPUT_TUNING with PEFT."""
+"""All that `import peft_input_tuning` brings, and the method's registration with PEFT, which it begins with."""
 
 from .config import InputTuningConfig
 from .export import ExportReport, export_model
@@ -13,9 +13,6 @@ from .registration import register
 from .tested_versions import warn_of_untested_versions
 from .version import __version__
 from .virtual_tokens.reuse import reuse_prompts
-
-register("input_tuning", InputTuningConfig, InputTuningModel)
-warn_of_untested_versions()
 
 __all__ = [
     "AdapterInspection",
@@ -38,3 +35,9 @@ __all__ = [
     "save_as_lora",
     "soft_prompt",
 ]
+
+
+def register_method() -> None:
+    """Make PEFT know INPUT_TUNING; warn beside versions that were never tested."""
+    register("input_tuning", InputTuningConfig, InputTuningModel)
+    warn_of_untested_versions()

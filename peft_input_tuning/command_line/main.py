@@ -67,21 +67,25 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if not runs:
             command.check(arguments)
-            import peft_input_tuning.api  # registers the method
-
+            _register()
             return command.run(arguments)
-        import peft_input_tuning.api  # noqa: F401
-
+        _register()
         program = run.prepared(arguments.program, argv[2:])
     except KeyboardInterrupt:
         return _failed(arguments.command, "interrupted", 130)
     except Exception as error:  # of whatever library: a traceback is no answer to a user
-        if sys.flags.dev_mode:
+        if sys.flags.dev_mode or (runs and isinstance(error, ImportError)):  # which is the program's own
             raise
         expected = isinstance(error, ValueError | OSError | RuntimeError | ImportError)
         said = str(error) if expected else f"{type(error).__name__}: {error}"
         return _failed(arguments.command, said, 2 if isinstance(error, ValueError | OSError) else 1)
     return program()  # its errors are its own
+
+
+def _register() -> None:
+    from ..api import register_method  # and with it torch, transformers and PEFT
+
+    register_method()
 
 
 def _failed(command: str, message: str, status: int) -> int:
