@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import random
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from input_tuning_examples.logic_to_text import make_splits
+from input_tuning_examples.packaged_model import find_packaged_model
+from input_tuning_examples.task_data import Example
+from input_tuning_examples.train_and_generate import encode_rows, pad_rows
 from peft_input_tuning import create_input_tuning_optimizer
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-from logic_to_text import make_splits
-from packaged_model import find_packaged_model
-from task_data import Example
-from train_and_generate import encode_rows, pad_rows
 
 
 def packaged() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -30,7 +30,7 @@ needs_engines = [
 
 
 def to_gguf(source: Path, target: Path, *more: object, outtype: str = "f32") -> Path:
-    script = ROOT / "examples" / "to_gguf.py"
+    script = ROOT / "examples" / "serving" / "to_gguf.py"
     command = [sys.executable, script, source, target, "--outtype", outtype, *more]
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

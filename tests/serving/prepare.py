@@ -23,12 +23,11 @@ import torch
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from input_tuning_examples.task_data import Example, read_json_lines
+from input_tuning_examples.train_and_generate import encode_source
 from peft_input_tuning import InputTuningConfig, export_model
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
-from task_data import Example, read_json_lines
-from train_and_generate import encode_source
 from trained import packaged, train
 
 NEW = 24
