@@ -27,7 +27,7 @@ NEWEST = $(VENV)-newest
 ENGINES = $(VENV)-engines/installed
 PUBLISH = $(VENV)-publish/installed
 VLLM = $(VENV)-vllm/installed
-# llama.cpp is built from this source distribution, which also carries the converter; some minutes.
+# The engine comes built, as xllamacpp. Its converter is in this source distribution, which is unpacked and not built.
 LLAMA_CPP = llama_cpp_python-0.3.36
 CONVERTER = $(abspath $(VENV)-engines)/source/$(LLAMA_CPP)/vendor/llama.cpp/convert_hf_to_gguf.py
 
@@ -66,8 +66,8 @@ test-newest:  ## run the tests on the newest versions, torch excepted; NEWEST_TE
 	@$(NEWEST)/bin/python -m pip list --format freeze | grep -E '^(torch|transformers|peft|accelerate|trl)='
 	$(NEWEST)/bin/python $(PYTEST) -o cache_dir=$(NEWEST)/pytest -m "not slow and not engines and not vllm" $(NEWEST_TESTS)
 
-test-engines: $(ENGINES)  ## build llama.cpp and run exported models in it and in ONNX Runtime
-	LLAMA_CPP_CONVERTER=$(CONVERTER) $(VENV)-engines/bin/python -m pytest -m engines tests/test_engines.py tests/test_lora_engines.py
+test-engines: $(ENGINES)  ## run exported models and LoRAs of trained adapters in llama.cpp and ONNX Runtime
+	LLAMA_CPP_CONVERTER=$(CONVERTER) $(VENV)-engines/bin/python -m pytest -m engines tests/engines
 
 test-vllm: $(VLLM)  ## serve trained adapters with vLLM and compare every token; the tasks' data in TASK_DATA=folder
 	PREPARED=$(abspath outputs/vllm) $(VENV)-vllm/bin/python -m pytest -m vllm tests/serving
@@ -145,8 +145,6 @@ $(ENGINES): pyproject.toml examples/pyproject.toml constraints.txt Makefile
 	$(VENV)-engines/bin/python -m pip download --quiet --no-deps --no-binary llama-cpp-python \
 		--dest $(VENV)-engines/source $(subst llama_cpp_python-,llama-cpp-python==,$(LLAMA_CPP))
 	tar -xzf $(VENV)-engines/source/$(LLAMA_CPP).tar.gz -C $(VENV)-engines/source
-	CMAKE_ARGS="-DLLAMA_CURL=OFF" $(VENV)-engines/bin/python $(PIP_INSTALL) -c constraints.txt \
-		$(VENV)-engines/source/$(LLAMA_CPP)
 	@touch $@
 
 # vLLM 0.32 wants a transformers below the lowest of this package's metadata: so without dependencies, which are vLLM's.

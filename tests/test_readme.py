@@ -34,9 +34,9 @@ NAME = 'name = "HuggingFaceTB/SmolLM2-135M-Instruct"\n'  # replaced by a tiny mo
 LLAMA = FAMILIES["llama"]
 # The blocks that are not run here, by what they hold, and why not.
 NOT_RUN = {
-    "from llama_cpp import Llama": "llama.cpp is no dependency: tests/test_engines.py does what the block does",
+    "import xllamacpp": "llama.cpp is no dependency: tests/engines does what the block does",
     "embeds_base64(": "vLLM is no dependency: tests/serving and tests/test_prompt_embeds.py do what the block does",
-    "torch.onnx.export(": "onnxruntime is no dependency: tests/test_engines.py does what the block does",
+    "torch.onnx.export(": "onnxruntime is no dependency: tests/engines does what the block does",
 }
 
 
