@@ -23,12 +23,13 @@ LOWEST = $(VENV)-lowest/installed
 NEWEST = $(VENV)-newest
 ENGINES = $(VENV)-engines/installed
 VLLM = $(VENV)-vllm/installed
+DOCS = $(VENV)-site/installed
 # llama.cpp is built from this source distribution, which also carries the converter; some minutes.
 LLAMA_CPP = llama_cpp_python-0.3.36
 CONVERTER = $(abspath $(VENV)-engines)/source/$(LLAMA_CPP)/vendor/llama.cpp/convert_hf_to_gguf.py
 
 .PHONY: help demo bench test test-slow test-all test-lowest test-newest test-engines test-vllm \
-	test-architectures check format compatibility clean
+	test-architectures check docs format compatibility clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 20
@@ -73,6 +74,9 @@ check: $(DEV)  ## lint, formatting and types
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
+docs: $(DOCS)  ## build the site of docs/ into outputs/site; a link to nothing is an error
+	NO_MKDOCS_2_WARNING=1 $(VENV)-site/bin/python -m mkdocs build --strict --quiet
+
 format: $(DEV)  ## format the code and mend what the linter can
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
@@ -82,7 +86,7 @@ compatibility: $(DEV)  ## write the tables of what works where, of the tests and
 	$(VENV)/bin/python tests/training_table.py
 
 clean:  ## remove the environments and all that tools leave behind
-	rm -rf $(VENV) $(VENV)-lowest $(NEWEST) $(VENV)-engines $(VENV)-vllm build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-lowest $(NEWEST) $(VENV)-engines $(VENV)-vllm $(VENV)-site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
 # A stamp in each environment says that it is complete; the next call installs nothing and needs no network.
 
@@ -98,6 +102,13 @@ $(DEV): $(DEMO)
 
 $(ALL): $(DEV)
 	$(VENV)/bin/python $(PIP_INSTALL) -c constraints.txt -e '.[all]'
+	@touch $@
+
+# It reads docstrings from the sources, and needs neither torch nor the package.
+$(DOCS): pyproject.toml constraints.txt Makefile
+	$(PYTHON) -m venv $(VENV)-site
+	$(VENV)-site/bin/python $(PIP_INSTALL) --upgrade 'pip>=25.1'
+	$(VENV)-site/bin/python $(PIP_INSTALL) -c constraints.txt --group docs
 	@touch $@
 
 $(LOWEST): pyproject.toml constraints-lowest.txt Makefile

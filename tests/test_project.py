@@ -193,7 +193,7 @@ def test_no_link_is_broken(path):
 def test_continuous_integration_runs_the_commands_of_the_readme():
     lines = text(".ci/run").replace("\\\n", "").splitlines()
     commands = [line.split()[1] for line in lines if line.startswith("make ")]
-    assert commands == ["check", "test", "test-newest", "test-slow"]
+    assert commands == ["check", "docs", "test", "test-newest", "test-slow"]
 
 
 def test_runs_on_other_versions_keep_their_outcomes_apart():
