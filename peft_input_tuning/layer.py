@@ -21,7 +21,7 @@ from .config import InputTuningConfig
 from .merging import MergeableTable
 from .mixed_rows import MixedRows
 from .modules import VIRTUAL, InputDtypeLinear, SoftPrompt
-from .prompt_start import initial_prompt
+from .prompt_start import initial_prompt, start_words
 from .prompt_states import PromptStates
 
 IsOutput = Tensor | bool  # which tokens are the output's: `(batch, length)` booleans, or one for all
@@ -117,8 +117,9 @@ class InputTuningLayer(MergeableTable, MixedRows, PromptStates):
 
     # ---- making and removing adapters ---------------------------------------------------------------------------
 
-    def update_layer(self, adapter_name: str, config: InputTuningConfig, input_only: bool = False) -> None:
-        """Adds an adapter with its first weights; `input_only` for one that leaves the output's tokens alone.
+    def update_layer(self, adapter_name: str, config: InputTuningConfig, input_only: bool = False) -> list[int] | None:
+        """Adds an adapter with its first weights; `input_only` for one that leaves the output's tokens alone. Returns
+        the words that its prompt starts from, if it starts from words.
 
         An adapter that will be read from a file gets NaN instead (`pending_weights.py`): what the file does not hold
         is then noticed at the first use, not silently random.
@@ -126,14 +127,14 @@ class InputTuningLayer(MergeableTable, MixedRows, PromptStates):
         width = self.embedding_dim
         hidden = 2 * width if config.adapter_hidden_dim is None else config.adapter_hidden_dim
         from_file = config.weights_in_checkpoint or config.inference_mode
-        prompt = None
+        prompt = words = None
         if self.merged:
             raise ValueError(
                 f"Adapter {self.merged_adapters[0]!r} is merged into the embedding. Call unmerge_adapter() before "
                 "adding another."
             )
         if config.num_virtual_tokens and not from_file:
-            prompt = initial_prompt(  # may fail, so before anything is changed
+            words = start_words(  # may fail, so before anything is changed
                 self.base_layer,
                 config.num_virtual_tokens,
                 config.prompt_tuning_init,
@@ -141,6 +142,7 @@ class InputTuningLayer(MergeableTable, MixedRows, PromptStates):
                 tokenizer_name=config.tokenizer_name_or_path,
                 tokenizer_kwargs=config.tokenizer_kwargs,
             )
+            prompt = initial_prompt(self.base_layer, config.num_virtual_tokens, words)
         for container in (*self.adapter_layer_names, *self.other_param_names):
             if adapter_name in getattr(self, container):
                 del getattr(self, container)[adapter_name]
@@ -166,6 +168,7 @@ class InputTuningLayer(MergeableTable, MixedRows, PromptStates):
         self._reset_adapter(adapter_name, prompt, config.init_weights)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+        return None if adapter_name in self.pending else words
 
     @torch.no_grad()
     def _reset_adapter(self, name: str, prompt: Tensor | None, zero_start: bool) -> None:

@@ -167,13 +167,15 @@ class InputTuningModel(BaseTuner):
         self, peft_config, adapter_name, target, target_name, parent, current_key, parameter_name=None
     ) -> None:
         input_only = peft_config.adapter_scope == "input" and tells_input_from_output(plain_model(self.model))
-        if isinstance(target, InputTuningLayer):
-            target.update_layer(adapter_name, peft_config, input_only)
-            return
-        layer = InputTuningLayer(target)
-        layer._active_adapter = adapter_name
-        layer.update_layer(adapter_name, peft_config, input_only)
-        self._replace_module(parent, target_name, layer, target)
+        layer = target if isinstance(target, InputTuningLayer) else InputTuningLayer(target)
+        if layer is not target:
+            layer._active_adapter = adapter_name
+        words = layer.update_layer(adapter_name, peft_config, input_only)
+        if layer is not target:
+            self._replace_module(parent, target_name, layer, target)
+        if not peft_config.weights_in_checkpoint:  # in a copy: a caller's object may serve for other models too
+            self.peft_config[adapter_name] = copy.copy(peft_config)
+            self.peft_config[adapter_name].prompt_start = words
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         setattr(parent, child_name, new_module)
