@@ -81,7 +81,7 @@ def test_the_extras():
     said = metadata(NAME)
     assert set(said.get_all("Provides-Extra")) == EXTRAS
     assert said["Requires-Python"] == ">=3.10"
-    assert {r.name for r in declared()} == {"torch", "transformers", "peft", "accelerate"}
+    assert {r.name for r in declared()} == {"torch", "transformers", "peft", "accelerate", "jinja2"}
 
 
 def test_the_licence():
