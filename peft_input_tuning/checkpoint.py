@@ -39,9 +39,9 @@ def checked_state_dict(
         saved = check_saved_config(config, adapter_name, layer.embedding_dim)
         of_base = _check(model, path, layer, adapter_name, state_dict)
         if saved is not None:
-            config.prompt_start = saved.prompt_start
+            layer.record_start(adapter_name, saved.prompt_start)
         elif not layer.has_no_weights(adapter_name):
-            config.prompt_start = None  # tensors that came alone do not say where they started
+            layer.record_start(adapter_name, None)  # tensors that came alone do not say where they started
         if len(layer.adapter_names) == 1:
             return state_dict
         _check_base_stays(model, adapter_name, of_base)

@@ -55,6 +55,7 @@ class InputTuningLayer(MergeableTable, MixedRows, PromptStates):
         self.input_tuning_activation = nn.ModuleDict()
         self.input_tuning_dropout = nn.ModuleDict()
         self.input_only: set[str] = set()  # adapters that leave the output's tokens alone, see virtual_tokens/scope.py
+        self.prompt_start: dict[str, list[int]] = {}  # the words that prompts started from, where they are known
         self.seen_labels: set[tuple[str, bool]] = set()  # of those, whose labels were looked at, in training or not
 
     def get_base_layer(self) -> nn.Module:
@@ -117,9 +118,8 @@ class InputTuningLayer(MergeableTable, MixedRows, PromptStates):
 
     # ---- making and removing adapters ---------------------------------------------------------------------------
 
-    def update_layer(self, adapter_name: str, config: InputTuningConfig, input_only: bool = False) -> list[int] | None:
-        """Adds an adapter with its first weights; `input_only` for one that leaves the output's tokens alone. Returns
-        the words that its prompt starts from, if it starts from words.
+    def update_layer(self, adapter_name: str, config: InputTuningConfig, input_only: bool = False) -> None:
+        """Adds an adapter with its first weights; `input_only` for one that leaves the output's tokens alone.
 
         An adapter that will be read from a file gets NaN instead (`pending_weights.py`): what the file does not hold
         is then noticed at the first use, not silently random.
@@ -127,7 +127,7 @@ class InputTuningLayer(MergeableTable, MixedRows, PromptStates):
         width = self.embedding_dim
         hidden = 2 * width if config.adapter_hidden_dim is None else config.adapter_hidden_dim
         from_file = config.weights_in_checkpoint or config.inference_mode
-        prompt = words = None
+        prompt, words = None, config.prompt_start
         if self.merged:
             raise ValueError(
                 f"Adapter {self.merged_adapters[0]!r} is merged into the embedding. Call unmerge_adapter() before "
@@ -163,12 +163,12 @@ class InputTuningLayer(MergeableTable, MixedRows, PromptStates):
             self.input_only.discard(adapter_name)
         if from_file or (prompt is not None and prompt.is_meta):  # a base on "meta" has no embeddings to start from
             self.pending.add(adapter_name)
+        self.record_start(adapter_name, None if prompt is not None and prompt.is_meta else words)
         if from_file:
             self.hold_places(adapter_name, execution_device(self.base_layer))
         self._reset_adapter(adapter_name, prompt, config.init_weights)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
-        return None if adapter_name in self.pending else words
 
     @torch.no_grad()
     def _reset_adapter(self, name: str, prompt: Tensor | None, zero_start: bool) -> None:
@@ -190,8 +190,15 @@ class InputTuningLayer(MergeableTable, MixedRows, PromptStates):
             )
         super().set_adapter(adapter_names, inference_mode=inference_mode)
 
+    def record_start(self, name: str, words: list[int] | None) -> None:
+        """Keeps which words an adapter's prompt started from; None where that is not known."""
+        self.prompt_start.pop(name, None)
+        if words is not None:
+            self.prompt_start[name] = words
+
     def delete_adapter(self, adapter_name: str) -> None:
         self.pending.discard(adapter_name)
+        self.record_start(adapter_name, None)
         self.input_only.discard(adapter_name)
         self.forget_prompt_states()
         super().delete_adapter(adapter_name)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .checkpoint import checked_state_dict, under_as_many_peft_models
 from .config import InputTuningConfig
-from .layer import InputTuningLayer
+from .layer import InputTuningLayer, named_layer
 from .nesting import (
     Configurations,
     check_inner_reads_ids,
@@ -167,15 +167,13 @@ class InputTuningModel(BaseTuner):
         self, peft_config, adapter_name, target, target_name, parent, current_key, parameter_name=None
     ) -> None:
         input_only = peft_config.adapter_scope == "input" and tells_input_from_output(plain_model(self.model))
-        layer = target if isinstance(target, InputTuningLayer) else InputTuningLayer(target)
-        if layer is not target:
-            layer._active_adapter = adapter_name
-        words = layer.update_layer(adapter_name, peft_config, input_only)
-        if layer is not target:
-            self._replace_module(parent, target_name, layer, target)
-        if not peft_config.weights_in_checkpoint:  # in a copy: a caller's object may serve for other models too
-            self.peft_config[adapter_name] = copy.copy(peft_config)
-            self.peft_config[adapter_name].prompt_start = words
+        if isinstance(target, InputTuningLayer):
+            target.update_layer(adapter_name, peft_config, input_only)
+            return
+        layer = InputTuningLayer(target)
+        layer._active_adapter = adapter_name
+        layer.update_layer(adapter_name, peft_config, input_only)
+        self._replace_module(parent, target_name, layer, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         setattr(parent, child_name, new_module)
@@ -267,9 +265,11 @@ class InputTuningModel(BaseTuner):
     # ---- files --------------------------------------------------------------------------------------------------
 
     @classmethod
-    def _get_adapter_state_dict(cls, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Hook of PEFT (>= 0.21) that chooses what is saved: all methods' layers with an adapter of this name."""
-        found = super()._get_adapter_state_dict(*args, **kwargs)
+    def _get_adapter_state_dict(cls, model: nn.Module, config: PeftConfig, adapter_name: str, *args, **kwargs):
+        """Hook of PEFT (>= 0.21) that chooses what is saved: all methods' layers with an adapter of this name. The
+        configuration is saved after it; one object may serve for several models, so it learns here what is of one."""
+        config.prompt_start = named_layer(model)[1].prompt_start.get(adapter_name)
+        found = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
         return {key: tensor for key, tensor in found.items() if f".{cls.prefix}" in key}
 
     @classmethod

@@ -215,7 +215,7 @@ def test_starts_that_are_no_words(tmp_path):
     model.base_model.add_weighted_adapter(["default"], [0.5], "sum", "cat")
     assert starts_of(model, "sum") == [None] * 4
     for start in ([5, 6, 7], [0, 1, 2, VOCAB], [0, 1, 2, -1]):  # another base's, or somebody's
-        model.peft_config["default"].prompt_start = start
+        model.base_model.layer.record_start("default", start)
         assert starts_of(model, "default") == [None] * 4
     with pytest.raises(ValueError, match="`prompt_start` must be a list of ids, got 'a'"):
         config(LLAMA, prompt_start="a")

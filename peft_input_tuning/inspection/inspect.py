@@ -17,7 +17,6 @@ from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from ..config import InputTuningConfig
 from ..layer import InputTuningLayer, named_layer
 from ..merging import BLOCK_ROWS, Progress
 from ..output.words import Word, word_of
@@ -179,7 +178,7 @@ def inspect_adapter(
         },
         virtual_tokens=tuple(
             VirtualToken(float(row.norm()), listed(line.topk(min(nearest, len(words))).indices, line), start)
-            for row, line, start in zip(prompt, near, _starts(layer, config, prompt, tokenizer), strict=True)
+            for row, line, start in zip(prompt, near, _starts(layer, name, prompt, tokenizer), strict=True)
         ),
         prompt_cosines=tuple(tuple(line) for line in (directions @ directions.T).tolist()),
         moved_most=listed(by_shift.flip(0)[:most], shift),
@@ -205,10 +204,10 @@ def _blocks(
 
 
 def _starts(
-    layer: InputTuningLayer, config: InputTuningConfig, prompt: Tensor, tokenizer: PreTrainedTokenizerBase | None
+    layer: InputTuningLayer, name: str, prompt: Tensor, tokenizer: PreTrainedTokenizerBase | None
 ) -> list[Word | None]:
     """The word that each row of the prompt started from, with how far it has moved from there."""
-    words = config.prompt_start
+    words = layer.prompt_start.get(name)
     # As a file has it, which may come from anywhere.
     if words is None or len(words) != len(prompt) or not all(0 <= word < layer.num_embeddings for word in words):
         return [None] * len(prompt)
