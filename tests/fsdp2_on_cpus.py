@@ -1,6 +1,7 @@
 """Runs a script with accelerate's FSDP2 on CPUs: accelerate has it, but asks for a GPU first.
 
-    accelerate launch --config_file examples/accelerate_configs/fsdp2.yaml tests/fsdp2_on_cpus.py examples/train.py ...
+    accelerate launch --config_file examples/training/accelerate_configs/fsdp2.yaml tests/fsdp2_on_cpus.py \
+        examples/training/train.py ...
 
 Without this, a launch on CPUs is not sharded, and says nothing (accelerate 1.15). What tells accelerate where it runs
 is replaced; all that it does then is its own.

@@ -1,4 +1,4 @@
-"""A run of `examples/train.py` that is killed again and again, started by `tests/test_faults.py`.
+"""A run of `examples/training/train.py` that is killed again and again, started by `tests/test_faults.py`.
 
     python tests/killed_runs.py KILLS SEED OPTION...
 
@@ -19,12 +19,12 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "training"))
 
 import torch
 
 import train
-from checkpoints import checkpoints_in, last_complete_checkpoint
+from input_tuning_examples.checkpoints import checkpoints_in, last_complete_checkpoint
 
 torch.set_num_threads(1)
 SOON = 0.6  # seconds after a start

@@ -9,7 +9,6 @@ import os
 import random
 import re
 import shutil
-import sys
 from operator import sub
 from pathlib import Path
 from statistics import fmean, stdev, variance
@@ -20,7 +19,6 @@ import pytest
 import sacrebleu
 
 from parsed_page import Page
-from peft_input_tuning.familiarity import FamiliarityRegression
 
 BENCHMARK = Path(__file__).parent.parent / "examples" / "benchmark"
 HOSTILE = "<script>alert(1)</script> | `x` [a](https://example.com)"
@@ -34,14 +32,6 @@ SKILL = {
 WORDS = [f"w{number}" for number in range(40)]
 ROWS = {"train": 4, "validation": 2, "test": 24}
 SEEDS = (0, 1)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _on_the_path():
-    before = list(sys.path)
-    sys.path[:0] = [str(BENCHMARK), str(BENCHMARK.parent)]
-    yield
-    sys.path[:] = before
 
 
 # ---- made-up data and runs ------------------------------------------------------------------------------------------
@@ -218,12 +208,14 @@ def test_the_line_is_numpys():
     shares = {"e2e": 95.0, "overnight": 90.0, "dart": 91.0, "webnlg": 70.0}
     scores = {(task, "fine-tuning"): [50.0] for task in shares}
     scores |= {(task, "prompt-tuning"): [share / 2] for task, share in shares.items()}
-    found = regression(means(some(scores), "bleu"), bits, "here")
+    found = regression(means(some(scores), "bleu"), bits)
     slope, intercept = numpy.polyfit([bits[task] for task in shares], [100 - s for s in shares.values()], 1)
     assert (found.slope, found.intercept) == (pytest.approx(slope), pytest.approx(intercept))
-    assert (found.tasks, found.figure, found.source) == (4, "bits_per_byte", "here")
+    covariance = numpy.polyfit([bits[task] for task in shares], [100 - s for s in shares.values()], 1, cov=True)[1]
+    assert found.slope_error == pytest.approx(math.sqrt(covariance[0, 0]))
+    assert (found.tasks, found.lowest, found.highest) == (4, 1.5, 3.9)
     del scores["e2e", "fine-tuning"], scores["dart", "prompt-tuning"]
-    assert regression(means(some(scores), "bleu"), bits, "here") is None
+    assert regression(means(some(scores), "bleu"), bits) is None
 
 
 @pytest.mark.parametrize(
@@ -332,7 +324,7 @@ def stored(results: Path) -> dict:
 
 
 def test_each_seed_and_all_together_are_compared(made):
-    from records import read_outputs
+    from records import outputs_file, read_outputs
     from tasks import read_task
 
     found = {
@@ -348,7 +340,7 @@ def test_each_seed_and_all_together_are_compared(made):
     texts = [text for name in names for text in read_outputs(made.results, name)]
     rows = [list(row.references) for row in read_task(made.data, "dart", ROWS).rows["test"]]
     assert both["bleu"] == pytest.approx(bleu(texts, rows + rows))
-    outputs = made.results / f"{names[0]}.txt"
+    outputs = outputs_file(made.results, names[0])
     assert both["runs"][names[0]]["outputs"] == hashlib.sha256(outputs.read_bytes()).hexdigest()
     assert stored(made.results)["samples"] == 200
 
@@ -415,7 +407,7 @@ def test_stale_comparisons_are_left_out_with_a_word(copy, capsys):
 
 @pytest.mark.parametrize("change", ["nothing", "attempts", "status", "data_hash", "config", "no outputs", "no record"])
 def test_what_makes_a_comparison_stale(copy, change):
-    from records import read_records
+    from records import outputs_file, read_records
     from significance import load, still_true
 
     name = "main/dart.input-tuning.seed1"
@@ -428,7 +420,7 @@ def test_what_makes_a_comparison_stale(copy, change):
     }
     records[name] |= changes.get(change, {})
     if change == "no outputs":
-        (copy.results / f"{name}.txt").unlink()
+        outputs_file(copy.results, name).unlink()
     if change == "no record":
         del records[name]
     comparisons, draws = load(copy.results / "significance.json")
@@ -457,9 +449,8 @@ def test_without_data_or_stored_comparisons_or_three_tasks(copy):
 
     (copy.results / "significance.json").unlink()
     for seed in SEEDS:
-        (copy.results / "main" / f"dart.fine-tuning.seed{seed}.json").unlink()
+        (copy.results / "runs" / "main" / f"dart.fine-tuning.seed{seed}.json").unlink()
     assert report.main(copy.options) == 0
-    assert not (copy.results / "regression.json").exists()  # that of the earlier runs
     text = (copy.results / "report.md").read_text(encoding="utf-8")
     assert "Not computed: call report.py with DATA." in text
     assert "Fewer than three tasks have both" in text
@@ -471,14 +462,16 @@ def test_a_single_run_of_one_seed(copy, capsys):
     """What is not there is a dash, or a sentence that says so; no figure is drawn of nothing."""
     import report
 
-    shutil.rmtree(copy.results / "rates")
+    shutil.rmtree(copy.results / "runs" / "rates")
     shutil.rmtree(copy.results / "figures")
-    for path in (copy.results / "main").glob("*.json"):
+    for path in (copy.results / "runs" / "main").glob("*.json"):
         if path.stem != "dart.input-tuning.seed1":
             path.unlink()
     assert report.main([str(copy.data), *copy.options]) == 0
     text = (copy.results / "report.md").read_text(encoding="utf-8")
-    score = json.loads((copy.results / "main" / "dart.input-tuning.seed1.json").read_text())["metrics"]["bleu"]
+    score = json.loads((copy.results / "runs" / "main" / "dart.input-tuning.seed1.json").read_text())["metrics"][
+        "bleu"
+    ]
     assert "One seed." in text
     assert row_of(text, "BLEU", "input-tuning") == ["input-tuning", f"{score:.1f}"]
     assert row_of(text, "BLEU", "fine-tuning") == ["fine-tuning", "–"]
@@ -504,21 +497,21 @@ def missing_task(copy) -> None:
 
 
 def one_output_less(copy) -> None:
-    path = copy.results / "main" / "dart.input-tuning.seed0.txt"
+    path = copy.results / "runs" / "main" / "dart.input-tuning.seed0.txt"
     path.write_text("\n".join(path.read_text().splitlines()[1:]) + "\n")
 
 
 def other_outputs(copy) -> None:
-    path = copy.results / "main" / "dart.input-tuning.seed0.txt"
+    path = copy.results / "runs" / "main" / "dart.input-tuning.seed0.txt"
     path.write_text("\n".join(reversed(path.read_text().splitlines())) + "\n")
 
 
 def no_outputs(copy) -> None:
-    (copy.results / "main" / "dart.input-tuning.seed0.txt").unlink()
+    (copy.results / "runs" / "main" / "dart.input-tuning.seed0.txt").unlink()
 
 
 def other_rows(copy) -> None:
-    path = copy.results / "main" / "dart.prompt-tuning.seed0"
+    path = copy.results / "runs" / "main" / "dart.prompt-tuning.seed0"
     lines = path.with_suffix(".seed0.txt").read_text().splitlines()
     record = json.loads(path.with_suffix(".seed0.json").read_text())
     record["config"]["rows"] = ROWS | {"test": 30}
@@ -530,7 +523,7 @@ def other_rows(copy) -> None:
 
 
 def nothing_finished(copy) -> None:
-    shutil.rmtree(copy.results / "main")
+    shutil.rmtree(copy.results / "runs" / "main")
 
 
 @pytest.mark.parametrize(
@@ -542,9 +535,9 @@ def nothing_finished(copy) -> None:
             r"DATA: dart/test.jsonl is not the file that main/dart\.\S+ was tested on .* Pass the data of the run\.",
         ),
         (missing_task, [], "DATA: there is no dart/test.jsonl"),
-        (one_output_less, [], "main/dart.input-tuning.seed0: it has 23 outputs for 24 test rows. Remove its record"),
+        (one_output_less, [], "main/dart.input-tuning.seed0: it has 23 outputs for 24 test rows. Take its line out"),
         (other_outputs, [], r"main/dart.input-tuning.seed0: its outputs have BLEU \d\.\d\d on DATA, its record says"),
-        (no_outputs, [], "main/dart.input-tuning.seed0: its outputs, .*txt, are missing. Remove its record"),
+        (no_outputs, [], "main/dart.input-tuning.seed0: its texts are missing. Take its line out"),
         (other_rows, [], "main/dart.input-tuning.seed0 and main/dart.prompt-tuning.seed0 were tested on different"),
         (
             nothing_finished,
@@ -598,7 +591,7 @@ def row_of(text: str, heading: str, first: str) -> list[str]:
 
 
 def test_every_started_run_is_named(made, text, html):
-    names = [f"{path.parent.name}/{path.stem}" for path in made.results.glob("*/*.json")]
+    names = [f"{path.parent.name}/{path.stem}" for path in (made.results / "runs").glob("*/*.json")]
     assert len(names) == 32
     for name in names:
         assert f"| {name} |" in text
@@ -621,7 +614,7 @@ def test_what_was_run(text):
 def test_the_tables_have_the_records_figures(made, text):
     scores = {}
     for method in SKILL:
-        paths = [made.results / "main" / f"dart.{method}.seed{seed}.json" for seed in SEEDS]
+        paths = [made.results / "runs" / "main" / f"dart.{method}.seed{seed}.json" for seed in SEEDS]
         scores[method] = [json.loads(path.read_text())["metrics"]["bleu"] for path in paths]
         first, second = scores[method]
         shown = f"{(first + second) / 2:.1f} ± {abs(first - second) / math.sqrt(2):.1f}"
@@ -638,10 +631,31 @@ def test_the_tables_have_the_records_figures(made, text):
     assert row_of(text, "dart", "input-tuning")[-4:] == ["1,338,624", "61", "30", "3,000"]
 
 
-def test_the_regression_file_is_what_the_report_says(made, text):
-    line = FamiliarityRegression.load(made.results / "regression.json")
+def test_a_line_that_cannot_be_fitted():
+    from regression import FamiliarityRegression
+
+    for values, losses in (([1.0, 2.0], [1.0, 2.0]), ([1.0, 1.0, 1.0], [1.0, 2.0, 3.0]), ([1.0, 2.0, 3.0], [1.0])):
+        with pytest.raises(ValueError, match="`values` must be at least 3"):
+            FamiliarityRegression.fit(values, losses)
+
+
+def test_what_a_line_rests_on():
+    from regression import FamiliarityRegression
+
+    values = [2.0, 4.0, 7.0, 9.0, 12.0]
+    assert FamiliarityRegression.fit(values, [2 * x for x in values]).unsupported is None
+    few = FamiliarityRegression.fit(values[:4], [2 * x for x in values[:4]])
+    assert few.unsupported == "it rests on 4 tasks, fewer than 5"
+    loose = FamiliarityRegression.fit(values, [5.0, -5.0, 9.0, -9.0, 8.0])
+    assert loose.unsupported == f"its slope, {loose.slope:.3g} ± {loose.slope_error:.2g}, is too uncertain"
+
+
+def test_the_line_is_what_the_report_says(made, text):
+    from comparisons import means, regression
+    from records import read_records
+
+    line = regression(means(read_records(made.results), "bleu"), BITS)
     assert line.tasks == 3
-    assert "a-model.Q4" in line.source
     said = f"= {line.intercept:.1f} + ({line.slope:.1f} ± {line.slope_error:.1f}) × bits per byte"
     assert f"prompt-tuning's loss in per cent of fine-tuning's BLEU {said}" in text
     assert "The line says nothing of other inputs: it rests on 3 tasks, fewer than 5." in text
@@ -802,7 +816,7 @@ def test_a_familiarity_file_that_is_not_one(content, copy, tmp_path, capsys):
     assert report.main([*copy.options, "--familiarity", str(path)]) == 2
     message = capsys.readouterr().err
     assert ("there is no file" if content is None else "is not what familiarity_of_tasks.py writes") in message
-    assert (copy.results / "regression.json").is_file()  # an earlier call's
+    assert (copy.results / "report.md").is_file()  # an earlier call's
 
 
 def test_the_summary(made, capsys):
@@ -832,7 +846,7 @@ def test_metrics_are_computed_again_from_the_stored_texts(copy, capsys):
     import evaluate
 
     import rescore
-    from one_run import METRIC
+    from input_tuning_examples.metrics import PAPER_METRICS
     from records import read_outputs, read_records
 
     before, given = read_records(copy.results), [str(copy.data), *copy.options[:2]]
@@ -840,7 +854,7 @@ def test_metrics_are_computed_again_from_the_stored_texts(copy, capsys):
     after = read_records(copy.results)
     main = {name for name, record in before.items() if (record["stage"], record["status"]) == ("main", "finished")}
     assert {name for name in before if before[name] != after[name]} == main
-    metric = evaluate.load(METRIC)
+    metric = evaluate.load(PAPER_METRICS)
     for name in main:
         lines = (copy.data / after[name]["task"] / "test.jsonl").read_text(encoding="utf-8").splitlines()
         chosen = sorted(random.Random(0).sample(range(30), 24))  # the rows that a run draws

@@ -22,24 +22,22 @@ import torch
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, Trainer
 
+import generation
+import one_run
+import plan
+import records
+import run_all
+import tasks
 from families import EOS, FAMILIES, PAD, build
+from input_tuning_examples import logic_to_text
+from methods import METHODS
 from oracles import likeliest
+from plan import BUDGETS, GRID, Run
+from target_loss import use_loss_on_targets
 from tokenizers_of_families import tokenizer_of
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 BENCHMARK = EXAMPLES / "benchmark"
-sys.path[:0] = [str(BENCHMARK), str(EXAMPLES)]
-
-import generation  # noqa: E402
-import logic_to_text  # noqa: E402
-import one_run  # noqa: E402
-import plan  # noqa: E402
-import records  # noqa: E402
-import run_all  # noqa: E402
-import tasks  # noqa: E402
-from methods import METHODS  # noqa: E402
-from plan import BUDGETS, GRID, Run  # noqa: E402
-from target_loss import use_loss_on_targets  # noqa: E402
 
 TRIAL = BUDGETS["trial"]
 DECODERS = [name for name, family in FAMILIES.items() if family.kind == "decoder"]
@@ -694,7 +692,7 @@ def test_a_run_whose_process_is_killed_has_failed_and_the_others_go_on(data, tmp
         "    scratch.write_text(json.dumps(record))\n"
         "    scratch.replace(path)\n"
         "name, loss = sys.argv[1], float(sys.argv[2])\n"
-        f"path = pathlib.Path({str(tmp_path / 'results')!r}, name + '.json')\n"
+        f"path = pathlib.Path({str(tmp_path / 'results' / 'runs')!r}, name + '.json')\n"
         "path.parent.mkdir(parents=True, exist_ok=True)\n"
         "record = {'status': 'running', 'errors': [], 'metrics': {'validation_loss': loss}}\n"
         "write(record)\n"
@@ -759,7 +757,7 @@ def test_results_of_another_budget_or_of_other_data_are_not_taken(record, messag
     name = "rates/e2e.lora.rate0.001"
     records.write_record(tmp_path, name, {"status": "interrupted", "task": "e2e", **(record or {})})
     if record is None:
-        path = tmp_path / f"{name}.json"
+        path = records.record_file(tmp_path, name)
         path.write_text(path.read_text()[:-4])
     assert run_all.main([str(data), "--model", str(tiny_model), "--results", str(tmp_path)]) == 2
     assert re.search(message, capsys.readouterr().err)

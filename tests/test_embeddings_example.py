@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+import embeddings
 from device import DEVICE
 from families import build
+from input_tuning_examples.task_data import Example
 from test_pipelines import tokenizer_of_words
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-import embeddings
-from task_data import Example
 
 pytestmark = pytest.mark.skipif(DEVICE.type == "emulated", reason="the library looks for devices of its own")
 

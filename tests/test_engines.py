@@ -22,7 +22,6 @@ from families import FAMILIES
 from peft_input_tuning import export_model
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "examples"))
 NEW = 32
 TEXTS = [
     "The capital of France is",
@@ -41,7 +40,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    from packaged_model import find_packaged_model
+    from input_tuning_examples.packaged_model import find_packaged_model
 
     folder, file = find_packaged_model()
     return AutoTokenizer.from_pretrained(folder, gguf_file=file)
@@ -49,7 +48,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def model():
-    from packaged_model import find_packaged_model
+    from input_tuning_examples.packaged_model import find_packaged_model
 
     folder, file = find_packaged_model()
     base = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
@@ -81,7 +80,7 @@ def llama(request, checkpoint):
     from llama_cpp import Llama
 
     file = checkpoint.with_name(f"{request.param}.gguf")
-    command = [sys.executable, str(ROOT / "examples" / "to_gguf.py"), str(checkpoint), str(file)]
+    command = [sys.executable, str(ROOT / "examples" / "serving" / "to_gguf.py"), str(checkpoint), str(file)]
     done = subprocess.run(
         [*command, "--converter", CONVERTER, "--outtype", request.param], capture_output=True, text=True, check=False
     )

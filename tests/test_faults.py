@@ -1,4 +1,4 @@
-"""What goes wrong while training: kills, a full disk, NaN, a rank that dies. With `examples/train.py` as it is."""
+"""What goes wrong while training: kills, a full disk, NaN, a rank that dies. With train.py as it is."""
 
 from __future__ import annotations
 
@@ -18,19 +18,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
-sys.path.insert(0, str(EXAMPLES))
-
-import logic_to_text  # noqa: E402
-import train  # noqa: E402
-from checkpoints import (  # noqa: E402
+import train
+from input_tuning_examples import logic_to_text
+from input_tuning_examples.checkpoints import (
     CheckpointFolders,
     checkpoints_in,
     is_complete,
     last_complete_checkpoint,
     write_whole,
 )
-from faults import StopAtNonFinite, TrainingError, is_out_of_room  # noqa: E402
+from input_tuning_examples.faults import StopAtNonFinite, TrainingError, is_out_of_room
+
+TRAINING = Path(__file__).parents[1] / "examples" / "training"
 
 faults = pytest.mark.trains_with
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
@@ -190,7 +189,7 @@ def test_twenty_kills_at_random_moments(options, tmp_path):
 @pytest.mark.slow
 def test_a_rank_that_dies(options, tmp_path):
     command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0", "--config_file"]
-    command += [str(EXAMPLES / "accelerate_configs" / "ddp_cpu.yaml"), str(EXAMPLES / "train.py"), *options]
+    command += [str(TRAINING / "accelerate_configs" / "ddp_cpu.yaml"), str(TRAINING / "train.py"), *options]
     command += ["--per_device_train_batch_size", "2", "--max_steps", "40", "--save_steps", "5"]
     run, alone = tmp_path / "run", tmp_path / "alone"
     launcher = subprocess.Popen(

@@ -20,13 +20,12 @@ from peft_input_tuning import grow_base, save_as_lora
 from test_engines import CONVERTER, TEXTS, pytestmark  # noqa: F401  the same texts, where the engines are
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "examples"))
 NEW = 24
 LENGTHS = {"a": 8, "b": 5}
 
 
 def packaged() -> tuple[torch.nn.Module, object]:
-    from packaged_model import find_packaged_model
+    from input_tuning_examples.packaged_model import find_packaged_model
 
     folder, file = find_packaged_model()
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
@@ -59,7 +58,8 @@ def folder(tmp_path_factory):
 
 
 def to_gguf(source: Path, *more: object) -> None:
-    command = [sys.executable, ROOT / "examples" / "to_gguf.py", source, source.with_suffix(".gguf"), *more]
+    script = ROOT / "examples" / "serving" / "to_gguf.py"
+    command = [sys.executable, script, source, source.with_suffix(".gguf"), *more]
     done = subprocess.run([*map(str, command), "--outtype", "f32"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 

@@ -1,4 +1,4 @@
-"""`examples/metrics/paper_metrics.py` against published values, values by hand and loops written from the papers."""
+"""`metrics/paper_metrics.py` against published values, values by hand and loops written from the papers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import evaluate
 import pytest
 from nltk.translate.nist_score import corpus_nist
 
-METRICS = Path(__file__).parent.parent / "examples" / "metrics"
+METRICS = Path(__file__).parent.parent / "examples" / "input_tuning_examples" / "metrics"
 KEYS = {"bleu", "chrf", "ter", "nist", "meteor", "rouge_l", "cider", "exact_match", "length_ratio"}
 # Words that no tokenizer parts, no stemmer shortens and WordNet does not know.
 VOCABULARY = [f"q{letter}q" for letter in "bcdfghjkmn"]

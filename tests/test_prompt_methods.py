@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from peft import PeftModel, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from torch import Tensor
 
 from families import FAMILIES, PAD, build, ids
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-import prompt_methods
+from input_tuning_examples import prompt_methods
 
 KINDS = [PromptTuningConfig, PromptEncoderConfig, PrefixTuningConfig]
 NEW = 8

@@ -14,21 +14,17 @@ import pytest
 import sacrebleu
 import torch
 
+import quickstart
 from device import DEVICE
+from input_tuning_examples import logic_to_text, packaged_model, task_data, train_and_generate
+from input_tuning_examples.metrics import BLEU_AND_EXACT_MATCH
+from input_tuning_examples.task_data import Example, InputError
+from input_tuning_examples.train_and_generate import Rates
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples"
-SCRIPT = EXAMPLES / "quickstart.py"
+SCRIPT = EXAMPLES / "quickstart" / "quickstart.py"
 DATA = ROOT.parent / "shared" / "data"
-sys.path.insert(0, str(EXAMPLES))
-
-import logic_to_text  # noqa: E402
-import packaged_model  # noqa: E402
-import quickstart  # noqa: E402
-import task_data  # noqa: E402
-import train_and_generate  # noqa: E402
-from task_data import Example, InputError  # noqa: E402
-from train_and_generate import Rates  # noqa: E402
 
 RATES = Rates(prompt_tuning=1e-2, prompt=1e-2, adapter=1e-3)
 ROW = '{"source": "f(x)", "references": ["the f of x"]}\n'
@@ -120,7 +116,7 @@ def test_a_row_reads_as_intended():
 
 @pytest.fixture(scope="module")
 def metric():
-    return evaluate.load(str(EXAMPLES / "metrics" / "bleu_and_exact_match.py"))
+    return evaluate.load(BLEU_AND_EXACT_MATCH)
 
 
 def test_bleu_is_sacrebleus(metric):

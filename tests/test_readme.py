@@ -24,10 +24,8 @@ from torch.testing import assert_close
 from adapters import adapted, config, randomize
 from device import DEVICE
 from families import FAMILIES, PAD, build, ids, padded
+from input_tuning_examples import logic_to_text
 from peft_input_tuning import InputTuningConfig, create_input_tuning_optimizer
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-import logic_to_text
 
 ROOT = Path(__file__).parent.parent
 CONFIGURATION = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,6 @@ from families import FAMILIES
 from oracles import adapter_weights, greedy, row_output
 from peft_input_tuning import export_model
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 TEXTS = ["The capital of France is", "sort(releaseDate asc of MusicRecording())[1] means", "Once upon a time there"]
 
 
@@ -31,7 +29,7 @@ def needs(package: str):
 
 @pytest.fixture(scope="module")
 def smollm2():
-    from packaged_model import find_packaged_model
+    from input_tuning_examples.packaged_model import find_packaged_model
 
     folder, file = find_packaged_model()
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)

@@ -14,7 +14,7 @@ from families import FAMILIES
 from peft_input_tuning.command_line.main import main
 
 PACKAGE = str(Path(__file__).parents[1])
-TWO_PROCESSES = Path(PACKAGE) / "examples" / "accelerate_configs" / "ddp_cpu.yaml"
+TWO_PROCESSES = Path(PACKAGE) / "examples" / "training" / "accelerate_configs" / "ddp_cpu.yaml"
 # What a program can see of how it was started; at the end, when Python has left it, pickling looks `__main__` up.
 PROBE = """
 import atexit, pickle, sys

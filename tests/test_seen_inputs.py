@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
 import sacrebleu
 
+import seen_inputs
+from records import write_outputs, write_record
+from tasks import read_task
+
 ROOT = Path(__file__).parent.parent
 BENCHMARK = ROOT / "examples" / "benchmark"
-sys.path[:0] = [str(BENCHMARK), str(BENCHMARK.parent)]
-
-import seen_inputs  # noqa: E402
-from records import write_outputs, write_record  # noqa: E402
-from tasks import read_task  # noqa: E402
 
 DATA = ROOT.parent / "shared" / "data"
 RIGHT, WRONG = "the judge was born in Ulm in Germany", "a cook lives on the Danube in Vienna"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,16 +11,8 @@ import torch
 SPEED = Path(__file__).parent.parent / "examples" / "speed"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _on_the_path():
-    before = list(sys.path)
-    sys.path[:0] = [str(SPEED), str(SPEED.parent)]
-    yield
-    sys.path[:] = before
-
-
 def test_rounds_take_turns_and_leave_the_warm_up_out():
-    from rounds import run_rounds
+    from input_tuning_examples.rounds import run_rounds
 
     now, order = [0.0], []
 
@@ -37,13 +28,13 @@ def test_rounds_take_turns_and_leave_the_warm_up_out():
 
 
 def test_a_variant_may_bring_its_own_figure():
-    from rounds import run_rounds
+    from input_tuning_examples.rounds import run_rounds
 
     assert run_rounds({"a": lambda: 7.0}, 2) == {"a": [7.0, 7.0]}
 
 
 def test_ratios_are_those_of_the_medians():
-    from rounds import Measure, compare, markdown
+    from input_tuning_examples.rounds import Measure, compare, markdown
 
     measure = Measure("work", "ms", {}, [("a", "b", 1.03), ("b", "a", None)])
     rows = compare(measure, {"a": [1.0, 2.0, 9.0], "b": [4.0, 1.0, 2.0]})

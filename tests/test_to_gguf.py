@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,14 +17,12 @@ from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
+import to_gguf
 from adapters import adapted, config, randomize
 from families import FAMILIES, GENERATORS, build
 from peft_input_tuning import export_model, grow_base, save_as_lora
 from peft_input_tuning.export.tokenizer import tokenizer_with_prompt
 from tokenizers_of_families import tokenizer_of
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-import to_gguf
 
 LLAMA = FAMILIES["llama"]
 # Stands in for llama.cpp's converter: writes a GGUF file of one key, and the tokenizer that it was given beside it.

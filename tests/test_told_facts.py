@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
 import sacrebleu
 
+import told_facts
+from input_tuning_examples.task_data import InputError
+from records import outputs_file, write_outputs, write_record
+from tasks import SPLITS, read_task
+
 ROOT = Path(__file__).parent.parent
 BENCHMARK = ROOT / "examples" / "benchmark"
-sys.path[:0] = [str(BENCHMARK), str(BENCHMARK.parent)]
-
-import told_facts  # noqa: E402
-from records import write_outputs, write_record  # noqa: E402
-from task_data import InputError  # noqa: E402
-from tasks import SPLITS, read_task  # noqa: E402
 
 DATA = ROOT.parent / "shared" / "data"
 SOURCES = ["Ann : bornIn : Ulm, Germany | Ann : job : judge | Ulm : river : Danube", "Bo : job : cook"]
@@ -96,9 +94,12 @@ def test_the_command_prints_a_row_of_each_compared_main_run(runs, capsys):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        (lambda folder, run: (folder / "results" / "main" / f"{run}.json").unlink(), "no main run of webnlg in"),
+        (
+            lambda folder, run: (folder / "results" / "runs" / "main" / f"{run}.json").unlink(),
+            "no main run of webnlg in",
+        ),
         (lambda folder, run: (folder / "data" / "webnlg" / "test.jsonl").unlink(), "there is no webnlg/test.jsonl"),
-        (lambda folder, run: (folder / "results" / "main" / f"{run}.txt").unlink(), "its outputs"),
+        (lambda folder, run: outputs_file(folder / "results", f"main/{run}").unlink(), "its texts"),
     ],
     ids=["no run", "no data", "no outputs"],
 )

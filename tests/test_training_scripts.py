@@ -1,4 +1,4 @@
-"""`examples/train.py` and the loops, run as a user runs them: in processes of their own, one or two."""
+"""`examples/training/train.py` and the loops, run as a user runs them: in processes of their own, one or two."""
 
 from __future__ import annotations
 
@@ -24,18 +24,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 from transformers.trainer_utils import validate_quantization_for_training
 
 import quantized_bases
+import train
 from families import FAMILIES, build
+from input_tuning_examples import logic_to_text, packaged_model
 from peft_input_tuning import InputTuningConfig
 from tokenizers_of_families import tokenizer_of
 
 TESTS = Path(__file__).parent
 EXAMPLES = TESTS.parent / "examples"
-CONFIGS = EXAMPLES / "accelerate_configs"
-sys.path.insert(0, str(EXAMPLES))
-
-import logic_to_text  # noqa: E402
-import packaged_model  # noqa: E402
-import train  # noqa: E402
+CONFIGS = EXAMPLES / "training" / "accelerate_configs"
+TRAIN = str(EXAMPLES / "training" / "train.py")
 
 SMALL = ["--max_steps", "6", "--logging_steps", "1", "--max_new_tokens", "5", "--learning_rate", "1e-2"]
 SMALL += ["--save_steps", "3", "--report_to", "none", "--use_cpu", "--disable_tqdm", "true"]
@@ -43,7 +41,7 @@ pytestmark = pytest.mark.not_emulated("its scripts run on the CPU, in processes 
 
 
 EVALUATION = ["--eval_strategy", "steps", "--eval_steps", "3"]
-train_py = partial(pytest.mark.trains_with, "examples/train.py")
+train_py = partial(pytest.mark.trains_with, "examples/training/train.py")
 
 
 def start(*command: str, cwd: Path, gpus: bool = False) -> subprocess.CompletedProcess:
@@ -104,7 +102,7 @@ def alone(data, tiny_model, tmp_path_factory) -> Path:
     files = [f"--{name}_data={data / name}.jsonl" for name in ("train", "validation", "test")]
     more = ["--per_device_train_batch_size", "4", *EVALUATION]
     done = start(
-        str(EXAMPLES / "train.py"), "--model", str(tiny_model), *files, *SMALL, *more, "--output_dir", str(folder),
+        TRAIN, "--model", str(tiny_model), *files, *SMALL, *more, "--output_dir", str(folder),
         cwd=folder,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
@@ -147,7 +145,7 @@ def test_one_step_of_the_default_model(data, tmp_path):
     except ValueError as error:
         pytest.skip(str(error))
     done = start(
-        str(EXAMPLES / "train.py"), "--train_data", str(data / "train.jsonl"), "--output_dir", str(tmp_path / "out"),
+        TRAIN, "--train_data", str(data / "train.jsonl"), "--output_dir", str(tmp_path / "out"),
         "--max_steps", "1", "--per_device_train_batch_size", "1", "--report_to", "none", "--use_cpu",
         cwd=tmp_path,
     )  # fmt: skip
@@ -216,7 +214,9 @@ def assert_same_run(got: Path, want: Path) -> None:
         pytest.param(
             name,
             marks=[
-                pytest.mark.trains_with("accelerate and processes", f"accelerate launch examples/train.py: {name}"),
+                pytest.mark.trains_with(
+                    "accelerate and processes", f"accelerate launch examples/training/train.py: {name}"
+                ),
                 *([] if name == "ddp_cpu.yaml" else [pytest.mark.slow]),
             ],
         )
@@ -226,7 +226,7 @@ def assert_same_run(got: Path, want: Path) -> None:
 def test_processes_give_the_curve_of_one(alone, options, tmp_path, name):
     of_launcher, of_script, rows = LAUNCHES[name]
     options = [option for option in options if option != "--use_cpu"]
-    call = [str(EXAMPLES / "train.py"), *options, *of_script, "--per_device_train_batch_size", rows]
+    call = [TRAIN, *options, *of_script, "--per_device_train_batch_size", rows]
     call += ["--per_device_eval_batch_size", "4"]  # ten rows: the last batches have two, and none
     done = launch(
         name.partition(",")[0], *of_launcher, *call, *EVALUATION, "--output_dir", str(tmp_path), cwd=tmp_path
@@ -238,12 +238,12 @@ def test_processes_give_the_curve_of_one(alone, options, tmp_path, name):
 @pytest.mark.slow
 @pytest.mark.trains_with(
     "accelerate and processes",
-    "accelerate launch examples/train.py: fsdp2.yaml, where accelerate is told that there is a GPU; resume",
+    "accelerate launch examples/training/train.py: fsdp2.yaml, where accelerate is told that there is a GPU; resume",
 )
 def test_fsdp2_on_cpus(alone, options, tmp_path):
     """All of the run, then the rest of it from its checkpoint in the middle."""
     options = [option for option in options if option != "--use_cpu"]
-    call = [str(TESTS / "fsdp2_on_cpus.py"), str(EXAMPLES / "train.py"), *options, *EVALUATION]
+    call = [str(TESTS / "fsdp2_on_cpus.py"), TRAIN, *options, *EVALUATION]
     call += ["--per_device_train_batch_size", "2"]
     whole, rest = tmp_path / "whole", tmp_path / "rest"
     for folder, more in ((whole, []), (rest, ["--resume_from_checkpoint", "last"])):
@@ -256,12 +256,12 @@ def test_fsdp2_on_cpus(alone, options, tmp_path):
 
 
 @pytest.mark.gpu
-@pytest.mark.trains_with("accelerate and processes", "accelerate launch examples/train.py: fsdp2.yaml")
+@pytest.mark.trains_with("accelerate and processes", "accelerate launch examples/training/train.py: fsdp2.yaml")
 def test_fsdp2_on_two_gpus(alone, options, tmp_path):
     if torch.cuda.device_count() < 2:
         pytest.skip("two GPUs are needed")
     options = [option for option in options if option != "--use_cpu"]
-    call = [str(EXAMPLES / "train.py"), *options, "--per_device_train_batch_size", "2", *EVALUATION]
+    call = [TRAIN, *options, "--per_device_train_batch_size", "2", *EVALUATION]
     done = launch("fsdp2.yaml", *ON_CPU, *call, "--output_dir", str(tmp_path), cwd=tmp_path, gpus=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert curve(tmp_path) == pytest.approx(curve(alone), rel=1e-3)
@@ -439,7 +439,7 @@ def test_accelerate_reads_the_configurations(path):
 def test_the_metric_is_what_its_libraries_say():
     predictions = ["the cat sat on the mat", "a dog", "nothing alike"]
     references = [["the cat sat on a mat", "a cat sat"], ["A dog"], ["quite different words"]]
-    got = evaluate.load(train.METRIC).compute(predictions=predictions, references=references)
+    got = evaluate.load(train.GENERATION_METRICS).compute(predictions=predictions, references=references)
     streams = [[texts[min(n, len(texts) - 1)] for texts in references] for n in range(2)]
     streams[1][1:] = [None, None]
     assert got["bleu"] == pytest.approx(sacrebleu.corpus_bleu(predictions, streams).score)
@@ -449,7 +449,7 @@ def test_the_metric_is_what_its_libraries_say():
     assert RougeScorer(["rougeL"]).score("a b", "a b")["rougeL"].fmeasure == 1
     assert got["exact_match"] == pytest.approx(100 / 3)
     with pytest.raises(ValueError, match=r"references\[0\]"):
-        evaluate.load(train.METRIC).compute(predictions=["a"], references=[[]])
+        evaluate.load(train.GENERATION_METRICS).compute(predictions=["a"], references=[[]])
 
 
 # ---- loops ----------------------------------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ GROUPS = (  # in the order of the page; a marker with another group is an error
     "Memory",
     "Packed and padding-free rows",
     "Other engines",
-    "examples/train.py",
+    "examples/training/train.py",
     "Faults",
 )
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "trl", "deepspeed", "bitsandbytes", "torchao", "hqq")

@@ -14,13 +14,9 @@ there is, as no d_i is above 0; here a difference of 0 has p = 1.
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # beside the other examples
 
 SAMPLES = 1000
 SEED = 12345  # sacrebleu takes 0 for no seed
@@ -62,7 +58,7 @@ def paired_bootstrap(
     from sacrebleu.metrics import BLEU
     from sacrebleu.significance import PairedTest
 
-    from metrics.generation_metrics import by_position
+    from input_tuning_examples.metrics.generation_metrics import by_position
 
     with _seed_of_sacrebleu():
         test = PairedTest(

@@ -6,18 +6,14 @@ main runs.
 
 from __future__ import annotations
 
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import permutations
-from pathlib import Path
 from statistics import correlation, fmean, stdev
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # beside the other examples
-
-from peft_input_tuning.familiarity.regression import FamiliarityRegression
 from records import Record
+from regression import FamiliarityRegression
 
 LOWEST, OURS, HIGHEST = "prompt-tuning", "input-tuning", "fine-tuning"
 MOST_TO_PERMUTE = 8  # 8! orders take a second
@@ -106,7 +102,7 @@ def pairs_of(
     return [task for task, _, _ in found], [value for _, value, _ in found], [other for _, _, other in found]
 
 
-def regression(scores: Means, bits: Mapping[str, float], source: str) -> FamiliarityRegression | None:
+def regression(scores: Means, bits: Mapping[str, float]) -> FamiliarityRegression | None:
     """Per cent of fine-tuning's score that prompt-tuning loses, over bits per byte.
 
     Returns:
@@ -115,7 +111,7 @@ def regression(scores: Means, bits: Mapping[str, float], source: str) -> Familia
     _, values, shares = pairs_of(bits, lambda task: relative(scores, task, LOWEST))
     if len(values) < 3 or len(set(values)) < 2:
         return None
-    return FamiliarityRegression.fit("bits_per_byte", values, [100 - share for share in shares], source)
+    return FamiliarityRegression.fit(values, [100 - share for share in shares])
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,9 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # beside the other examples
-
-from packaged_model import find_model
+from input_tuning_examples.packaged_model import find_model
 
 
 def model_label(model: str) -> str:
@@ -32,7 +29,7 @@ def plain_checkpoint(model: str, work: Path) -> str:
     if not folder.is_dir():
         import torch
 
-        from train_and_generate import load_base
+        from input_tuning_examples.train_and_generate import load_base
 
         scratch = folder.with_name(f".{folder.name}.{os.getpid()}")
         dense, tokenizer = load_base(name, gguf_file, torch.float32)

@@ -14,17 +14,15 @@ import sys
 from itertools import islice
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # beside the other examples
-
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from packaged_model import PACKAGED, find_model
+from input_tuning_examples.packaged_model import PACKAGED, find_model
+from input_tuning_examples.task_data import InputError, limit, read_json_lines
 from peft_input_tuning.command_line.gguf import dense_weights
 from peft_input_tuning.familiarity import BigramCounts, familiarity
-from task_data import InputError, limit, read_json_lines
+from records import RESULTS
 
-RESULTS = Path(__file__).resolve().parent / "results"
 SEED = 0
 FIGURES = ("texts", "tokens_per_byte", "bits_per_byte", "bits_per_token", "bigram_score", "unseen_bigrams")
 QUARTILES = (0.25, 0.5, 0.75)

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # beside the other examples
-
 from blocks import Block, Figure, Heading, Paragraph, Table
 from bootstrap import LEVEL
 from comparisons import HIGHEST, LOWEST, OURS, gain, gap_closed, pairs_of, rank_correlation, regression, relative
 from figures import BITS, gap_bars, relative_performance
 from findings import MISSING, Findings, number
-from peft_input_tuning.familiarity.regression import FamiliarityRegression
+from regression import FamiliarityRegression
 from significance import Comparison, trained_on
 
 # ---- significance ---------------------------------------------------------------------------------------------------
@@ -71,16 +66,6 @@ def gap(found: Findings) -> list[Block]:
     ]
 
 
-def line(found: Findings) -> FamiliarityRegression | None:
-    """What prompt-tuning loses over bits per byte; None for fewer than three tasks."""
-    configs = [run["config"] for run in found.main.values() if run["method"] == LOWEST]
-    models = ", ".join(sorted({config["model"] for config in configs}))
-    tokens = ", ".join(sorted({str(config["peft"]["num_virtual_tokens"]) for config in configs if config["peft"]}))
-    steps = ", ".join(sorted({str(config["steps"]) for config in configs}))
-    source = f"{models}; BLEU; prompts of {tokens} virtual tokens, {steps} steps; budget {found.budget.name}"
-    return regression(found.bleu, found.bits, source)
-
-
 def familiarity(found: Findings) -> list[Block]:
     blocks: list[Block] = [Heading("Familiarity")]
     if not found.bits or found.measured_with is None:
@@ -115,7 +100,7 @@ def familiarity(found: Findings) -> list[Block]:
         ),
         *([Figure("relative", f"BLEU in per cent of fine-tuning's over {BITS}", svg)] if svg else []),
         *_models_differ(found, model),
-        *_line(line(found)),
+        *_line(regression(found.bleu, found.bits)),
         *_correlations(found),
     ]
 
@@ -128,7 +113,7 @@ def _models_differ(found: Findings, model: str) -> list[Block]:
 def _line(fitted: FamiliarityRegression | None) -> list[Block]:
     if fitted is None:
         return [Paragraph("Fewer than three tasks have both prompt-tuning and fine-tuning: no line is fitted.")]
-    reason = fitted.unsupported(fitted.mean)
+    reason = fitted.unsupported
     return [
         Paragraph(
             f"Least squares over {fitted.tasks} tasks: prompt-tuning's loss in per cent of fine-tuning's BLEU = "

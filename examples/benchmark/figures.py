@@ -9,14 +9,10 @@ from __future__ import annotations
 import io
 import math
 import re
-import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
-from pathlib import Path
 from typing import TYPE_CHECKING
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # beside the other examples
 
 from comparisons import HIGHEST, LOWEST, OURS, Means, finished, gap_closed, means_of, pairs_of, relative
 from records import Record

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from collections import defaultdict
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # beside the other examples
 
 import torch
 from peft import PeftModel, PromptTuningConfig
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from input_tuning_examples.prompt_methods import generate_greedily
 from peft_input_tuning import from_prompt_tuning
-from prompt_methods import generate_greedily
 
 MAX_NEW_TOKENS = 64
 GENERATED_AT_ONCE = 64

@@ -23,8 +23,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # beside the other examples
-
 import torch
 from peft import PeftModel, get_peft_model
 from transformers import (
@@ -36,27 +34,26 @@ from transformers import (
     set_seed,
 )
 
-from checkpoints import CheckpointFolders, is_complete, last_complete_checkpoint
 from dense_model import model_label, plain_checkpoint
-from extras import needs
-from faults import StopAtNonFinite, TrainingError
 from generation import generate
+from input_tuning_examples.base_model import Base
+from input_tuning_examples.checkpoints import CheckpointFolders, is_complete, last_complete_checkpoint
+from input_tuning_examples.extras import needs
+from input_tuning_examples.faults import StopAtNonFinite, TrainingError
+from input_tuning_examples.metrics import PAPER_METRICS
+from input_tuning_examples.packaged_model import PACKAGED
+from input_tuning_examples.peak_memory import peak_memory_mb
+from input_tuning_examples.task_data import Example, InputError
+from input_tuning_examples.train_and_generate import IGNORED, SEPARATOR, quiet
+from input_tuning_examples.training_rows import Columns, Row, encode
+from input_tuning_examples.validation_loss import TokenMeanTrainer, filled_up
 from methods import METHODS, Method
-from packaged_model import PACKAGED
 from peft_input_tuning import input_tuning_parameter_groups
 from plan import BUDGETS, Budget, Run, run_on
-from quickstart import peak_memory_mb
-from records import Record, read_record, write_outputs, write_record
+from records import RESULTS, Record, read_record, write_outputs, write_record
 from target_loss import use_loss_on_targets
-from task_data import Example, InputError
 from tasks import Task, in_order_of_steps, read_task
-from train import Base
-from train_and_generate import IGNORED, SEPARATOR, quiet
-from training_rows import Columns, Row, encode
-from validation_loss import TokenMeanTrainer, filled_up
 
-HERE = Path(__file__).resolve().parent
-METRIC = str(HERE.parent / "metrics" / "paper_metrics.py")
 PACKAGES = (
     "peft-input-tuning",
     "torch",
@@ -214,7 +211,7 @@ def execute(
     if run.stage != "rates":
         import evaluate
 
-        metric = evaluate.load(METRIC)  # before any work
+        metric = evaluate.load(PAPER_METRICS)  # before any work
     place = Base.find(plain_checkpoint(model_name, work))
     tokenizer, method = place.tokenizer, METHODS[run.method]
     tokenizer.padding_side = "right"  # PEFT's prompt methods are wrong beside left padding
@@ -357,7 +354,7 @@ def results_folder(options: argparse.Namespace) -> Path:
     if options.results:
         return options.results
     model = "" if options.model == PACKAGED else f"-{model_label(options.model)}"
-    return HERE / "results" / (options.budget + model)
+    return RESULTS / (options.budget + model)
 
 
 def asked_run(options: argparse.Namespace, budget: Budget) -> Run:

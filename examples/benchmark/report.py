@@ -4,9 +4,8 @@
     python examples/benchmark/report.py               # with what an earlier call stored of it
     python examples/benchmark/report.py --summary     # prints the README's table, writes no report
 
-DATA is the folder that the runs were made with. Files go beside the records: report.md, report.html, figures/,
-significance.json and, where three tasks have both prompt-tuning and fine-tuning, regression.json, which
-`peft-input-tuning familiarity --regression` reads. The same records give the same bytes.
+DATA is the folder that the runs were made with. Files go beside the records: report.md, report.html, figures/ and
+significance.json. The same records give the same bytes.
 """
 
 from __future__ import annotations
@@ -17,24 +16,21 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # beside the other examples
-
 from amount_sections import amounts
 from blocks import FIGURES, Block, Figure, Table, block_markdown, markdown, page
 from bootstrap import SAMPLES
 from comparisons import LOWEST, OURS, finished, gap_closed
-from extras import needs
-from familiarity_sections import familiarity, gap, line, significance
+from familiarity_sections import familiarity, gap, significance
 from findings import MISSING, Findings, number
+from input_tuning_examples.extras import needs
+from input_tuning_examples.task_data import InputError
 from peft_input_tuning.output.files import unfinished
 from plan import BUDGETS, SHARED
-from records import read_records
+from records import RESULTS, read_records
 from result_sections import ablations, samples, scores
 from run_sections import all_runs, rates, what_was_run
 from significance import check_installed, compare_all, load, save, still_true
-from task_data import InputError
 
-RESULTS = Path(__file__).resolve().parent / "results"
 FAMILIARITY = RESULTS / "familiarity.json"
 STORED = "significance.json"
 SECTIONS = (what_was_run, scores, significance, gap, familiarity, rates, ablations, amounts, samples, all_runs)
@@ -88,7 +84,7 @@ def read_familiarity(path: Path) -> tuple[dict[str, float], tuple[str, int] | No
 
 
 def write(found: Findings, results: Path) -> list[Path]:
-    """Writes the report, its figures and the regression; returns the files that are there."""
+    """Writes the report and its figures; returns the files that are there."""
     title = f"Benchmark, budget {found.budget.name}"
     blocks: list[Block] = [block for section in SECTIONS for block in section(found)]
     texts = {results / "report.md": markdown(title, blocks), results / "report.html": page(title, blocks)}
@@ -97,11 +93,7 @@ def write(found: Findings, results: Path) -> list[Path]:
         path.parent.mkdir(exist_ok=True)
         with unfinished(path) as scratch:
             scratch.write_text(text, encoding="utf-8")
-    fitted, regression = line(found), results / "regression.json"
-    regression.unlink(missing_ok=True)  # of other runs
-    if fitted is not None:
-        fitted.save(regression)
-    return [path for path in (*texts, regression, results / STORED) if path.is_file()]
+    return [path for path in (*texts, results / STORED) if path.is_file()]
 
 
 def summary(found: Findings) -> str:

@@ -12,15 +12,14 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # beside the other examples
-
 from tqdm import tqdm
 
-from one_run import METRIC, check_installed
-from records import Record, read_records, write_record
-from report import RESULTS, parser_for_stored_runs
+from input_tuning_examples.metrics import PAPER_METRICS
+from input_tuning_examples.task_data import InputError
+from one_run import check_installed
+from records import RESULTS, Record, has_texts, read_outputs, read_records, write_outputs, write_record
+from report import parser_for_stored_runs
 from significance import outputs_and_references
-from task_data import InputError
 from tasks import find_tasks
 
 
@@ -31,11 +30,7 @@ def rescore(results: Path, data: Path) -> dict[str, Record]:
         InputError: there are no such runs, DATA is not that of the runs, or a run's texts are missing or another's;
             the message names the run.
     """
-    records = {
-        name: record
-        for name, record in read_records(results).items()
-        if record["status"] == "finished" and record["stage"] != "rates"
-    }
+    records = {name: record for name, record in read_records(results).items() if has_texts(record)}
     if not records:
         raise InputError(
             f"--results: no run with texts in {str(results)!r} has finished. Name the folder of the runs."
@@ -43,7 +38,7 @@ def rescore(results: Path, data: Path) -> dict[str, Record]:
     find_tasks(data, tuple({record["task"] for record in records.values()}))
     import evaluate
 
-    metric = evaluate.load(METRIC)
+    metric = evaluate.load(PAPER_METRICS)
     changed = {}
     for name, record in tqdm(records.items(), desc="Measuring", unit="run", disable=None):
         texts, references = outputs_and_references(results, data, name, record)
@@ -63,8 +58,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"rescore.py: {error}", file=sys.stderr)
         return 2
     for name, record in changed.items():
+        write_outputs(results, name, read_outputs(results, name))  # beside its record, wherever they were
         write_record(results, name, record)
-    print(f"{len(changed)} records in {results} have new metrics.")
+    print(f"{len(changed)} records in {results} have new metrics; collect.py stores them.")
     return 0
 
 

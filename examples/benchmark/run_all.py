@@ -19,16 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # beside the other examples
-
 import torch
 from tqdm import tqdm
 
 from dense_model import model_label, plain_checkpoint
+from input_tuning_examples.task_data import InputError
 from one_run import PROGRESS, add_common_arguments, check_installed, checkpoints_of, results_folder
 from plan import BUDGETS, SEARCH_TASKS, TASKS, Budget, Run, runs
 from records import FINAL, Record, losses, read_record, read_records, write_record
-from task_data import InputError
 from tasks import find_tasks, hashes_of
 
 ONE_RUN = Path(__file__).resolve().parent / "one_run.py"

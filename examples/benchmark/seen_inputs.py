@@ -11,16 +11,14 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # beside the other examples
-
 from blocks import Table, block_markdown
 from comparisons import finished
 from findings import MISSING
+from input_tuning_examples.task_data import InputError
 from plan import BUDGETS, SHARED, TASKS, Budget
-from records import Record, read_records
-from report import RESULTS, parser_for_stored_runs
+from records import RESULTS, Record, read_records
+from report import parser_for_stored_runs
 from significance import check_installed, outputs_and_references
-from task_data import InputError
 from tasks import find_tasks, read_task
 
 
@@ -29,7 +27,7 @@ def split_scores(texts: list[str], references: list[list[str]], seen: list[bool]
 
     import sacrebleu
 
-    from metrics.generation_metrics import by_position
+    from input_tuning_examples.metrics.generation_metrics import by_position
 
     def score(rows: list[int]) -> float | None:
         chosen = by_position([references[row] for row in rows]) if rows else []

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -16,17 +15,15 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # beside the other examples
-
 from tqdm import tqdm
 
 from bootstrap import SAMPLES, SEED, paired_bootstrap
 from comparisons import finished, in_order
-from extras import needs
+from input_tuning_examples.extras import needs
+from input_tuning_examples.task_data import InputError
 from peft_input_tuning.output.files import unfinished
 from plan import TASKS
-from records import Record, read_outputs
-from task_data import InputError
+from records import AGAIN, Record, read_outputs
 from tasks import SPLITS, find_tasks, read_task
 
 PAIRS = (("input-tuning", "prompt-tuning"), ("input-tuning", "fine-tuning"), ("lora", "input-tuning"))
@@ -71,13 +68,15 @@ class Comparison:
 
 
 def state_of(results: Path, name: str, record: Record) -> dict[str, Any]:
-    """What a comparison depends on: the attempt, the outputs' hash and the test file's."""
-    outputs = results / f"{name}.txt"
-    if not outputs.is_file():
-        raise InputError(f"{name}: its outputs, {outputs.name}, are missing. Remove its record and run it again.")
+    """What a comparison depends on: the attempt, the outputs' hash and the test file's.
+
+    Raises:
+        InputError: the outputs are missing.
+    """
+    lines = "".join(f"{text}\n" for text in read_outputs(results, name))
     return {
         "attempts": record["attempts"],
-        "outputs": hashlib.sha256(outputs.read_bytes()).hexdigest(),
+        "outputs": hashlib.sha256(lines.encode()).hexdigest(),
         "test": record["data_hash"]["test"],
         "rows": record["config"]["rows"]["test"],
     }
@@ -132,8 +131,7 @@ def compare_all(records: Mapping[str, Record], results: Path, data: Path, sample
             (ours, references), (theirs, others) = (_joined(map(of, each)) for each in names)
             if references != others:
                 raise InputError(
-                    f"{names[0][0]} and {names[1][0]} were tested on different numbers of rows. "
-                    "Remove the record of one and run it again."
+                    f"{names[0][0]} and {names[1][0]} were tested on different numbers of rows. Of one: {AGAIN}"
                 )
             found = paired_bootstrap(ours, theirs, references, samples)
             runs = {name: state_of(results, name, records[name]) for each in names for name in each}
@@ -165,22 +163,18 @@ def outputs_and_references(results: Path, data: Path, name: str, record: Record)
             f"{task.data_hash['test'][:12]}, the run's with {record['data_hash']['test'][:12]}). Pass the data of the "
             "run."
         )
-    state_of(results, name, record)  # the outputs are there
     outputs, references = read_outputs(results, name), [list(row.references) for row in task.rows["test"]]
     if len(outputs) != len(references):
-        raise InputError(
-            f"{name}: it has {len(outputs)} outputs for {len(references)} test rows. "
-            "Remove its record and run it again."
-        )
+        raise InputError(f"{name}: it has {len(outputs)} outputs for {len(references)} test rows. {AGAIN}")
     import sacrebleu
 
-    from metrics.generation_metrics import by_position
+    from input_tuning_examples.metrics.generation_metrics import by_position
 
     score = sacrebleu.corpus_bleu(outputs, by_position(references), lowercase=True).score
     if abs(score - record["metrics"]["bleu"]) > _TOLERANCE:
         raise InputError(
             f"{name}: its outputs have BLEU {score:.2f} on DATA, its record says {record['metrics']['bleu']:.2f}. "
-            "They are of different runs, or of other test rows: remove its record and run it again."
+            f"They are of different runs, or of other test rows. {AGAIN}"
         )
     return outputs, references
 
@@ -232,4 +226,7 @@ def still_true(
 
 
 def _same(results: Path, name: str, record: Record | None, state: Mapping[str, Any]) -> bool:
-    return record is not None and (results / f"{name}.txt").is_file() and state_of(results, name, record) == state
+    try:
+        return record is not None and state_of(results, name, record) == state
+    except InputError:  # its outputs are missing
+        return False

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import random
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # beside the other examples
-
-from task_data import Example, InputError, limit, read_json_lines
+from input_tuning_examples.task_data import Example, InputError, limit, read_json_lines
 
 SPLITS = ("train", "validation", "test")
 _SUBSET_SEED = 0  # all methods and seeds see the same rows

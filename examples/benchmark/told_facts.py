@@ -14,16 +14,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # beside the other examples
-
 from blocks import Table, block_markdown
 from comparisons import finished, in_order
+from input_tuning_examples.task_data import InputError
 from methods import METHODS
 from plan import ABLATIONS, BUDGETS
-from records import read_records
-from report import RESULTS, parser_for_stored_runs
+from records import RESULTS, read_records
+from report import parser_for_stored_runs
 from significance import check_installed, outputs_and_references
-from task_data import InputError
 from tasks import SPLITS, find_tasks, read_task
 
 WITH_TRIPLES = ("webnlg", "dart")

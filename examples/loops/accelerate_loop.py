@@ -1,16 +1,13 @@
 """Input-tuning in a bare PyTorch loop with accelerate, on one process or many.
 
 python examples/loops/accelerate_loop.py
-accelerate launch --config_file examples/accelerate_configs/ddp_cpu.yaml examples/loops/accelerate_loop.py
+accelerate launch --config_file examples/training/accelerate_configs/ddp_cpu.yaml examples/loops/accelerate_loop.py
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # beside the other examples
 
 import torch
 from accelerate import Accelerator
@@ -19,10 +16,10 @@ from peft import get_peft_model
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from packaged_model import PACKAGED, find_model
+from input_tuning_examples.packaged_model import PACKAGED, find_model
+from input_tuning_examples.task_data import InputError, load_task
+from input_tuning_examples.train_and_generate import IGNORED, encode_rows, load_base, pad_rows
 from peft_input_tuning import InputTuningConfig, create_input_tuning_optimizer
-from task_data import InputError, load_task
-from train_and_generate import IGNORED, encode_rows, load_base, pad_rows
 
 
 def main(argv: list[str] | None = None) -> list[float]:

@@ -10,15 +10,13 @@ import random
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # beside the other examples
-
 import torch
 from torch.utils.data import DataLoader
 
-from extras import needs
-from packaged_model import PACKAGED, find_model
-from task_data import InputError, load_task
-from train_and_generate import encode_rows, load_base, pad_rows
+from input_tuning_examples.extras import needs
+from input_tuning_examples.packaged_model import PACKAGED, find_model
+from input_tuning_examples.task_data import InputError, load_task
+from input_tuning_examples.train_and_generate import encode_rows, load_base, pad_rows
 
 
 def main(argv: list[str] | None = None) -> list[float]:
@@ -32,6 +30,7 @@ def main(argv: list[str] | None = None) -> list[float]:
 
     needs("all", "lightning")
     import lightning
+
     from lightning_module import InputTuning
 
     lightning.seed_everything(0)

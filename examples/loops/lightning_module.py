@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # beside the other examples
-
 import lightning
 import torch
 from peft import get_peft_model
 
+from input_tuning_examples.train_and_generate import IGNORED
 from peft_input_tuning import InputTuningConfig, create_input_tuning_optimizer
-from train_and_generate import IGNORED
 
 
 class InputTuning(lightning.LightningModule):

@@ -15,10 +15,10 @@ import transformers
 from peft import PeftConfig
 from torch import nn
 
+from input_tuning_examples.rounds import Measure
 from memory import offloaded_activations, peak_of, resident
 from models import Bench, input_tuning, lora, prompt_tuning
 from peft_input_tuning import export_model, reuse_prompts
-from rounds import Measure
 
 INPUT_TUNING, PROMPT_TUNING, LORA, BASE = "input-tuning", "prompt-tuning", "LoRA", "base model"
 LORA_EVERYWHERE = "LoRA, all linear layers"

@@ -11,7 +11,7 @@ import transformers
 from peft import LoraConfig, PeftConfig, PromptTuningConfig, PromptTuningInit, get_peft_model
 from torch import nn
 
-from packaged_model import PACKAGED, find_model
+from input_tuning_examples.packaged_model import PACKAGED, find_model
 from peft_input_tuning import InputTuningConfig
 from peft_input_tuning.command_line.gguf import dense_weights
 

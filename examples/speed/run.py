@@ -15,19 +15,17 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # beside the other examples
-
 import peft
 import torch
 import transformers
 
-from extras import needs
+from input_tuning_examples.extras import needs
+from input_tuning_examples.packaged_model import PACKAGED, find_model
+from input_tuning_examples.prompt_methods import PEFT_LOSES_CACHES
+from input_tuning_examples.rounds import Row, compare, markdown, run_rounds
+from input_tuning_examples.task_data import InputError
 from measures import MEASURES
 from models import SIZES, Bench
-from packaged_model import PACKAGED, find_model
-from prompt_methods import PEFT_LOSES_CACHES
-from rounds import Row, compare, markdown, run_rounds
-from task_data import InputError
 
 
 def main(argv: list[str] | None = None) -> int:

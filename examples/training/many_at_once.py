@@ -17,20 +17,18 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # beside the other examples
-
 import torch
 from peft import PeftModel, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
 
 from curves import Curves, curves_page
-from extras import exit_status, needs
-from many_tasks import Task, generated_tasks, tasks_from
-from packaged_model import PACKAGED, find_model
+from input_tuning_examples.extras import exit_status, needs
+from input_tuning_examples.packaged_model import PACKAGED, find_model
+from input_tuning_examples.several_tasks import Task, generated_tasks, tasks_from
+from input_tuning_examples.task_data import InputError
+from input_tuning_examples.train_and_generate import LossOnBar, encode_rows, load_base, pad_rows, quiet
 from peft_input_tuning import InputTuningConfig, create_input_tuning_optimizer
 from peft_input_tuning.training import EarlyStoppingOfEach, ManyAdapters
-from task_data import InputError
-from train_and_generate import LossOnBar, encode_rows, load_base, pad_rows, quiet
 
 RATE = 3e-3
 

@@ -13,22 +13,18 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from statistics import median, quantiles
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # beside the other examples
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "speed"))
 
 import torch
 from peft import PeftModel, get_peft_model
 
-from extras import exit_status, needs
-from packaged_model import PACKAGED, find_model
+from input_tuning_examples.extras import exit_status, needs
+from input_tuning_examples.packaged_model import PACKAGED, find_model
+from input_tuning_examples.rounds import run_rounds
+from input_tuning_examples.train_and_generate import load_base, quiet
 from peft_input_tuning import InputTuningConfig, create_input_tuning_optimizer
 from peft_input_tuning.optimizer import parameters_of_adapters
 from peft_input_tuning.training import adapter_losses
-from rounds import run_rounds
-from train_and_generate import load_base, quiet
 
 
 def model_with(adapters: int, prompt: int, place: tuple[str, str | None], device: str) -> PeftModel:

@@ -48,7 +48,6 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="text to compare with, one text a line (default: English of our own)",
     )
-    add("--regression", type=Path, metavar="FILE", help="what familiarity cost prompt-tuning on other tasks")
     add("--html", type=Path, metavar="FILE", help="write it as one HTML page with histograms too")
     add("--least", type=int, default=10, help="inputs and tokens to list (default: 10)")
     add("--batch-size", type=int, default=8, help="texts in a batch (default: 8)")
@@ -63,10 +62,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     from ..familiarity.measure import familiarity
     from ..familiarity.page import familiarity_page
-    from ..familiarity.regression import FamiliarityRegression
 
     total = _checked(arguments)
-    regression = FamiliarityRegression.load(arguments.regression) if arguments.regression else None
     model, tokenizer, counts = _load(arguments)
     with _bar("Reading inputs", " inputs", total) as bar:
         found = familiarity(
@@ -75,7 +72,6 @@ def run(arguments: argparse.Namespace) -> int:
             tokenizer,
             counts,
             None if arguments.prose is None else lines(arguments.prose),
-            regression=regression,
             batch_size=arguments.batch_size,
             window=arguments.window,
             least=arguments.least,
@@ -143,7 +139,7 @@ def _checked(arguments: argparse.Namespace) -> int:
     check_file_to_write("--html", arguments.html)
     check_file_to_write("--save-counts", arguments.save_counts)
     _refuse_lost_files(arguments)
-    for name in ("data", "corpus", "counts", "prose", "regression"):
+    for name in ("data", "corpus", "counts", "prose"):
         path: Path | None = getattr(arguments, name)
         if path is not None and not path.is_file():
             raise ValueError(f"{'DATA.jsonl' if name == 'data' else '--' + name}: there is no file {str(path)!r}.")
@@ -160,7 +156,7 @@ def _checked(arguments: argparse.Namespace) -> int:
 def _refuse_lost_files(arguments: argparse.Namespace) -> None:
     """Raises where a file would be written over one that is read, or over the other one that is written."""
     used: dict[Path, str] = {}
-    for name in ("data", "corpus", "counts", "prose", "regression", "save_counts", "html"):
+    for name in ("data", "corpus", "counts", "prose", "save_counts", "html"):
         path: Path | None = getattr(arguments, name)
         if path is None:
             continue

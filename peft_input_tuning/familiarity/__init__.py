@@ -5,6 +5,5 @@ Nothing of the method is needed for it; of an adapted model it asks the base alo
 
 from .bigrams import BigramCounts
 from .measure import Familiarity, familiarity
-from .regression import FamiliarityRegression
 
-__all__ = ["BigramCounts", "Familiarity", "FamiliarityRegression", "familiarity"]
+__all__ = ["BigramCounts", "Familiarity", "familiarity"]

@@ -25,7 +25,6 @@ from .bigrams import BigramCounts
 from .figures import Tally, TextFigures, UnfamiliarInput, UnfamiliarToken
 from .prose import PLAIN_PROSE
 from .reading import reading
-from .regression import FamiliarityRegression
 from .surprisal import DEFAULT_WINDOW, base_alone, check_causal, longest_window, token_bits
 from .tokens import Tokens, start_tokens, token_stream
 
@@ -67,7 +66,6 @@ def familiarity(
     counts: BigramCounts | None = None,
     prose: Iterable[str] | None = None,
     *,
-    regression: FamiliarityRegression | None = None,
     batch_size: int = 8,
     window: int | None = None,
     least: int = 10,
@@ -83,7 +81,6 @@ def familiarity(
         tokenizer: the model's.
         counts: bigrams of a reference corpus; None leaves the bigram score out.
         prose: texts of the kind that the model can read; None is the English prose of this package.
-        regression: what familiarity cost prompt-tuning on other tasks; without it the reading claims nothing of that.
         batch_size: texts in a batch, or windows of long texts.
         window: tokens that the model reads at once; longer texts are read in windows that overlap by a half. None is
             512, or what the model can take.
@@ -135,7 +132,7 @@ def familiarity(
         ),
         corpus_bigrams=None if counts is None else counts.total,
         corpus_undercount=None if counts is None else counts.undercount,
-        reading=reading(inputs, plain, regression),
+        reading=reading(inputs, plain),
     )
 
 

@@ -1,18 +1,15 @@
 """Figures of familiarity in plain words.
 
-Comparisons only: what a figure costs is said by a regression over tasks that were trained, or not at all.
+Comparisons only: what a figure costs a method is known after training alone.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 from .figures import TextFigures
-from .regression import FamiliarityRegression
 
 
-def reading(inputs: TextFigures, prose: TextFigures, regression: FamiliarityRegression | None) -> str:
-    """Some sentences on what was measured, and one on prompt-tuning where a regression supports it."""
+def reading(inputs: TextFigures, prose: TextFigures) -> str:
+    """Some sentences on what was measured."""
     sentences = []
     bits, plain_bits = inputs.bits_per_byte, prose.bits_per_byte
     if bits is not None and plain_bits:
@@ -33,18 +30,7 @@ def reading(inputs: TextFigures, prose: TextFigures, regression: FamiliarityRegr
             f"(a step of 1 is ten times as frequent); {inputs.unseen_bigrams:.0%} of them are not in the corpus at "
             f"all, of prose {prose.unseen_bigrams:.0%}."
         )
-    sentences.append(_cost(inputs, prose, regression))
     return " ".join(sentences)
-
-
-def figure_of(figure: str, inputs: TextFigures, prose: TextFigures) -> float | None:
-    """A figure that a regression may stand on, see `FIGURES`."""
-    if figure != "excess_bits_per_byte":
-        value: Any = getattr(inputs, figure)
-        return value
-    if inputs.bits_per_byte is None or prose.bits_per_byte is None:
-        return None
-    return inputs.bits_per_byte - prose.bits_per_byte
 
 
 def _compared(ratio: float) -> str:
@@ -62,18 +48,3 @@ def _share_above(inputs: TextFigures, prose: TextFigures) -> list[str]:
     first = int(above / inputs.bits_spread.width) + 1
     share = sum(inputs.bits_spread.counts[first:]) / sum(inputs.bits_spread.counts)
     return [f"{share:.0%} of the inputs surprise it more, a byte, than any text of the prose."]
-
-
-def _cost(inputs: TextFigures, prose: TextFigures, regression: FamiliarityRegression | None) -> str:
-    if regression is None:
-        return "What that costs prompt-tuning against fine-tuning is not said: there is no regression for this model."
-    value = figure_of(regression.figure, inputs, prose)
-    reason = regression.unsupported(value)
-    if value is None or reason is not None:
-        return f"What that costs prompt-tuning against fine-tuning is not said: of the regression given, {reason}."
-    loss, error = regression.predict(value)
-    verb = "lose" if loss >= 0 else "win"
-    return (
-        f"Prompt-tuning will probably {verb} about {abs(loss):.0f} % ± {error:.0f} % (one standard error) against "
-        f"fine-tuning here, by a line through {regression.tasks} tasks ({regression.source})."
-    )

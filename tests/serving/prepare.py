@@ -23,11 +23,10 @@ import torch
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
-from packaged_model import find_packaged_model
+from input_tuning_examples.packaged_model import find_packaged_model
+from input_tuning_examples.task_data import Example, read_json_lines
+from input_tuning_examples.train_and_generate import encode_rows, encode_source, pad_rows
 from peft_input_tuning import InputTuningConfig, create_input_tuning_optimizer, export_model
-from task_data import Example, read_json_lines
-from train_and_generate import encode_rows, encode_source, pad_rows
 
 NEW = 24
 STEPS, BATCH = 40, 4

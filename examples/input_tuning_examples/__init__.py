@@ -1,0 +1,1 @@
+"""What the scripts of `examples/` share. Install it beside the package: `pip install . ./examples`."""
