@@ -78,7 +78,7 @@ check: $(DEV)  ## lint, formatting and types
 	$(VENV)/bin/mypy
 
 docs: $(DOCS)  ## build the site of docs/ into outputs/site; a link to nothing is an error
-	NO_MKDOCS_2_WARNING=1 $(VENV)-site/bin/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(VENV)-site/bin/python -m mkdocs build --strict
 
 format: $(DEV)  ## format the code and mend what the linter can
 	$(VENV)/bin/ruff check --fix .

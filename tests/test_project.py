@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+from importlib import import_module
 from importlib.metadata import metadata, requires, version
 from pathlib import Path
 
@@ -188,6 +189,14 @@ def test_no_link_is_broken(path):
         page = (ROOT / path).parent / target if target else ROOT / path
         assert page.exists(), target
         assert not anchor or anchor in anchors(page.read_text(encoding="utf-8")), f"{target}#{anchor}"
+
+
+def test_the_page_of_the_api_has_every_public_name():
+    said = re.findall(r"^::: peft_input_tuning\.([\w.]+)$", text("docs/api.md"), re.MULTILINE)
+    assert {name for name in said if "." not in name} == set(peft_input_tuning.__all__) - {"__version__"}
+    for room in ("training", "engines", "familiarity"):
+        names = import_module(f"peft_input_tuning.{room}").__all__
+        assert {name for name in said if name.startswith(f"{room}.")} == {f"{room}.{name}" for name in names}
 
 
 def test_continuous_integration_runs_the_commands_of_the_readme():
