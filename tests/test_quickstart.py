@@ -17,7 +17,9 @@ import torch
 import quickstart
 from device import DEVICE
 from input_tuning_examples import logic_to_text, packaged_model, task_data, train_and_generate
+from input_tuning_examples.arguments import check_output_dir
 from input_tuning_examples.metrics import BLEU_AND_EXACT_MATCH
+from input_tuning_examples.peak_memory import peak_memory_mb
 from input_tuning_examples.task_data import Example, InputError
 from input_tuning_examples.train_and_generate import Rates
 
@@ -276,7 +278,7 @@ def test_output_dir_that_is_a_file(tmp_path):
     path = tmp_path / "file"
     path.touch()
     with pytest.raises(InputError, match=r"--output-dir: '.*' cannot be made \(File exists\)\. Pass another folder"):
-        quickstart.check_output_dir(str(path))
+        check_output_dir(str(path))
 
 
 def test_reload_of_a_folder_without_a_run(tmp_path):
@@ -470,17 +472,17 @@ def test_run_on_files(task, tiny_model, tmp_path, capsys, monkeypatch):
 
 def test_peak_memory_is_not_the_parents(tmp_path):
     """getrusage of a started process begins at its parent's peak on Linux, far above that of this small one."""
-    code = "import quickstart; print(quickstart.peak_memory_mb())"
+    code = "from input_tuning_examples.peak_memory import peak_memory_mb; print(peak_memory_mb())"
     run = subprocess.run([sys.executable, "-c", code], cwd=EXAMPLES, capture_output=True, text=True, check=True)
     if not Path("/proc/self/status").is_file():
         pytest.skip("the system has no /proc/self/status")
-    assert 0 < int(run.stdout) < 100 < quickstart.peak_memory_mb()
+    assert 0 < int(run.stdout) < 100 < peak_memory_mb()
 
 
 def test_help_needs_no_torch(tmp_path):
     blocked = tmp_path / "torch.py"
     blocked.write_text("raise RuntimeError('torch was imported')")
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(EXAMPLES)])}
     command = [sys.executable, str(SCRIPT), "--help"]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
