@@ -27,12 +27,13 @@ NEWEST = $(VENV)-newest
 ENGINES = $(VENV)-engines/installed
 PUBLISH = $(VENV)-publish/installed
 VLLM = $(VENV)-vllm/installed
+DOCS = $(VENV)-site/installed
 # The engine comes built, as xllamacpp. Its converter is in this source distribution, which is unpacked and not built.
 LLAMA_CPP = llama_cpp_python-0.3.36
 CONVERTER = $(abspath $(VENV)-engines)/source/$(LLAMA_CPP)/vendor/llama.cpp/convert_hf_to_gguf.py
 
 .PHONY: help demo bench report test test-slow test-all test-lowest test-newest test-engines test-vllm \
-	test-architectures check dist test-dist format compatibility clean
+	test-architectures check docs dist test-dist format compatibility clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 20
@@ -96,6 +97,9 @@ test-dist: dist $(DEV)  ## run the tests from the source distribution alone; DIS
 	cd build/sdist && PYTHONPATH=$(CURDIR)/build/sdist GIT_CEILING_DIRECTORIES=$(CURDIR)/build \
 		$(abspath $(VENV)/bin/python) $(PYTEST) -o cache_dir=.pytest_cache -m "not slow and not engines and not vllm" $(DIST_TESTS)
 
+docs: $(DOCS)  ## build the site of docs/ into outputs/site; a link to nothing is an error
+	NO_MKDOCS_2_WARNING=1 $(VENV)-site/bin/python -m mkdocs build --strict
+
 format: $(DEV)  ## format the code and mend what the linter can
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
@@ -105,7 +109,7 @@ compatibility: $(DEV)  ## write the tables of what works where, of the tests and
 	$(VENV)/bin/python tests/training_table.py
 
 clean:  ## remove the environments and all that tools leave behind
-	rm -rf $(VENV) $(VENV)-lowest $(NEWEST) $(VENV)-engines $(VENV)-vllm $(VENV)-publish build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-lowest $(NEWEST) $(VENV)-engines $(VENV)-vllm $(VENV)-publish $(VENV)-site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
 # A stamp in each environment says that it is complete; the next call installs nothing and needs no network.
 
@@ -128,6 +132,13 @@ $(PUBLISH): pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)-publish
 	$(VENV)-publish/bin/python $(PIP_INSTALL) $(PIP)
 	$(VENV)-publish/bin/python $(PIP_INSTALL) --group publish
+	@touch $@
+
+# It reads docstrings from the sources, and needs neither torch nor the package.
+$(DOCS): pyproject.toml constraints.txt Makefile
+	$(PYTHON) -m venv $(VENV)-site
+	$(VENV)-site/bin/python $(PIP_INSTALL) $(PIP)
+	$(VENV)-site/bin/python $(PIP_INSTALL) -c constraints.txt --group docs
 	@touch $@
 
 $(LOWEST): pyproject.toml examples/pyproject.toml constraints-lowest.txt Makefile

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import runpy
 import subprocess
+from importlib import import_module
 from importlib.metadata import metadata, requires, version
 from pathlib import Path
 
@@ -77,7 +78,7 @@ def test_the_extras():
     said = metadata(NAME)
     assert set(said.get_all("Provides-Extra")) == EXTRAS
     assert said["Requires-Python"] == ">=3.10"
-    assert {r.name for r in declared()} == {"torch", "transformers", "peft", "accelerate"}
+    assert {r.name for r in declared()} == {"torch", "transformers", "peft", "accelerate", "jinja2"}
 
 
 def test_the_licence():
@@ -243,10 +244,18 @@ def test_no_link_is_broken(path):
         assert not anchor or anchor in anchors(page.read_text(encoding="utf-8")), f"{target}#{anchor}"
 
 
+def test_the_page_of_the_api_has_every_public_name():
+    said = re.findall(r"^::: peft_input_tuning\.([\w.]+)$", text("docs/api.md"), re.MULTILINE)
+    assert {name for name in said if "." not in name} == set(peft_input_tuning.__all__) - {"__version__"}
+    for room in ("training", "engines", "familiarity"):
+        names = import_module(f"peft_input_tuning.{room}").__all__
+        assert {name for name in said if name.startswith(f"{room}.")} == {f"{room}.{name}" for name in names}
+
+
 def test_continuous_integration_runs_the_commands_of_the_readme():
     lines = text(".ci/run").replace("\\\n", "").splitlines()
     commands = [line.split()[1] for line in lines if line.startswith("make ")]
-    assert commands == ["check", "test", "test-newest", "test-slow"]
+    assert commands == ["check", "docs", "test", "test-newest", "test-slow"]
 
 
 def test_runs_on_other_versions_keep_their_outcomes_apart():

@@ -81,10 +81,13 @@ def _tables(found: AdapterInspection) -> Iterator[Table]:
         about.add_row("shift of words", f"{low:.3f} to {high:.3f}, median {middle:.3f}")
     yield about
     if found.virtual_tokens:
-        tokens = Table("", "length", "nearest words, cosine", title="Virtual tokens")
+        starts = ("started from", "moved") if any(token.started_from for token in found.virtual_tokens) else ()
+        tokens = Table("", *starts, "length", "nearest words, cosine", title="Virtual tokens", caption=found.start)
         for i, token in enumerate(found.virtual_tokens):
             near = ", ".join(f"{escape(shown(word))} {word.value:.2f}" for word in token.nearest)
-            tokens.add_row(str(i), f"{token.norm:.3f}", near)
+            start = token.started_from
+            started = () if start is None else (escape(shown(start)), f"{start.value:.3f}")
+            tokens.add_row(str(i), *started, f"{token.norm:.3f}", near)
         yield tokens
     if found.moved_most:
         moved = Table("moved most", "shift", "moved least", "shift", title="What the input-adapter moves")
