@@ -99,12 +99,11 @@ def test_what_runs_a_command_is_there(start):
 
 
 @pytest.fixture
-def session(request, tiny_model, tmp_path, monkeypatch) -> None:
+def session(tiny_model, tmp_path, monkeypatch) -> None:
     """A folder with what the commands speak of; they follow each other, so each brings what the next ones read."""
     monkeypatch.chdir(tmp_path)
     base = AutoModelForCausalLM.from_pretrained(tiny_model)
-    if "to-lora" in request.node.callspec.params["command"]:  # rows that are no words, as many models have
-        base.resize_token_embeddings(base.config.vocab_size + 20)
+    base.resize_token_embeddings(base.config.vocab_size + 20)  # rows that are no words, as many models have
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     for folder in ("my-base", MODEL):
         base.save_pretrained(folder)
