@@ -99,7 +99,7 @@ def test_what_runs_a_command_is_there(start):
 
 
 @pytest.fixture
-def session(tiny_model, tmp_path, monkeypatch) -> Path:
+def session(tiny_model, tmp_path, monkeypatch) -> None:
     """A folder with what the commands speak of; they follow each other, so each brings what the next ones read."""
     monkeypatch.chdir(tmp_path)
     base = AutoModelForCausalLM.from_pretrained(tiny_model)
@@ -115,11 +115,11 @@ def session(tiny_model, tmp_path, monkeypatch) -> Path:
     assert main(["grow-base", "my-base", "grown", "--virtual-tokens", "20"]) == 0
     row = json.dumps({"source": "sort(date asc of Record())[1]", "references": ["the first record"]})
     Path("data.jsonl").write_text(f"{row}\n" * 3, encoding="utf-8")
-    return tmp_path
 
 
 @pytest.mark.parametrize("command", sorted({command for command in ALL if command.startswith(PROGRAM)}))
-def test_a_command_of_the_text(command, session):
+@pytest.mark.usefixtures("session")
+def test_a_command_of_the_text(command):
     if "--base my-grown-base" in command:
         Path("grown").rename("my-grown-base")
     assert main(shlex.split(command.removeprefix(PROGRAM))) == 0
