@@ -28,7 +28,7 @@ ORDER = (
     "engines export inspection",
     "lora_form",
     "__init__",
-    "familiarity training",
+    "familiarity run_comparison training",
     "command_line",
     "__main__",
 )

@@ -40,6 +40,7 @@ from input_tuning_examples.base_model import Base
 from input_tuning_examples.checkpoints import CheckpointFolders, is_complete, last_complete_checkpoint
 from input_tuning_examples.extras import needs
 from input_tuning_examples.faults import StopAtNonFinite, TrainingError
+from input_tuning_examples.forgetting import forgetting, prose_loss
 from input_tuning_examples.metrics import PAPER_METRICS
 from input_tuning_examples.packaged_model import PACKAGED
 from input_tuning_examples.peak_memory import peak_memory_mb
@@ -235,13 +236,18 @@ def execute(
         "rows": {split: len(rows) for split, rows in task.rows.items()},
     }
     trainer = make_trainer(model, run, budget, features, tokenizer, folder)
+    asks_prose = metric is not None and not place.seq2seq
+    untrained = prose_loss(model, tokenizer) if asks_prose and method.config is None else None
     started = time.perf_counter()
     curve = train(trainer, folder)
     trained = time.perf_counter()
     losses = [loss for _, loss in curve["validation"]]
     metrics: Record = {"validation_loss": min(losses) if run.stage == "amounts" else losses[-1]}
     step_kept = trainer.state.best_global_step if run.stage == "amounts" else run.steps
+    if asks_prose:
+        metrics |= forgetting(model, tokenizer, untrained)
     texts: list[str] = []
+    began = time.perf_counter()
     if metric is not None:
         base.set_attn_implementation("sdpa")
         if method.config is None:
@@ -254,7 +260,7 @@ def execute(
     record: Record = {
         "config": config,
         "metrics": metrics,
-        "seconds": {"training": round(trained - started, 1), "generation": round(ended - trained, 1)},
+        "seconds": {"training": round(trained - started, 1), "generation": round(ended - began, 1)},
         "peak_memory_mb": peak_memory(),
         "trainable_parameters": trainable,
         "curve": curve,

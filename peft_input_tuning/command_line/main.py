@@ -1,5 +1,6 @@
 """The command line: `peft-input-tuning` with `export ADAPTER OUTPUT`, `to-lora ADAPTER OUTPUT`,
-`grow-base BASE OUTPUT`, `inspect ADAPTER`, `familiarity DATA.jsonl --model MODEL` and `run PROGRAM ...`.
+`grow-base BASE OUTPUT`, `inspect ADAPTER`, `familiarity DATA.jsonl --model MODEL`, `compare RUN RUN ...` and
+`run PROGRAM ...`.
 
 Imports that only one command needs stand inside of its `run`.
 """
@@ -12,7 +13,7 @@ from typing import Any
 
 from ..output.words import printable
 from ..version import __version__
-from . import export, familiarity, grow_base, inspect, run, to_lora
+from . import compare, export, familiarity, grow_base, inspect, run, to_lora
 
 COMMANDS: dict[str, tuple[Any, str, str]] = {  # module, help, description
     "export": (
@@ -43,6 +44,12 @@ COMMANDS: dict[str, tuple[Any, str, str]] = {  # module, help, description
         "measure how familiar inputs are to a frozen model",
         "Measures how familiar inputs are to a frozen model: the model's own bits per byte and the tokenizer's tokens "
         "per byte, beside plain prose, and how frequent the inputs' bigrams are in a corpus.",
+    ),
+    "compare": (
+        compare,
+        "show training runs side by side: figures, settings that differ, curves",
+        "Shows training runs side by side, of train.py or of any transformers Trainer: their figures, the settings "
+        "that differ, and their losses.",
     ),
     "run": (
         run,
