@@ -13,6 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_input_tuning.familiarity.prose import PLAIN_PROSE
 
+from .train_and_generate import IGNORED
+
 TEXTS = len(PLAIN_PROSE)
 
 
@@ -29,7 +31,10 @@ def prose_loss(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenize
     losses = []
     for text in PLAIN_PROSE:
         ids = tokenizer(text, return_tensors="pt").input_ids.to(model.device)
-        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        labels = torch.full_like(
+            ids, IGNORED
+        )  # all of it is input, says this to an adapter of `adapter_scope="input"`
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels).logits
         logits = logits[0, -ids.shape[1] :].float()  # PEFT's prompt-tuning gives those of its virtual tokens too
         losses.append(cross_entropy(logits[:-1], ids[0, 1:], reduction="none"))
     model.train(training)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..output.files import check_file_to_write, unfinished
 from ..run_comparison.plot import drawn
-from ..run_comparison.read import TrainingRun, best, differing_settings, names_of_figures, read_runs, scale
+from ..run_comparison.read import TrainingRun, best, differing_settings, figure, names_of_figures, read_runs, scale
 from .extras import needs
 
 if TYPE_CHECKING:
@@ -62,8 +62,8 @@ def _figures(runs: Sequence[TrainingRun]) -> Table:
 
     for name in names_of_figures(runs):
         winners = best(name, runs)
-        values = [f"{run.figures[name]:,.4g}" if name in run.figures else "–" for run in runs]
-        table.add_row(Text(name), *(Text(v, "bold" if n in winners else "") for n, v in enumerate(values)))
+        cells = (Text(figure(run, name), "bold" if n in winners else "") for n, run in enumerate(runs))
+        table.add_row(Text(name), *cells)
     return table
 
 

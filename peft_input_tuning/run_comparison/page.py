@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from html import escape
 
 from ..output.html import html_page, table
-from .read import Points, TrainingRun, best, differing_settings, names_of_figures, scale
+from .read import Points, TrainingRun, best, differing_settings, figure, names_of_figures, scale
 
 WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 290, 190, 44, 26, 24  # of one panel, in pixels
 STYLE = """
@@ -39,7 +39,7 @@ def _figures(runs: Sequence[TrainingRun]) -> str:
     rows = []
     for name in names_of_figures(runs):
         winners = best(name, runs)
-        cells = [f"{run.figures[name]:,.4g}" if name in run.figures else "–" for run in runs]
+        cells = [figure(run, name) for run in runs]
         rows.append([escape(name), *(f"<b>{c}</b>" if n in winners else c for n, c in enumerate(cells))])
     return _table(runs, rows) if rows else "<p>None was written.</p>"
 

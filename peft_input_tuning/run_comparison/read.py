@@ -142,6 +142,12 @@ def names_of_figures(runs: Sequence[TrainingRun]) -> list[str]:
     return list(dict.fromkeys(name for run in runs for name in run.figures))
 
 
+def figure(run: TrainingRun, name: str) -> str:
+    """A figure as text: whole numbers with all digits, others with four; a dash where the run has none."""
+    value = run.figures.get(name)
+    return "–" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
+
+
 def best(name: str, runs: Sequence[TrainingRun]) -> set[int]:
     """Which runs have the best value of a figure; none where it is not known whether more is better, or all agree."""
     values = {number: run.figures[name] for number, run in enumerate(runs) if name in run.figures}
