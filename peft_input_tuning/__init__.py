@@ -2,43 +2,28 @@
 
 Importing this package registers the method INPUT_TUNING with PEFT. From then on `InputTuningConfig(...)` goes wherever
 a `PeftConfig` goes.
+
+The program `peft-input-tuning` imports the package too, and imports `api.py` when its work begins: `--help` does not
+wait for torch, transformers and PEFT.
 """
 
-from .config import InputTuningConfig
-from .export import ExportReport, export_model
-from .inspection import AdapterInspection, inspect_adapter
-from .layer import InputTuningLayer
-from .lora_form import GrownBase, LoraReport, from_lora, grow_base, save_as_lora
-from .model import InputTuningModel
-from .optimizer import create_input_tuning_optimizer, input_tuning_parameter_groups
-from .prompt_embeds import prompt_embeds, soft_prompt
-from .prompt_tuning import from_prompt_tuning
-from .registration import register
-from .tested_versions import warn_of_untested_versions
-from .version import __version__
-from .virtual_tokens.reuse import reuse_prompts
+from typing import TYPE_CHECKING
 
-register("input_tuning", InputTuningConfig, InputTuningModel)
-warn_of_untested_versions()
+from .program import is_command_line
+from .version import __version__ as __version__
 
-__all__ = [
-    "AdapterInspection",
-    "ExportReport",
-    "GrownBase",
-    "InputTuningConfig",
-    "InputTuningLayer",
-    "InputTuningModel",
-    "LoraReport",
-    "__version__",
-    "create_input_tuning_optimizer",
-    "export_model",
-    "from_lora",
-    "from_prompt_tuning",
-    "grow_base",
-    "input_tuning_parameter_groups",
-    "inspect_adapter",
-    "prompt_embeds",
-    "reuse_prompts",
-    "save_as_lora",
-    "soft_prompt",
-]
+if TYPE_CHECKING or not is_command_line():
+    from .api import *  # noqa: F403
+    from .api import __all__ as __all__
+    from .api import register_method
+
+    register_method()
+else:
+
+    def __getattr__(name: str) -> object:
+        """A public name, before the command line's work has begun."""
+        from importlib import import_module
+
+        api = import_module(f"{__name__}.api")
+        api.register_method()
+        return getattr(api, name)

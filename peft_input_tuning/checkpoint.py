@@ -36,8 +36,12 @@ def checked_state_dict(
     """
     path, layer = named_layer(model)
     try:
-        check_saved_config(config, adapter_name, layer.embedding_dim)
+        saved = check_saved_config(config, adapter_name, layer.embedding_dim)
         of_base = _check(model, path, layer, adapter_name, state_dict)
+        if saved is not None:
+            layer.record_start(adapter_name, saved.prompt_start)
+        elif not layer.has_no_weights(adapter_name):
+            layer.record_start(adapter_name, None)  # tensors that came alone do not say where they started
         if len(layer.adapter_names) == 1:
             return state_dict
         _check_base_stays(model, adapter_name, of_base)

@@ -55,6 +55,8 @@ class InputTuningConfig(PeftConfig):
         init_weights: True starts with W2 = 0, so that training begins as plain prompt-tuning; False starts with a
             random W2, for tests.
         modules_to_save: further modules to train and save, as in PEFT; never the embedding.
+        prompt_start: set in saved configurations: ids of the words that the prompt started from. None where it started
+            from no words, or where they are not known.
         weights_in_checkpoint: set in saved configurations. The adapter's weights come from its file, so nothing is
             initialised and no tokenizer is read.
 
@@ -104,6 +106,9 @@ class InputTuningConfig(PeftConfig):
         default=None,
         metadata={"help": "Modules apart from the adapter to train and save, for example a classification head."},
     )
+    prompt_start: list[int] | None = field(
+        default=None, metadata={"help": "Set in saved configurations: ids of the words that the prompt started from."}
+    )
     weights_in_checkpoint: bool = field(
         default=False,
         metadata={"help": "Set in saved configurations: the weights come from a file, nothing is initialised."},
@@ -130,6 +135,11 @@ class InputTuningConfig(PeftConfig):
             raise ValueError(
                 f"`num_virtual_tokens` is {self.num_virtual_tokens}, more than {MAX_VIRTUAL_TOKENS}. "
                 "Prompts of 5 to 200 virtual tokens are usual."
+            )
+        start = self.prompt_start
+        if start is not None and not (isinstance(start, list) and all(type(word) is int for word in start)):
+            raise ValueError(
+                f"`prompt_start` must be a list of ids, got {start!r:.80}. Leave it out: it is set by saving."
             )
         known = [init.value for init in PromptTuningInit]
         if self.prompt_tuning_init not in known:

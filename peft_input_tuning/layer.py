@@ -21,7 +21,7 @@ from .config import InputTuningConfig
 from .merging import MergeableTable
 from .mixed_rows import MixedRows
 from .modules import VIRTUAL, InputDtypeLinear, SoftPrompt
-from .prompt_start import initial_prompt
+from .prompt_start import initial_prompt, start_words
 from .prompt_states import PromptStates
 
 IsOutput = Tensor | bool  # which tokens are the output's: `(batch, length)` booleans, or one for all
@@ -55,6 +55,7 @@ class InputTuningLayer(MergeableTable, MixedRows, PromptStates):
         self.input_tuning_activation = nn.ModuleDict()
         self.input_tuning_dropout = nn.ModuleDict()
         self.input_only: set[str] = set()  # adapters that leave the output's tokens alone, see virtual_tokens/scope.py
+        self.prompt_start: dict[str, list[int]] = {}  # the words that prompts started from, where they are known
         self.seen_labels: set[tuple[str, bool]] = set()  # of those, whose labels were looked at, in training or not
 
     def get_base_layer(self) -> nn.Module:
@@ -126,14 +127,14 @@ class InputTuningLayer(MergeableTable, MixedRows, PromptStates):
         width = self.embedding_dim
         hidden = 2 * width if config.adapter_hidden_dim is None else config.adapter_hidden_dim
         from_file = config.weights_in_checkpoint or config.inference_mode
-        prompt = None
+        prompt, words = None, config.prompt_start
         if self.merged:
             raise ValueError(
                 f"Adapter {self.merged_adapters[0]!r} is merged into the embedding. Call unmerge_adapter() before "
                 "adding another."
             )
         if config.num_virtual_tokens and not from_file:
-            prompt = initial_prompt(  # may fail, so before anything is changed
+            words = start_words(  # may fail, so before anything is changed
                 self.base_layer,
                 config.num_virtual_tokens,
                 config.prompt_tuning_init,
@@ -141,6 +142,7 @@ class InputTuningLayer(MergeableTable, MixedRows, PromptStates):
                 tokenizer_name=config.tokenizer_name_or_path,
                 tokenizer_kwargs=config.tokenizer_kwargs,
             )
+            prompt = initial_prompt(self.base_layer, config.num_virtual_tokens, words)
         for container in (*self.adapter_layer_names, *self.other_param_names):
             if adapter_name in getattr(self, container):
                 del getattr(self, container)[adapter_name]
@@ -161,6 +163,7 @@ class InputTuningLayer(MergeableTable, MixedRows, PromptStates):
             self.input_only.discard(adapter_name)
         if from_file or (prompt is not None and prompt.is_meta):  # a base on "meta" has no embeddings to start from
             self.pending.add(adapter_name)
+        self.record_start(adapter_name, None if prompt is not None and prompt.is_meta else words)
         if from_file:
             self.hold_places(adapter_name, execution_device(self.base_layer))
         self._reset_adapter(adapter_name, prompt, config.init_weights)
@@ -187,8 +190,15 @@ class InputTuningLayer(MergeableTable, MixedRows, PromptStates):
             )
         super().set_adapter(adapter_names, inference_mode=inference_mode)
 
+    def record_start(self, name: str, words: list[int] | None) -> None:
+        """Keeps which words an adapter's prompt started from; None where that is not known."""
+        self.prompt_start.pop(name, None)
+        if words is not None:
+            self.prompt_start[name] = words
+
     def delete_adapter(self, adapter_name: str) -> None:
         self.pending.discard(adapter_name)
+        self.record_start(adapter_name, None)
         self.input_only.discard(adapter_name)
         self.forget_prompt_states()
         super().delete_adapter(adapter_name)

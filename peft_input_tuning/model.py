@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .checkpoint import checked_state_dict, under_as_many_peft_models
 from .config import InputTuningConfig
-from .layer import InputTuningLayer
+from .layer import InputTuningLayer, named_layer
 from .nesting import (
     Configurations,
     check_inner_reads_ids,
@@ -265,9 +265,11 @@ class InputTuningModel(BaseTuner):
     # ---- files --------------------------------------------------------------------------------------------------
 
     @classmethod
-    def _get_adapter_state_dict(cls, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Hook of PEFT (>= 0.21) that chooses what is saved: all methods' layers with an adapter of this name."""
-        found = super()._get_adapter_state_dict(*args, **kwargs)
+    def _get_adapter_state_dict(cls, model: nn.Module, config: PeftConfig, adapter_name: str, *args, **kwargs):
+        """Hook of PEFT (>= 0.21) that chooses what is saved: all methods' layers with an adapter of this name. The
+        configuration is saved after it; one object may serve for several models, so it learns here what is of one."""
+        config.prompt_start = named_layer(model)[1].prompt_start.get(adapter_name)
+        found = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
         return {key: tensor for key, tensor in found.items() if f".{cls.prefix}" in key}
 
     @classmethod

@@ -6,7 +6,7 @@ One rate for all is right without this file: `prompt_scale` makes Adam move the 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from .layer import InputTuningLayer, named_layer
 
 PROMPT_LR_RATIO = 10.0
+AnyOptimizer = TypeVar("AnyOptimizer", bound=Optimizer)
 
 
 def parameters_of_adapters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
@@ -114,12 +115,12 @@ def _groups(
 
 def create_input_tuning_optimizer(
     model: nn.Module,
-    optimizer_cls: Callable[..., Optimizer],
+    optimizer_cls: Callable[..., AnyOptimizer],
     lr: float | Mapping[str, float],
     prompt_lr: float | Mapping[str, float] | None = None,
     weight_decay: float = 0.0,
     **kwargs: Any,
-) -> Optimizer:
+) -> AnyOptimizer:
     """An optimizer in which the soft prompt and the input-adapter learn at different rates.
 
     For `Trainer(optimizers=(optimizer, None))`, which makes its scheduler, or for a loop of your own.

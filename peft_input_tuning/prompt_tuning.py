@@ -55,6 +55,7 @@ def from_prompt_tuning(prompt_tuned: PeftModel, adapter_name: str | None = None,
     )
     _, layer = named_layer(model)
     layer.input_tuning_prompt[name].start_from(prompt)
+    layer.record_start(name, None)  # where the other prompt started is not known
     return model
 
 

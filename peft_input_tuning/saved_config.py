@@ -15,7 +15,7 @@ from peft.config import PeftConfig
 from .config import InputTuningConfig
 
 
-def check_saved_config(in_use: InputTuningConfig, adapter_name: str, embedding_dim: int) -> None:
+def check_saved_config(in_use: InputTuningConfig, adapter_name: str, embedding_dim: int) -> InputTuningConfig | None:
     """Refuses a file whose weights were trained to mean something else than they would mean here.
 
     Args:
@@ -23,12 +23,15 @@ def check_saved_config(in_use: InputTuningConfig, adapter_name: str, embedding_d
         adapter_name: its name.
         embedding_dim: size of the word embeddings.
 
+    Returns:
+        The configuration beside the file; None for tensors without a folder.
+
     Raises:
         ValueError: names the field, both values, and what to do.
     """
     saved = _config_being_loaded()
     if saved is None:
-        return
+        return None
     instead = (
         "Load the file under a name of its own, or take the adapter away first with "
         f"delete_adapter({adapter_name!r}). To go on training from the file, make the model with its configuration."
@@ -45,6 +48,7 @@ def check_saved_config(in_use: InputTuningConfig, adapter_name: str, embedding_d
                 f"`{field}` is {value!r} in the adapter_config.json to be loaded, but adapter {adapter_name!r} has "
                 f"{here[field]!r}, with which the file's weights would mean something else. {instead}"
             )
+    return saved
 
 
 def _meaning(config: InputTuningConfig, embedding_dim: int) -> dict[str, Any]:

@@ -35,5 +35,5 @@ def warn_of_untested_versions() -> None:
             f"peft_input_tuning was not tested with {' and '.join(newer)}. Adapters with virtual tokens are tried out "
             "when they are added, and refused where the cache changes the output; nothing else is checked. Look for "
             "a newer peft_input_tuning, or install a tested version.",
-            stacklevel=3,
+            stacklevel=4,  # where the package is imported
         )

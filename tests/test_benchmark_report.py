@@ -916,7 +916,7 @@ def runs_of_the_repository() -> dict[str, dict]:
 
 @pytest.fixture(scope="module")
 def advice() -> str:
-    return (ROOT / "docs" / "which-method.md").read_text(encoding="utf-8")
+    return (ROOT / "docs" / "methods-measured.md").read_text(encoding="utf-8")
 
 
 def rows_in(page: str, columns: int) -> list[list[str]]:
@@ -947,7 +947,10 @@ def shares_of_the_gap(runs: dict) -> list[int]:
     return [min(shares), max(shares)]
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/which-method.md", "docs/paper-comparison.md"])
+PAGES = ("README.md", "docs/which-method.md", "docs/methods-measured.md", "docs/paper-comparison.md")
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_pages_say_how_much_of_the_gap_is_closed(page, runs_of_the_repository):
     text = " ".join((ROOT / page).read_text(encoding="utf-8").split())
     ((low, high),) = re.findall(r"closes (\d+) to (\d+) % of the gap", text)
@@ -1054,3 +1057,29 @@ def test_the_advice_has_the_lengths_of_texts(advice, runs_of_the_repository):
         )
         ahead.append(f"{ours - low:.1f}")
     assert list(said) == [*lengths, *ahead]
+
+
+def test_the_advice_begins_with_answer_recipe_and_cost():
+    page = (ROOT / "docs" / "which-method.md").read_text(encoding="utf-8")
+    start = "\n".join(page.splitlines()[:30])
+    assert start.index("**Input-tuning** where") < start.index("**Recipe.**") < start.index("**Cost.**")
+
+
+def test_the_advice_says_how_methods_compare(runs_of_the_repository):
+    page = (ROOT / "docs" / "which-method.md").read_text(encoding="utf-8")
+    groups = [
+        ("records", ("e2e", "dart", "webnlg")),
+        ("logical forms", ("overnight", "multi30k_fr_en", "multi30k_de_en")),
+        ("Czech", ("multi30k_cs_en",)),
+    ]
+    rows = rows_in(page, 4)[-len(groups) :]
+    for (name, tasks), (inputs, _, gain, lora) in zip(groups, rows, strict=True):
+        assert inputs.startswith(name)
+        for cell, ours, theirs in ((gain, "input-tuning", "prompt-tuning"), (lora, "lora", "input-tuning")):
+            means = [
+                fmean(of_seeds(runs_of_the_repository, task, ours, "bleu"))
+                - fmean(of_seeds(runs_of_the_repository, task, theirs, "bleu"))
+                for task in tasks
+            ]
+            said = [int(number.replace("−", "-")) for number in cell.split(" to ")]
+            assert [said[0], said[-1]] == [round(min(means)), round(max(means))]

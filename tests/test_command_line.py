@@ -178,7 +178,7 @@ def test_errors_are_one_line_and_status_2(saved, tmp_path):
     (tmp_path / "full" / "mine").touch()
     cases = {
         ("export", folder / "adapter", tmp_path / "full"): "exists and is not an empty folder",
-        ("export", tmp_path / "nothing", tmp_path / "plain"): "Can't find 'adapter_config.json'",
+        ("export", tmp_path / "nothing", tmp_path / "plain"): "there is no folder",
         ("export", folder / "adapter", tmp_path / "plain", "--base", tmp_path / "nothing"): "nothing",
     }
     for arguments, message in cases.items():
@@ -231,14 +231,43 @@ def test_broken_files_are_answered_in_one_line(saved, tmp_path, capsys, command,
 
 
 @pytest.mark.parametrize(
-    ("name", "spoil"), [("model.safetensors", cut), ("config.json", junk)], ids=["weights", "config"]
+    "command",
+    ["inspect ADAPTER --base BASE", "grow-base BASE OUT --virtual-tokens 2", "familiarity ROWS --model BASE"],
+    ids=lambda command: command.split()[0],
 )
-def test_a_broken_base_is_answered_in_one_line(saved, tmp_path, capsys, name, spoil):
+@pytest.mark.parametrize(
+    ("name", "spoil"),
+    [
+        ("model.safetensors", cut),
+        ("model.safetensors", junk),
+        ("config.json", junk),
+        ("config.json", lambda path: path.write_text("[1]")),
+        ("config.json", fields(hidden_size="wide")),
+        ("tokenizer.json", junk),
+    ],
+    ids=["cut weights", "junk weights", "junk config", "config is a list", "field of a wrong type", "tokenizer"],
+)
+def test_a_broken_base_is_answered_in_one_line(saved, tmp_path, capsys, command, name, spoil):
     folder, _, _ = saved
     shutil.copytree(folder / "base", tmp_path / "base")
     spoil(tmp_path / "base" / name)
-    assert main(["inspect", str(folder / "adapter"), "--base", str(tmp_path / "base")]) == 2
-    assert str(tmp_path / "base") in capsys.readouterr().err.splitlines()[-1]
+    (tmp_path / "rows").write_text('{"source": "a b c"}\n')
+    names = {
+        "ADAPTER": folder / "adapter",
+        "BASE": tmp_path / "base",
+        "OUT": tmp_path / "out",
+        "ROWS": tmp_path / "rows",
+    }
+    arguments = [str(names.get(word, word)) for word in command.split()]
+    capsys.readouterr()
+    assert main(arguments) in (1, 2)
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    error = said.splitlines()[-1]
+    assert error.startswith(f"peft-input-tuning {arguments[0]}: ")
+    assert str(tmp_path / "base") in error
+    assert error.isprintable()
+    assert not (tmp_path / "out").exists()
 
 
 def test_inspect_shows_control_characters_of_files_as_escapes(saved, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""Without the extras: every script answers to --help, and says in one line what to install for the rest."""
+"""Without extras and groups: scripts and commands answer to --help, and say in one line what to install."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import json
 import re
 import subprocess
 import sys
-from importlib.metadata import packages_distributions, requires
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+
+from dependency_groups import EXTRAS, GROUPS, PYPROJECT, group
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
@@ -58,12 +60,10 @@ print(json.dumps(answers))
 
 
 def modules_of_extras() -> list[str]:
-    """What is imported of the packages that an installation without extras does not bring."""
-    wanted = [Requirement(line) for line in requires("peft-input-tuning") or []]
-    extras = [
-        r.name for r in wanted if r.marker is not None and "test" not in str(r.marker) and "dev" not in str(r.marker)
-    ]
-    names = {name.replace("-", "_") for name in extras} - {"peft_input_tuning"}
+    """What is imported of the packages that an installation without extras and groups does not bring."""
+    # Of the group `all` lightning alone is tried: what others need of themselves is no matter here.
+    extras = [r.name for name in ("demo", "embeddings", "benchmark") for r in group(name)] + ["lightning"]
+    names = {name.replace("-", "_") for name in extras}
     distributions = packages_distributions()
     names |= {module for module, of in distributions.items() if set(of) & set(extras) and not module.startswith("_")}
     return sorted((names | BROUGHT_BY_EXTRAS) - {"peft_input_tuning"})
@@ -107,7 +107,7 @@ MISSING = [
     ([COMMAND, "inspect", "adapter"], "rich", "inspect"),
     ([COMMAND, "compare", "one", "another"], "rich", "inspect"),
     ([COMMAND, "familiarity", "rows.jsonl", "--model", "model"], "rich", "inspect"),
-    ([COMMAND, "export", "adapter", "plain"], "gguf", "demo"),
+    ([COMMAND, "export", "adapter", "plain"], "gguf", "gguf"),
 ]
 
 
@@ -141,7 +141,9 @@ def test_a_missing_extra_is_named_in_one_line(said, call, module, extra):
     assert code in (1, 2)
     assert "Traceback" not in err
     *_, last = err.splitlines()
-    assert last.endswith(f": {module} is missing. Install it with: pip install 'peft-input-tuning[{extra}]'")
+    of_clone = f"In a clone: pip install --group {extra}"
+    remedy = f"Install it with: pip install 'peft-input-tuning[{extra}]'" if call[0] == COMMAND else of_clone
+    assert last.endswith(f": {module} is missing. {remedy}")
 
 
 def test_every_script_is_tried():
@@ -153,16 +155,14 @@ def test_every_script_is_tried():
     assert tried - {COMMAND} == set(SCRIPTS)
 
 
-def test_the_extra_that_is_named_brings_the_module():
-    """Each `needs(...)` of the code: its modules belong to packages of its extra."""
-    wanted = [Requirement(line) for line in requires("peft-input-tuning") or []]
+def test_the_extra_or_group_that_is_named_brings_the_module():
+    """Each `needs(...)` of the code: its modules belong to packages of its extra, or of an example's group."""
     distributions = packages_distributions()
 
-    def brings(extra: str) -> set[str]:
-        own = [r for r in wanted if r.marker is not None and r.marker.evaluate({"extra": extra})]
-        names = {r.name for r in own} | {r.name for r in wanted if r.marker is None}
-        for inner in (inner for r in own if r.name == "peft-input-tuning" for inner in r.extras):
-            names |= brings(inner)
+    def brings(named: str, is_group: bool) -> set[str]:
+        assert named in (GROUPS if is_group else EXTRAS)
+        own = group(named) if is_group else [Requirement(line) for line in EXTRAS[named]]
+        names = {r.name for r in own} | {Requirement(line).name for line in PYPROJECT["project"]["dependencies"]}
         return names | ({"datasets"} if "evaluate" in names else set())
 
     found = 0
@@ -170,6 +170,7 @@ def test_the_extra_that_is_named_brings_the_module():
         for extra, modules in re.findall(r'\bneeds\("(\w+)", ((?:"\w+"(?:, )?)+)', path.read_text(encoding="utf-8")):
             for module in re.findall(r'"(\w+)"', modules):
                 names = {*distributions.get(module, ()), module.replace("_", "-")}
-                assert names & brings(extra), f"{path.name}: {extra} does not bring {module}"
+                is_group = EXAMPLES in path.parents
+                assert names & brings(extra, is_group), f"{path.name}: {extra} does not bring {module}"
                 found += 1
     assert found > 10

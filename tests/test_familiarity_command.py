@@ -243,7 +243,7 @@ def test_errors_come_before_the_model(tmp_path, monkeypatch, capsys, content, op
     Path("empty").write_bytes(b"\n")
     Path("latin").write_bytes(b"gr\xfcn\n")
     Path("text").write_text("a\n")
-    assert main(["familiarity", "data.jsonl", "--model", "./no-model", *options]) == 2
+    assert main(["familiarity", "data.jsonl", "--model", ".", *options]) == 2  # a folder without a model
     error = capsys.readouterr().err
     assert re.search(message, error), error
     assert len(error.splitlines()) == 1

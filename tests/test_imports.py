@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).parents[1] / "peft_input_tuning"
 # Rooms and files at the top, from what knows least to what knows most. Each may import what stands in lines above its
 # own; a room's files import each other. `__init__` is what `import peft_input_tuning` brings.
 ORDER = (
-    "version tested_versions registration output tied_tables",
+    "version program tested_versions registration output tied_tables",
     "base_weights call_state modules pending_weights prompt_states model_card",
     "config prompt_start merging mixed_rows",
     "layer saved_config",
@@ -27,6 +27,7 @@ ORDER = (
     "model",
     "engines export inspection",
     "lora_form",
+    "api",
     "__init__",
     "familiarity run_comparison training",
     "command_line",

@@ -7,15 +7,22 @@ import sys
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import (
+    PeftModel,
+    PromptTuningConfig,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 
 from adapters import adapted, config
 from device import DEVICE
 from families import ALL, FAMILIES, VOCAB, build
 from oracles import encoder_of, transform
 from parsed_page import Page
-from peft_input_tuning import inspect_adapter
+from peft_input_tuning import from_prompt_tuning, inspect_adapter
 from peft_input_tuning.inspection.page import inspection_page
+from peft_input_tuning.output.words import shown
 from tokenizers_of_families import tokenizer_of
 
 LLAMA = FAMILIES["llama"]
@@ -153,7 +160,7 @@ def test_the_command(tmp_path):
     options = ["--html", str(tmp_path / "page.html"), "--nearest", "2", "--most", "3"]
     done = subprocess.run(command + options, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
-    for part in ("Virtual tokens", "moved most", "num_virtual_tokens", "Wrote "):
+    for part in ("Virtual tokens", "started from", "moved most", "num_virtual_tokens", "Wrote "):
         assert part in done.stdout
     assert "Virtual tokens" in Page((tmp_path / "page.html").read_text(encoding="utf-8")).text
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base", "page.html"]
@@ -162,3 +169,64 @@ def test_the_command(tmp_path):
     assert done.returncode == 2
     assert "--html" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+# ---- where the prompt started ---------------------------------------------------------------------------------------
+
+
+def starts_of(model, name=None):
+    return [token.started_from for token in inspect_adapter(model, adapter_name=name).virtual_tokens]
+
+
+@pytest.mark.parametrize("family", ALL, ids=str)
+def test_how_far_each_virtual_token_moved(family):
+    base = build(family)
+    words = encoder_of(base).get_input_embeddings()
+    model = get_peft_model(base, config(family, num_virtual_tokens=3))
+    found = starts_of(model)
+    assert [start.value for start in found] == pytest.approx([0, 0, 0], abs=1e-6)
+    prompt = model.base_model.layer.input_tuning_prompt["default"]
+    prompt.start_from(prompt() + torch.tensor([[0.0], [0.5], [2.0]], device=DEVICE))
+    e = words(torch.tensor([start.token_id for start in found], device=DEVICE))
+    want = [far * e.shape[1] ** 0.5 / float(row.norm()) for far, row in zip((0, 0.5, 2), e, strict=True)]
+    assert [start.value for start in starts_of(model)] == pytest.approx(want, rel=1e-4, abs=1e-6)
+
+
+def test_the_start_is_saved_and_stays_with_its_weights(tmp_path):
+    own = config(LLAMA)
+    models = [get_peft_model(build(LLAMA), own) for _ in range(2)]  # one object for both
+    first, second = map(starts_of, models)
+    assert first != second
+    assert own.prompt_start is None
+    models[0].save_pretrained(tmp_path)
+    assert starts_of(PeftModel.from_pretrained(build(LLAMA), tmp_path)) == first
+    models[1].load_adapter(tmp_path, "default")  # a run that goes on: the words drawn before do not count any more
+    assert starts_of(models[1]) == first
+    set_peft_model_state_dict(models[1], get_peft_model_state_dict(models[0]))
+    assert starts_of(models[1]) == [None] * 4
+    assert "is not recorded" in inspect_adapter(models[1]).start
+
+
+def test_starts_that_are_no_words(tmp_path):
+    assert starts_of(get_peft_model(build(LLAMA), config(LLAMA, prompt_tuning_init="RANDOM"))) == [None] * 4
+    tuned = get_peft_model(build(LLAMA), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    assert starts_of(from_prompt_tuning(tuned, prompt_tuning_init="SAMPLE_VOCAB")) == [None] * 4
+    model = get_peft_model(build(LLAMA), config(LLAMA))
+    model.base_model.add_weighted_adapter(["default"], [0.5], "sum", "cat")
+    assert starts_of(model, "sum") == [None] * 4
+    for start in ([5, 6, 7], [0, 1, 2, VOCAB], [0, 1, 2, -1]):  # another base's, or somebody's
+        model.base_model.layer.record_start("default", start)
+        assert starts_of(model, "default") == [None] * 4
+    with pytest.raises(ValueError, match="`prompt_start` must be a list of ids, got 'a'"):
+        config(LLAMA, prompt_start="a")
+
+
+def test_the_start_is_shown_on_the_page():
+    model = get_peft_model(build(LLAMA), config(LLAMA))
+    found = inspect_adapter(model, tokenizer_of(LLAMA))
+    text = Page(inspection_page(found)).text
+    assert "started from" in text
+    for token in found.virtual_tokens:
+        assert f"{shown(token.started_from)}{token.started_from.value:.3f}" in text
+    random = adapted(LLAMA, prompt_tuning_init="RANDOM")[0]
+    assert "started from no words" in Page(inspection_page(inspect_adapter(random))).text

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import runpy
 import subprocess
+from importlib import import_module
 from importlib.metadata import metadata, requires, version
 from pathlib import Path
 
@@ -13,11 +15,13 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 import peft_input_tuning
+from dependency_groups import GROUPS, group
+from peft_input_tuning import engines, training
 from peft_input_tuning.tested_versions import NEWEST_TESTED
 
 ROOT = Path(__file__).parent.parent
 NAME = "peft-input-tuning"
-EXTRAS = {"inspect", "metrics", "demo", "embeddings", "benchmark", "test", "dev", "all"}
+EXTRAS = {"inspect", "metrics", "gguf", "embeddings"}
 
 
 def text(path: str) -> str:
@@ -41,13 +45,6 @@ def declared(extra: str = "") -> list[Requirement]:
     if not extra:
         return [r for r in all_of_them if r.marker is None]
     return [r for r in all_of_them if r.marker is not None and r.marker.evaluate({"extra": extra})]
-
-
-def declared_with_extras(extra: str) -> list[Requirement]:
-    """What the metadata asks for: of one extra and of those that it names."""
-    here = declared(extra)
-    others = [name for r in here if r.name == NAME for name in sorted(r.extras)]
-    return [r for r in here if r.name != NAME] + [r for name in others for r in declared_with_extras(name)]
 
 
 def pinned_here(path: str) -> dict[str, str]:
@@ -81,7 +78,7 @@ def test_the_extras():
     said = metadata(NAME)
     assert set(said.get_all("Provides-Extra")) == EXTRAS
     assert said["Requires-Python"] == ">=3.10"
-    assert {r.name for r in declared()} == {"torch", "transformers", "peft", "accelerate"}
+    assert {r.name for r in declared()} == {"torch", "transformers", "peft", "accelerate", "jinja2"}
 
 
 def test_the_licence():
@@ -91,12 +88,13 @@ def test_the_licence():
     assert "The peft_input_tuning authors" in licence
 
 
-@pytest.mark.parametrize("extra", ["", *sorted(EXTRAS)])
-def test_each_dependency_is_pinned_within_its_bounds(extra):
+@pytest.mark.parametrize("wanted", ["", *sorted(EXTRAS), *(f"group {name}" for name in GROUPS if name != "publish")])
+def test_each_dependency_is_pinned_within_its_bounds(wanted):
+    """What a release is built with is the newest there is: its environment has nothing else."""
     pinned: dict[str, list[str]] = {}
     for pin in pins("constraints.txt"):
         pinned.setdefault(canonicalize_name(pin.name), []).append(version_of(pin))
-    needed = [r for r in declared(extra) if r.name != NAME]
+    needed = group(wanted.removeprefix("group ")) if wanted.startswith("group ") else declared(wanted)
     assert needed
     for requirement in needed:
         assert canonicalize_name(requirement.name) in pinned, f"{requirement.name} is not in constraints.txt"
@@ -105,7 +103,7 @@ def test_each_dependency_is_pinned_within_its_bounds(extra):
 
 
 def test_the_lowest_pins_are_the_lower_bounds_of_the_metadata():
-    needed = declared() + declared_with_extras("test")
+    needed = declared() + group("test")
     bounds = {r.name: next(s.version for s in r.specifier if s.operator == ">=") for r in needed}
     bounds.pop("torch")  # constraints-lowest.txt says why
     lowest = pinned_here("constraints-lowest.txt")
@@ -133,6 +131,62 @@ def test_the_readme_names_the_versions_that_were_run():
         versions = f"{title} {low}" if low == high else f"{title} {low} to {high}"
         assert re.search(rf"ran with .*{re.escape(versions)}(?: and|,) ", said), versions
     assert f" torch {newest_pin('torch')} " in said
+
+
+@pytest.mark.parametrize("text_of_it", ["built", "now"])
+def test_the_links_of_the_packages_page_lead_to_files_of_its_release(text_of_it):
+    """A package index has no `docs/` beside the README."""
+    page = (
+        str(metadata(NAME).get_payload())
+        if text_of_it == "built"
+        else runpy.run_path(str(ROOT / "setup.py"))["page"]()
+    )
+    urls = dict(line.split(", ") for line in metadata(NAME).get_all("Project-URL"))
+    links = re.findall(r"\]\(([^)\s]+)\)", page)
+    assert len(links) > 10
+    ours = re.compile(rf"{re.escape(urls['Repository'])}/(blob|raw)/v{re.escape(version(NAME))}/([^#]+)")
+    paths = {match[2]: match[1] for link in links if (match := ours.match(link))}
+    assert {link for link in links if not re.match(r"https?://|#", link)} == set()
+    assert {"LICENSE", "CONTRIBUTING.md"} <= set(paths)
+    for path, kind in paths.items():
+        assert kind == ("raw" if path.endswith(".svg") else "blob"), path
+        if text_of_it == "now":
+            assert (ROOT / path).exists(), path
+
+
+def test_the_address_of_the_project_stands_in_one_file():
+    """So that it is set once, before the first release."""
+    address = dict(line.split(", ") for line in metadata(NAME).get_all("Project-URL"))["Repository"]
+    written = [path for path in repository_files() if path.suffix in {".md", ".toml", ".py", ".cfg", ".cff", ".yml"}]
+    assert [path.name for path in written if address in path.read_text(encoding="utf-8")] == ["pyproject.toml"]
+
+
+def test_the_classifiers_name_the_pythons_that_tests_ran_on():
+    (said,) = re.findall(r"^(Classifiers name .*?)Before others", text("CONTRIBUTING.md"), re.MULTILINE | re.DOTALL)
+    named = re.findall(r"Python :: (3\.\d+)", " ".join(metadata(NAME).get_all("Classifier")))
+    assert named
+    assert set(named) == set(re.findall(r"\b3\.\d+", said))
+
+
+def test_the_citation_is_of_this_version():
+    yaml = pytest.importorskip("yaml")
+    said = yaml.safe_load(text("CITATION.cff"))
+    assert (said["cff-version"], said["type"], said["version"]) == ("1.2.0", "software", version(NAME))
+    assert said["license"] == metadata(NAME)["License-Expression"]
+    assert said["message"]
+    assert said["authors"] == [{"name": metadata(NAME)["Author"]}]
+    assert said["preferred-citation"]["title"] in text("README.md")
+    assert [author["family-names"] for author in said["preferred-citation"]["authors"]][:2] == ["An", "Li"]
+
+
+def test_type_checkers_read_a_users_code_of_all_that_is_public():
+    imported = set(re.findall(r"\b\w+\b", text("tests/consumer.py").split("def ")[0]))
+    for public in (peft_input_tuning, training, engines):
+        assert set(public.__all__) <= imported
+    (check,) = re.findall(r"^check:.*\n((?:\t.*\n)+)", text("Makefile"), re.MULTILINE)
+    assert re.search(r"/mypy .*--strict .*tests/consumer\.py", check)
+    assert "/basedpyright " in check
+    assert 'include = ["tests/consumer.py"]' in text("pyproject.toml")
 
 
 def test_the_types_are_shipped_and_the_tests_are_not():
@@ -190,10 +244,18 @@ def test_no_link_is_broken(path):
         assert not anchor or anchor in anchors(page.read_text(encoding="utf-8")), f"{target}#{anchor}"
 
 
+def test_the_page_of_the_api_has_every_public_name():
+    said = re.findall(r"^::: peft_input_tuning\.([\w.]+)$", text("docs/api.md"), re.MULTILINE)
+    assert {name for name in said if "." not in name} == set(peft_input_tuning.__all__) - {"__version__"}
+    for room in ("training", "engines", "familiarity"):
+        names = import_module(f"peft_input_tuning.{room}").__all__
+        assert {name for name in said if name.startswith(f"{room}.")} == {f"{room}.{name}" for name in names}
+
+
 def test_continuous_integration_runs_the_commands_of_the_readme():
     lines = text(".ci/run").replace("\\\n", "").splitlines()
     commands = [line.split()[1] for line in lines if line.startswith("make ")]
-    assert commands == ["check", "test", "test-newest", "test-slow"]
+    assert commands == ["check", "docs", "test", "test-newest", "test-slow"]
 
 
 def test_runs_on_other_versions_keep_their_outcomes_apart():
@@ -219,5 +281,5 @@ def test_no_file_holds_a_path_of_one_machine():
 
 def test_the_top_level_is_what_it_should_be():
     wanted = {"peft_input_tuning", "examples", "tests", "setup.cfg", "pyproject.toml", "LICENSE", "README.md"}
-    wanted |= {"CHANGELOG.md", "CONTRIBUTING.md", "Makefile", ".ci"}
+    wanted |= {"CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "CITATION.cff", "Makefile", ".ci"}
     assert wanted <= {path.relative_to(ROOT).parts[0] for path in repository_files()}

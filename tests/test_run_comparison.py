@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import math
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -216,10 +217,14 @@ def test_losses_that_are_no_numbers_are_left_out(tmp_path):
     assert scale([run]) == (3, 0.5, 1.0)
 
 
-def test_the_work_needs_the_standard_library_alone():
-    """Of the package it knows what writes pages; neither knows torch."""
-    for path in [*(PACKAGE / "run_comparison").glob("*.py"), PACKAGE / "output" / "html.py"]:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
-            assert {name.split(".")[0] for name in names} <= set(sys.stdlib_module_names), path
+def test_it_answers_without_torch(runs, tmp_path):
+    """In a process in which torch, transformers and PEFT cannot be imported."""
+    for name in ("torch", "transformers", "peft"):
+        (tmp_path / f"{name}.py").write_text(f"raise RuntimeError('{name} was imported')")
+    page = tmp_path / "page.html"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(PACKAGE.parent)])}
+    command = [sys.executable, "-m", "peft_input_tuning", "compare", *map(str, runs), "--html", str(page)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "validation_loss" in done.stdout
+    assert page.is_file()

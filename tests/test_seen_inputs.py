@@ -82,5 +82,5 @@ def test_what_is_missing_is_said(arguments, tmp_path, capsys):
 @pytest.mark.skipif(not (DATA / "overnight").is_dir(), reason=f"the tasks' data is not at {DATA}")
 def test_the_page_has_the_table_of_the_stored_runs(capsys):
     assert seen_inputs.main([str(DATA)]) == 0
-    page = (ROOT / "docs" / "which-method.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "methods-measured.md").read_text(encoding="utf-8")
     assert rows_of(page) == rows_of(capsys.readouterr().out)

@@ -1,6 +1,6 @@
 """The way to a GGUF file, without llama.cpp: the tokenizer that its converter gets, and what is left behind.
 
-`tests/test_engines.py` runs the real converter and the real engine.
+`tests/engines` runs the real converter and the real engine.
 """
 
 from __future__ import annotations

@@ -112,7 +112,7 @@ def test_what_is_missing_is_said(changed, message, runs, tmp_path, capsys):
 @pytest.mark.skipif(not (DATA / "webnlg").is_dir(), reason=f"the tasks' data is not at {DATA}")
 def test_the_page_has_the_table_of_the_stored_runs(capsys):
     assert told_facts.main([str(DATA)]) == 0
-    page = (ROOT / "docs" / "which-method.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "methods-measured.md").read_text(encoding="utf-8")
     section = page.partition("told_facts.py")[2].partition("\n## ")[0]
     printed = {row[0]: row for row in table_of(capsys.readouterr().out)}
     assert {row[0]: row for row in table_of(section)} == printed

@@ -16,14 +16,14 @@ def needs(extra: str, *modules: str) -> None:
     """To be called before any work. Imports nothing, so that it answers at once.
 
     Args:
-        extra: of peft-input-tuning, which brings all of the modules.
+        extra: the dependency group of pyproject.toml that brings all of the modules.
 
     Raises:
         InputError: one is missing; the message says how to install it.
     """
     for module in modules:
         if find_spec(module) is None:
-            raise InputError(f"{module} is missing. Install it with: pip install 'peft-input-tuning[{extra}]'")
+            raise InputError(f"{module} is missing. In a clone: pip install --group {extra}")
 
 
 def exit_status(run: Callable[[], int]) -> int:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rich.columns import Columns
     from rich.table import Table
 
+NEEDS_MODELS = False  # files are read, and torch is not imported
 WIDTH, HEIGHT = 32, 8  # of a curve, in characters
 STYLES = {-1: "", 0: "dim", 1: "bold blue"}  # no curve, training, validation
 
@@ -26,15 +27,18 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add("--html", type=Path, metavar="FILE", help="write it as one HTML page too")
 
 
-def run(arguments: argparse.Namespace) -> int:
+def check(arguments: argparse.Namespace) -> None:
     needs("inspect", "rich")
+    if len(arguments.runs) < 2:
+        raise ValueError("RUN: one run was given. Name two or more.")
+    check_file_to_write("--html", arguments.html)
+
+
+def run(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
     from ..run_comparison.page import comparison_page
 
-    if len(arguments.runs) < 2:
-        raise ValueError("RUN: one run was given. Name two or more.")
-    check_file_to_write("--html", arguments.html)
     runs = read_runs(arguments.runs)
     console = Console()
     for part in _parts(runs):

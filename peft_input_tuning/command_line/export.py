@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from ..output.folders import check_folder_to_write
-from .load import DTYPES, add_adapter, load_adapter
+from .load import DTYPES, add_adapter, check_adapter_and_base, load_adapter
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -15,13 +15,17 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--no-tokenizer", action="store_true", help="write no tokenizer")
 
 
+def check(arguments: argparse.Namespace) -> None:
+    check_folder_to_write("OUTPUT", arguments.output)
+    check_adapter_and_base(arguments)
+
+
 def run(arguments: argparse.Namespace) -> int:
     import torch
     from tqdm.auto import tqdm
 
     from ..export.export import export_model
 
-    check_folder_to_write("OUTPUT", arguments.output)
     model, tokenizer = load_adapter(arguments)
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
     with tqdm(desc="Folding the table", unit=" rows") as bar:

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from ..output.files import check_file_to_write, unfinished
 from .extras import needs
 from .gguf import dense_weights, gguf_arguments
-from .load import DTYPES
+from .load import DTYPES, readable
+from .sources import check_source
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -56,16 +57,21 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add("--dtype", choices=DTYPES, help="of the model (default: the one it was saved in)")
 
 
-def run(arguments: argparse.Namespace) -> int:
+def check(arguments: argparse.Namespace) -> None:
     needs("inspect", "rich")
+    arguments.total = _checked(arguments)
+    check_source("--model", arguments.model)
+
+
+def run(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
+    from ..familiarity.advice import advice
     from ..familiarity.measure import familiarity
     from ..familiarity.page import familiarity_page
 
-    total = _checked(arguments)
     model, tokenizer, counts = _load(arguments)
-    with _bar("Reading inputs", " inputs", total) as bar:
+    with _bar("Reading inputs", " inputs", arguments.total) as bar:
         found = familiarity(
             inputs(arguments.data, arguments.field, arguments.limit),
             model,
@@ -89,6 +95,7 @@ def run(arguments: argparse.Namespace) -> int:
     for path in (arguments.save_counts, arguments.html):
         if path is not None:
             print(f"Wrote {path}")
+    print(advice(found.inputs, found.prose))
     return 0
 
 
@@ -172,19 +179,22 @@ def _load(arguments: argparse.Namespace) -> tuple[Any, PreTrainedTokenizerBase, 
 
     more = gguf_arguments(arguments.model, arguments.gguf_file)
     if not arguments.no_weights:
-        config = AutoConfig.from_pretrained(arguments.model, **more)
+        with readable(f"model {arguments.model}"):
+            config = AutoConfig.from_pretrained(arguments.model, **more)
         if config.is_encoder_decoder:
             raise ValueError(
                 f"--model: {arguments.model!r} is an encoder-decoder model ({config.model_type}) and predicts no "
                 "inputs. Pass --no-weights, and --corpus or --counts, for what can be said without its weights."
             )
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model, **more)
+    with readable(f"tokenizer of {arguments.model}"):
+        tokenizer = AutoTokenizer.from_pretrained(arguments.model, **more)
     counts = _counts(arguments, tokenizer)  # first, since the weights take longer than an error in the corpus
     if arguments.no_weights:
         return None, tokenizer, counts
     dtype, dense = arguments.dtype or "auto", dense_weights(more.get("gguf_file"))
-    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype, **{**more, **dense})
+    with readable(f"model {arguments.model}"):
+        model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype, **{**more, **dense})
     return model.to(device), tokenizer, counts
 
 

@@ -25,7 +25,7 @@ def gguf_arguments(base: str, gguf_file: str | None = None) -> dict[str, str]:
         if len(files) != 1:
             return {}
         gguf_file = files[0].name
-    needs("demo", "gguf")
+    needs("gguf", "gguf")
     return {"gguf_file": gguf_file}
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from ..output.folders import check_folder_to_write
 from .gguf import dense_weights, gguf_arguments
 from .load import DTYPES, readable
+from .sources import check_source
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -23,12 +24,16 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--gguf-file", help="the base model's file, if its folder has several GGUF files")
 
 
+def check(arguments: argparse.Namespace) -> None:
+    check_folder_to_write("OUTPUT", arguments.output)
+    check_source("BASE", arguments.base)
+
+
 def run(arguments: argparse.Namespace) -> int:
     import transformers
 
     from ..lora_form import grow_base
 
-    check_folder_to_write("OUTPUT", arguments.output)
     more: dict[str, Any] = gguf_arguments(arguments.base, arguments.gguf_file)
     with readable(f"base model {arguments.base}"):
         config = transformers.AutoConfig.from_pretrained(arguments.base, **more)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..output.files import check_file_to_write, unfinished
 from .extras import needs
-from .load import add_adapter, load_adapter
+from .load import add_adapter, check_adapter_and_base, load_adapter
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -25,8 +25,13 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--no-tokenizer", action="store_true", help="show ids instead of words")
 
 
-def run(arguments: argparse.Namespace) -> int:
+def check(arguments: argparse.Namespace) -> None:
     needs("inspect", "rich")
+    check_file_to_write("--html", arguments.html)
+    check_adapter_and_base(arguments)
+
+
+def run(arguments: argparse.Namespace) -> int:
     from rich.console import Console
     from tqdm.auto import tqdm
 
@@ -34,7 +39,6 @@ def run(arguments: argparse.Namespace) -> int:
     from ..inspection.page import inspection_page
 
     page: Path | None = arguments.html
-    check_file_to_write("--html", page)
     model, tokenizer = load_adapter(arguments)
     with tqdm(desc="Reading the table", unit=" rows", leave=False) as bar:
 
@@ -77,10 +81,13 @@ def _tables(found: AdapterInspection) -> Iterator[Table]:
         about.add_row("shift of words", f"{low:.3f} to {high:.3f}, median {middle:.3f}")
     yield about
     if found.virtual_tokens:
-        tokens = Table("", "length", "nearest words, cosine", title="Virtual tokens")
+        starts = ("started from", "moved") if any(token.started_from for token in found.virtual_tokens) else ()
+        tokens = Table("", *starts, "length", "nearest words, cosine", title="Virtual tokens", caption=found.start)
         for i, token in enumerate(found.virtual_tokens):
             near = ", ".join(f"{escape(shown(word))} {word.value:.2f}" for word in token.nearest)
-            tokens.add_row(str(i), f"{token.norm:.3f}", near)
+            start = token.started_from
+            started = () if start is None else (escape(shown(start)), f"{start.value:.3f}")
+            tokens.add_row(str(i), *started, f"{token.norm:.3f}", near)
         yield tokens
     if found.moved_most:
         moved = Table("moved most", "shift", "moved least", "shift", title="What the input-adapter moves")

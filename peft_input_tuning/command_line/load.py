@@ -7,10 +7,10 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 from .gguf import dense_weights, gguf_arguments
+from .sources import check_adapter, check_source
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -31,6 +31,17 @@ def add_adapter(command: argparse.ArgumentParser) -> None:
     command.add_argument("--gguf-file", help="the base model's file, if its folder has several GGUF files")
 
 
+def check_adapter_and_base(arguments: argparse.Namespace) -> None:
+    """Checks what can be said of an adapter's and a base model's names before anything is loaded.
+
+    Raises:
+        ValueError: a folder that is not there, or no adapter's.
+    """
+    check_adapter(arguments.adapter)
+    if arguments.base:
+        check_source("--base", arguments.base)
+
+
 @contextmanager
 def readable(what: str) -> Iterator[None]:
     """Turns what a broken file makes libraries raise into an error that names it."""
@@ -44,7 +55,9 @@ def readable(what: str) -> Iterator[None]:
         raise ValueError(
             f"{what} cannot be read: its weights are cut off, or no safetensors file ({error}). Get the file again."
         ) from error
-    except (KeyError, TypeError, AttributeError, UnpicklingError) as error:
+    except (ValueError, OSError, RuntimeError, ImportError):  # which say what is wrong
+        raise
+    except Exception as error:  # what a wrong type or a missing field ends in, somewhere in a library
         raise ValueError(f"{what} cannot be read: {type(error).__name__}: {error}. Get its files again.") from error
 
 
@@ -93,6 +106,8 @@ def load_adapter(arguments: argparse.Namespace) -> tuple[PeftModel, PreTrainedTo
         raise ValueError(f"{arguments.adapter} does not name its base model. Pass it with --base.")
     if not isinstance(base_name, str):
         raise ValueError(f"{arguments.adapter} names {base_name!r} as its base model. Pass its name with --base.")
+    if not arguments.base:
+        check_source(f"base model of {arguments.adapter} (--base names another)", base_name)
     auto_mapping: dict[str, Any] = config.auto_mapping or {}
     suffix = task_suffix(config)
     name = f"AutoModel{suffix}" if suffix else auto_mapping.get("base_model_class") or ""

@@ -2,16 +2,18 @@
 `grow-base BASE OUTPUT`, `inspect ADAPTER`, `familiarity DATA.jsonl --model MODEL`, `compare RUN RUN ...` and
 `run PROGRAM ...`.
 
-Imports that only one command needs stand inside of its `run`.
+Each command is a file with `add_arguments`; `check`, which says what is wrong with the arguments; and `run`. Torch,
+transformers and PEFT are imported after `check`, so these imports stand inside of functions.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 from ..output.words import printable
+from ..program import PROGRAM
 from ..version import __version__
 from . import compare, export, familiarity, grow_base, inspect, run, to_lora
 
@@ -61,23 +63,54 @@ COMMANDS: dict[str, tuple[Any, str, str]] = {  # module, help, description
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command; returns the exit status: 0 done, 1 failed, 2 unusable arguments."""
+    """Runs one command; returns the exit status: 0 done, 1 failed, 2 unusable arguments, 130 interrupted.
+
+    An error is one line. `python -X dev -m peft_input_tuning ...` shows where it comes from.
+    """
     argv = sys.argv[1:] if argv is None else argv
     runs = argv[:1] == ["run"]  # what follows the name of a program is not ours to parse
     arguments = _parser().parse_args(argv[:2] if runs else argv)
+    command = COMMANDS[arguments.command][0]
     try:
         if not runs:
-            return COMMANDS[arguments.command][0].run(arguments)
+            command.check(arguments)
+            if getattr(command, "NEEDS_MODELS", True):
+                _register()
+            return command.run(arguments)
+        _register()
         program = run.prepared(arguments.program, argv[2:])
-    except (ValueError, OSError, RuntimeError) as error:
-        said = printable(" ".join(str(error).split()))  # libraries' messages have several lines
-        print(f"peft-input-tuning {arguments.command}: {said}", file=sys.stderr)
-        return 2 if isinstance(error, ValueError | OSError) else 1
+    except KeyboardInterrupt:
+        return _failed(arguments.command, "interrupted", 130)
+    except Exception as error:  # of whatever library: a traceback is no answer to a user
+        if sys.flags.dev_mode or (runs and isinstance(error, ImportError)):  # which is the program's own
+            raise
+        expected = isinstance(error, ValueError | OSError | RuntimeError | ImportError)
+        said = str(error) if expected else f"{type(error).__name__}: {error}"
+        return _failed(arguments.command, said, 2 if isinstance(error, ValueError | OSError) else 1)
     return program()  # its errors are its own
 
 
+def _register() -> None:
+    from ..api import register_method  # and with it torch, transformers and PEFT
+
+    register_method()
+
+
+def _failed(command: str, message: str, status: int) -> int:
+    said = printable(" ".join(message.split()))  # libraries' messages have several lines
+    print(f"{PROGRAM} {command}: {said}", file=sys.stderr)
+    return status
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, without the usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, printable(f"{self.prog}: {message}. See {self.prog} --help.") + "\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="peft-input-tuning", description="Tools around input-tuning adapters.")
+    parser = _Parser(prog=PROGRAM, description="Tools around input-tuning adapters.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, (module, summary, description) in COMMANDS.items():

@@ -18,8 +18,6 @@ from importlib.machinery import ModuleSpec, SourceFileLoader
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from multiprocessing import process
 
-from ..registration import register
-
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
@@ -99,4 +97,6 @@ def _tell_children() -> None:
     A process inherits its parent's `_config` (private, seen in Python 3.10 to 3.13), before it gets what it is to
     call. A function of this package in there imports the package, since it is pickled by its name.
     """
+    from ..registration import register
+
     process.current_process()._config["peft_input_tuning"] = register  # type: ignore[attr-defined]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..output.folders import check_folder_to_write
-from .load import DTYPES, add_adapter, load_adapter
+from .load import DTYPES, add_adapter, check_adapter_and_base, load_adapter
 
 if TYPE_CHECKING:
     from ..lora_form import LoraReport
@@ -30,15 +30,19 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--no-tokenizer", action="store_true", help="write no tokenizer; needs --virtual-token-ids")
 
 
+def check(arguments: argparse.Namespace) -> None:
+    check_folder_to_write("OUTPUT", arguments.output)
+    _ids(arguments.virtual_token_ids)
+    _lines(arguments.text)
+    check_adapter_and_base(arguments)
+
+
 def run(arguments: argparse.Namespace) -> int:
     import torch
     from tqdm.auto import tqdm
 
     from ..lora_form import save_as_lora
 
-    check_folder_to_write("OUTPUT", arguments.output)
-    ids = _ids(arguments.virtual_token_ids)
-    lines = None if arguments.text is None else arguments.text.read_text(encoding="utf-8").splitlines()
     model, tokenizer = load_adapter(arguments)
     with tqdm(desc="Reading the table", unit=" rows") as bar:
 
@@ -50,10 +54,10 @@ def run(arguments: argparse.Namespace) -> int:
             model,
             arguments.output,
             tokenizer=tokenizer,
-            virtual_token_ids=ids,
+            virtual_token_ids=_ids(arguments.virtual_token_ids),
             max_rank=arguments.max_rank,
             rank=arguments.rank,
-            text=lines,
+            text=_lines(arguments.text),
             dtype=getattr(torch, arguments.dtype) if arguments.dtype else None,
             before_writing=_say_errors,
             progress=progress,
@@ -91,3 +95,14 @@ def _ids(named: str | None) -> list[int] | None:
         return [int(one) for one in named.split(",")]
     except ValueError:
         raise ValueError(f"--virtual-token-ids: {named!r} is no list of ids. Write them as 7,8,9.") from None
+
+
+def _lines(path: Path | None) -> list[str] | None:
+    if path is None:
+        return None
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--text: {str(path)!r} is not UTF-8 ({error.reason}). Save the file as UTF-8.") from None
+    except OSError as error:
+        raise ValueError(f"--text: {str(path)!r} cannot be read ({error.strerror}). Name another file.") from None

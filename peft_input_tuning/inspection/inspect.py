@@ -43,10 +43,13 @@ class VirtualToken:
     Args:
         norm: its length.
         nearest: words of the base model's table by cosine, the nearest first.
+        started_from: the word that it started from, whose value is how far it has moved from there, |p − e| / |e|;
+            None where that is not known.
     """
 
     norm: float
     nearest: tuple[Word, ...]
+    started_from: Word | None = None
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,18 @@ class AdapterInspection:
     moved_least: tuple[Word, ...]
     shift_quantiles: tuple[float, ...]
     shifts: tuple[float, ...]
+
+    @property
+    def start(self) -> str:
+        """In words, where the virtual tokens started."""
+        if any(token.started_from for token in self.virtual_tokens):
+            return (
+                "Each virtual token started from a word of the vocabulary. How far it has moved is given in lengths "
+                "of its embedding."
+            )
+        if self.facts["prompt_tuning_init"] == "RANDOM":
+            return "The virtual tokens started from no words."
+        return "Which words the virtual tokens started from is not recorded with this adapter."
 
 
 @torch.no_grad()
@@ -162,8 +177,8 @@ def inspect_adapter(
             if "prompt" not in key
         },
         virtual_tokens=tuple(
-            VirtualToken(float(row.norm()), listed(line.topk(min(nearest, len(words))).indices, line))
-            for row, line in zip(prompt, near, strict=True)
+            VirtualToken(float(row.norm()), listed(line.topk(min(nearest, len(words))).indices, line), start)
+            for row, line, start in zip(prompt, near, _starts(layer, name, prompt, tokenizer), strict=True)
         ),
         prompt_cosines=tuple(tuple(line) for line in (directions @ directions.T).tolist()),
         moved_most=listed(by_shift.flip(0)[:most], shift),
@@ -186,6 +201,20 @@ def _blocks(
             yield e.cpu(), transform(e).cpu()
             if progress is not None:
                 progress(start + len(ids), len(words))
+
+
+def _starts(
+    layer: InputTuningLayer, name: str, prompt: Tensor, tokenizer: PreTrainedTokenizerBase | None
+) -> list[Word | None]:
+    """The word that each row of the prompt started from, with how far it has moved from there."""
+    words = layer.prompt_start.get(name)
+    # As a file has it, which may come from anywhere.
+    if words is None or len(words) != len(prompt) or not all(0 <= word < layer.num_embeddings for word in words):
+        return [None] * len(prompt)
+    with gather_params_ctx(layer.base_layer.parameters()):
+        e = layer.unadapted(torch.tensor(words, device=layer.embed_scale.device)).float().cpu()
+    moved = (prompt - e).norm(dim=1) / e.norm(dim=1)
+    return [word_of(word, float(far), tokenizer) for word, far in zip(words, moved, strict=True)]
 
 
 def _sizes(model: nn.Module, layer: InputTuningLayer, name: str) -> Sizes:

@@ -2,79 +2,73 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from html import escape
+from markupsafe import Markup
 
-from ..output.html import html_page, table
-from ..output.words import shown
-from .inspect import AdapterInspection
+from ..output.html import BarPlot, bars_of, code, render
+from ..output.words import Word, shown
+from .inspect import AdapterInspection, VirtualToken
 
 BINS = 40
-WIDTH, HEIGHT = 640, 180
+LEAD = "What this adapter has learned: which words its virtual tokens are near to, and which its input-adapter moves."
 
 
 def inspection_page(inspection: AdapterInspection) -> str:
-    """The page, as HTML. Words of the vocabulary are escaped."""
-    sections = [_facts(inspection), _sizes(inspection)]
-    if inspection.virtual_tokens:
-        sections += [_virtual_tokens(inspection), _cosines(inspection)]
-    if inspection.shift_quantiles:
-        sections.append(_shifts(inspection))
-    return html_page(f"Input-tuning adapter {inspection.adapter_name}", sections)
+    """The page, as HTML. Whatever comes from the adapter or its vocabulary is escaped."""
+    starts = any(token.started_from for token in inspection.virtual_tokens)
+    return render(
+        "inspection",
+        f"Input-tuning adapter {inspection.adapter_name}",
+        LEAD,
+        found=inspection,
+        start=inspection.start,
+        starts=starts,
+        tokens=[_virtual_token(i, token, starts) for i, token in enumerate(inspection.virtual_tokens)],
+        lengths=_lengths(inspection),
+        shifts=_shifts(inspection),
+        moved=[
+            (code(shown(most)), f"{most.value:.3f}", code(shown(least)), f"{least.value:.3f}")
+            for most, least in zip(inspection.moved_most, inspection.moved_least, strict=True)
+        ],
+        sizes=_sizes(inspection),
+        facts=[
+            ("base model", str(inspection.base_model)),
+            *((code(key), str(value)) for key, value in inspection.facts.items()),
+        ],
+        **_cosines(inspection),
+    )
 
 
-def _facts(inspection: AdapterInspection) -> str:
-    rows = [("base model", escape(str(inspection.base_model)))]
-    rows += [(f"<code>{escape(key)}</code>", escape(str(value))) for key, value in inspection.facts.items()]
-    return "<h2>Configuration</h2>" + table(("", ""), rows)
+def _virtual_token(number: int, token: VirtualToken, starts: bool) -> list[str]:
+    def near(word: Word) -> Markup:
+        return Markup("{} {}").format(code(shown(word)), f"{word.value:.2f}")
+
+    start = token.started_from
+    started = [] if not starts or start is None else [code(shown(start)), f"{start.value:.3f}"]
+    return [str(number), *started, f"{token.norm:.3f}", Markup(", ").join(map(near, token.nearest))]
 
 
-def _sizes(inspection: AdapterInspection) -> str:
+def _sizes(inspection: AdapterInspection) -> list[tuple[str, str]]:
     sizes = inspection.sizes
-    rows = [
+    return [
         ("soft prompt", f"{sizes.prompt:,}"),
         ("input-adapter", f"{sizes.input_adapter:,}"),
         ("other trained modules", f"{sizes.other:,}"),
         ("base model, frozen", f"{sizes.base_model:,}"),
         ("share of the adapter", f"{sizes.share:.3%}"),
+        *((Markup("length of {}").format(code(key)), f"{norm:.3f}") for key, norm in inspection.weight_norms.items()),
     ]
-    norms = [(f"length of <code>{escape(key)}</code>", f"{norm:.3f}") for key, norm in inspection.weight_norms.items()]
-    return "<h2>Parameters</h2>" + table(("", ""), [*rows, *norms])
 
 
-def _virtual_tokens(inspection: AdapterInspection) -> str:
-    rows = [
-        (
-            str(i),
-            f"{token.norm:.3f}",
-            ", ".join(f"<code>{escape(shown(w))}</code> {w.value:.2f}" for w in token.nearest),
-        )
-        for i, token in enumerate(inspection.virtual_tokens)
-    ]
-    low, _, middle, _, high = inspection.embedding_norms
-    bars = _bars([token.norm for token in inspection.virtual_tokens], "virtual token", "length")
-    return (
-        "<h2>Virtual tokens</h2>"
-        + bars
-        + f"<p>Words of the base model have lengths from {low:.3f} to {high:.3f}, {middle:.3f} in the middle.</p>"
-        + table(("", "length", "nearest words, cosine"), rows)
-    )
-
-
-def _cosines(inspection: AdapterInspection) -> str:
+def _cosines(inspection: AdapterInspection) -> dict[str, object]:
+    """The squares of the picture, and how long its side is, in pixels."""
     lines, count = inspection.prompt_cosines, len(inspection.prompt_cosines)
-    cell = max(2, min(24, 480 // count))
-    squares = "".join(
-        f'<rect x="{x * cell}" y="{y * cell}" width="{cell}" height="{cell}" fill="{_colour(value)}">'
-        f"<title>{y}, {x}: {value:.2f}</title></rect>"
+    cell = max(2, min(24, 480 // max(count, 1)))
+    squares = [
+        {"x": x * cell, "y": y * cell, "cell": cell, "colour": _colour(value), "title": f"{y}, {x}: {value:.2f}"}
         for y, line in enumerate(lines)
         for x, value in enumerate(line)
-    )
-    side = count * cell
-    return (
-        "<h2>Cosines between virtual tokens</h2><p>Blue is alike, white is unrelated, red is opposite.</p>"
-        f'<svg viewBox="0 0 {side} {side}" width="{side}" role="img" aria-label="cosines">{squares}</svg>'
-    )
+    ]
+    return {"side": count * cell, "squares": squares}
 
 
 def _colour(cosine: float) -> str:
@@ -82,36 +76,19 @@ def _colour(cosine: float) -> str:
     return f"rgb({faded},{faded},255)" if cosine >= 0 else f"rgb(255,{faded},{faded})"
 
 
-def _shifts(inspection: AdapterInspection) -> str:
-    low, _, middle, _, high = inspection.shift_quantiles
+def _lengths(inspection: AdapterInspection) -> BarPlot | None:
+    norms = [token.norm for token in inspection.virtual_tokens]
+    return bars_of(norms, "virtual token", "length") if norms else None
+
+
+def _shifts(inspection: AdapterInspection) -> BarPlot | None:
+    """Words by their shift; None without an input-adapter."""
+    if not inspection.shift_quantiles:
+        return None
+    low, high = inspection.shift_quantiles[0], inspection.shift_quantiles[-1]
     width = (high - low) / BINS or 1.0
     counts = [0] * BINS
     for shift in inspection.shifts:
         if low <= shift <= high:
             counts[min(int((shift - low) / width), BINS - 1)] += 1
-    bars = _bars(counts, f"shift, from {low:.3f} to {high:.3f}", "words")
-    pairs = zip(inspection.moved_most, inspection.moved_least, strict=True)
-    rows = [
-        tuple(part for word in pair for part in (f"<code>{escape(shown(word))}</code>", f"{word.value:.3f}"))
-        for pair in pairs
-    ]
-    return (
-        "<h2>What the input-adapter moves</h2><p>The shift of a word is |T(e) − e| / |e|, the length of what the "
-        f"adapter adds over the length of the embedding; {middle:.3f} in the middle.</p>"
-        + bars
-        + table(("moved most", "shift", "moved least", "shift"), rows)
-    )
-
-
-def _bars(values: Sequence[float], across: str, up: str) -> str:
-    highest, step = max(values) or 1.0, WIDTH / len(values)
-    bars = "".join(
-        f'<rect class="bar" x="{i * step:.1f}" y="{HEIGHT - value / highest * HEIGHT:.1f}" width="{step * 0.9:.1f}" '
-        f'height="{value / highest * HEIGHT:.1f}"><title>{value:g}</title></rect>'
-        for i, value in enumerate(values)
-    )
-    return (
-        f'<svg viewBox="0 -18 {WIDTH} {HEIGHT + 38}" width="{WIDTH}" role="img" aria-label="{escape(up)} by '
-        f'{escape(across)}"><text x="0" y="-5">{escape(up)}, up to {highest:g}</text>{bars}'
-        f'<text x="{WIDTH}" y="{HEIGHT + 15}" text-anchor="end">{escape(across)}</text></svg>'
-    )
+    return bars_of(counts, f"shift, from {low:.3f} to {high:.3f}", "words")

@@ -55,9 +55,9 @@ def from_lora(base: nn.Module, lora: str | Path, adapter_name: str = "default") 
 def write_origin(folder: Path, model: nn.Module, adapter_name: str, lora_file: Path) -> None:
     """Writes the adapter itself into `folder`, and which LoRA file is made of it."""
     folder.mkdir()
+    state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     config = copy.deepcopy(model.peft_config[adapter_name])
     config.inference_mode = True
-    state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     state = {f"{PEFT_PREFIX}{key.removeprefix(PEFT_PREFIX)}": value.cpu().clone() for key, value in state.items()}
     save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     (folder / ORIGIN_FILE).write_text(json.dumps({"sha256": _sha256(lora_file)}), encoding="utf-8")

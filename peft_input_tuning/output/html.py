@@ -1,32 +1,92 @@
-"""What the HTML pages share: a page that needs nothing but itself (no script, style sheet or network), and tables."""
+"""What the HTML pages share: templates that escape what they are given, and plots of bars.
+
+A page needs nothing but itself: no script, style sheet or network. `templates/` has the pages.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from html import escape
+from dataclasses import dataclass, field
+from typing import Any
 
-_STYLE = """
-:root { color-scheme: light dark; --bar: #4878cf; --text: #222; --page: #fff; --line: #ccc }
-@media (prefers-color-scheme: dark) { :root { --bar: #7aa2f7; --text: #ddd; --page: #16161e; --line: #444 } }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
-       color: var(--text); background: var(--page) }
-table { border-collapse: collapse; margin: 1rem 0 } td, th { padding: .2rem .8rem; text-align: left;
-       border-bottom: 1px solid var(--line) }
-code { white-space: pre-wrap; overflow-wrap: anywhere } svg { max-width: 100%; height: auto; fill: var(--text) }
-.bar { fill: var(--bar) } text { font: 12px system-ui, sans-serif }
-"""
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+_TEMPLATES = Environment(
+    loader=PackageLoader("peft_input_tuning", "output/templates"),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    keep_trailing_newline=True,
+)
+WIDTH, HEIGHT = 640, 180
 
 
-def html_page(title: str, sections: Iterable[str], style: str = "") -> str:
-    """A whole page. The title is escaped; sections are HTML; `style` is added to the style of all pages."""
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
-        f'<meta name="viewport" content="width=device-width"><style>{_STYLE}{style}</style></head>\n'
-        f"<body><h1>{escape(title)}</h1>\n" + "\n".join(sections) + "\n</body></html>\n"
-    )
+@dataclass(frozen=True)
+class Bar:
+    """One bar: where it begins, how wide and high it is, in pixels, and what it says when it is pointed at."""
+
+    x: float
+    width: float
+    height: float
+    title: str
+    css: str = "bar"
+
+
+@dataclass(frozen=True)
+class BarPlot:
+    """Bars in one picture.
+
+    Args:
+        across: name of what goes from left to right.
+        up: name of what goes up.
+        bars: the bars.
+        marks: figures below them: place in pixels, text.
+        legend: kinds of bars: class, name.
+        width, height: of the picture, in pixels.
+    """
+
+    across: str
+    up: str
+    bars: Sequence[Bar]
+    marks: Sequence[tuple[float, str]] = ()
+    legend: Sequence[tuple[str, str]] = ()
+    width: int = field(default=WIDTH, init=False)
+    height: int = field(default=HEIGHT, init=False)
+
+
+def bars_of(values: Sequence[float], across: str, up: str) -> BarPlot:
+    """A plot with one bar for each value."""
+    highest, step = max(values) or 1.0, WIDTH / len(values)
+    bars = [Bar(i * step, step * 0.9, value / highest * HEIGHT, f"{value:g}") for i, value in enumerate(values)]
+    return BarPlot(across, f"{up}, up to {highest:g}", bars)
+
+
+def render(template: str, title: str, lead: str, **values: Any) -> str:
+    """A page from one of the templates; whatever is no `Markup` is escaped.
+
+    Args:
+        template: its name, without `.html.jinja`.
+        title: what stands on top.
+        lead: one sentence that says what is seen.
+        **values: what the template asks for.
+    """
+    values = {"style": "", "sections": (), **values}
+    return _TEMPLATES.get_template(f"{template}.html.jinja").render(title=title, lead=lead, **values)
+
+
+def html_page(title: str, sections: Iterable[str], style: str = "", lead: str = "") -> str:
+    """A whole page. Title and lead are escaped; sections are HTML; `style` is added to the style of all pages."""
+    return render("page", title, lead, sections=map(Markup, sections), style=Markup(style))
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table; head and cells are HTML."""
-    cells = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>\n" for row in rows)
-    return "<table><tr>" + "".join(f"<th>{name}</th>" for name in head) + f"</tr>\n{cells}</table>"
+    parts: Any = _TEMPLATES.get_template("parts.html.jinja").module
+    return str(parts.table([Markup(name) for name in head], [[Markup(cell) for cell in row] for row in rows]))
+
+
+def code(text: str) -> Markup:
+    """A text as code, escaped."""
+    return Markup("<code>{}</code>").format(text)

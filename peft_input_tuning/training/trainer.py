@@ -47,8 +47,9 @@ class ManyAdapters:
     accelerator: Any
     data_collator: Any
     train_dataset: Any
-    _signature_columns: list[str]
-    loss_is_scaled_for_ga = True  # of Trainer: `compute_loss` divides by the labels of all accumulated batches
+    _signature_columns: Any
+    # Trainer's too: `compute_loss` divides by the labels of all accumulated batches.
+    loss_is_scaled_for_ga: bool | None = True
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -100,7 +101,7 @@ class ManyAdapters:
         model: nn.Module,
         inputs: dict[str, Any],
         return_outputs: bool = False,
-        num_items_in_batch: Tensor | None = None,
+        num_items_in_batch: Any = None,  # `get_batch_samples` counts: a Tensor; Trainer's own type has an int too
     ) -> Any:
         """The sum of the adapters' losses; in evaluation the mean over those in the batch."""
         if not self.model.training:

@@ -23,13 +23,15 @@ import torch
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from input_tuning_examples.packaged_model import find_packaged_model
 from input_tuning_examples.task_data import Example, read_json_lines
-from input_tuning_examples.train_and_generate import encode_rows, encode_source, pad_rows
-from peft_input_tuning import InputTuningConfig, create_input_tuning_optimizer, export_model
+from input_tuning_examples.train_and_generate import encode_source
+from peft_input_tuning import InputTuningConfig, export_model
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from trained import packaged, train
 
 NEW = 24
-STEPS, BATCH = 40, 4
+STEPS = 40
 PLAIN, CHATS = 30, 20  # prompts of each adapter
 CLEAR = 1e-3  # a prompt is left out if two words are closer anywhere: rounding would decide
 ADAPTERS = {
@@ -41,31 +43,24 @@ BASE = "__base__"
 
 
 def write_base(folder: Path) -> None:
-    source, file = find_packaged_model()
-    packaged = AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.float32)
-    config = copy.deepcopy(packaged.config)
+    """As a plain folder: vLLM does not read the package's GGUF file."""
+    model, tokenizer = packaged()
+    config = copy.deepcopy(model.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    plain.load_state_dict(packaged.state_dict())
+    plain.load_state_dict(model.state_dict())
     plain.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(source, gguf_file=file).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
-def train(base: Path, tokenizer: PreTrainedTokenizerBase, rows: list[Example], folder: Path, **settings) -> None:
+def train_adapter(
+    base: Path, tokenizer: PreTrainedTokenizerBase, rows: list[Example], folder: Path, **settings
+) -> None:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     model = get_peft_model(model, InputTuningConfig(task_type="CAUSAL_LM", **settings))
-    optimizer = create_input_tuning_optimizer(model, torch.optim.AdamW, lr=3e-3, prompt_lr=3e-2)
-    encoded = encode_rows(tokenizer, random.Random(0).sample(rows, STEPS * BATCH))
-    model.train()
-    for step in range(STEPS):
-        batch = pad_rows(encoded[step * BATCH : (step + 1) * BATCH])
-        loss = model(**batch).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    print(folder.name, "loss", float(loss), flush=True)
+    print(folder.name, "loss", train(model, tokenizer, rows, STEPS), flush=True)
     model.save_pretrained(folder)
 
 
@@ -108,7 +103,7 @@ def main(folder: Path, data: Path) -> None:
         for task in ("e2e", "overnight")
     }
     for name, (task, settings) in ADAPTERS.items():
-        train(folder / "base", tokenizer, tasks[task][0], folder / name, **settings)
+        train_adapter(folder / "base", tokenizer, tasks[task][0], folder / name, **settings)
     rows = []
     base = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
     model = PeftModel.from_pretrained(base, folder / "e2e", adapter_name="e2e")

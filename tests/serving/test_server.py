@@ -21,6 +21,7 @@ from prepare import BASE, NEW
 pytestmark = pytest.mark.vllm
 openai = pytest.importorskip("openai")
 SOAK = int(os.environ.get("SOAK_REQUESTS", "1000"))
+CHANGES = 40
 
 
 class Server:
@@ -202,7 +203,7 @@ def memory_of(process) -> int:
 
 
 def test_soak(server, client, rows, prepared):
-    """Adapters come and go under load: nothing wrong, nothing lost, memory flat.
+    """Adapters come and go under load: nothing wrong, nothing lost.
 
     One is unloaded when its own requests are done. vLLM 0.32 tells adapters of a batch apart by name, so that its
     engine stops if requests for two of one name, from before and after, meet in it.
@@ -213,7 +214,7 @@ def test_soak(server, client, rows, prepared):
     loaded, lock, changes = set(names), threading.Lock(), 0
     for name in names:
         assert server.load(name, prepared / folder[name])[0] == 200
-    done, wrong, memory, under_way = 0, [], [], dict.fromkeys([*names, BASE], 0)
+    done, wrong, under_way = 0, [], dict.fromkeys([*names, BASE], 0)
 
     def work(number: int) -> None:
         nonlocal done
@@ -228,8 +229,6 @@ def test_soak(server, client, rows, prepared):
         with lock:
             done += 1
             under_way[name] -= 1
-            if done in (SOAK // 4, SOAK // 2):
-                memory.append(memory_of(server.process))
 
     def change() -> None:
         nonlocal changes
@@ -251,8 +250,27 @@ def test_soak(server, client, rows, prepared):
         changing = threads.submit(change)
         list(threads.map(work, range(SOAK)))
         changing.result()
-    memory.append(memory_of(server.process))
-    print(f"{done} requests, {changes} adapters unloaded and loaded, memory {[m >> 20 for m in memory]} MiB")
+    print(f"{done} requests, {changes} adapters unloaded and loaded")
     assert not wrong
     assert changes >= 8
-    assert memory[-1] - memory[0] < 100 << 20
+
+
+def test_adapters_that_come_and_go_leave_nothing_in_memory(server, client, rows, prepared):
+    """The same request again and again, so that only adapters change.
+
+    Under mixed traffic a server without adapters grows too: vLLM's matrix products on a CPU keep something for each
+    number of tokens that a step had. An adapter has 5 MB of weights, which would be left if it stayed.
+    """
+    row = next(row for row in rows if row["adapter"] == "overnight")
+
+    def come_and_go(times: int) -> int:
+        for _ in range(times):
+            assert server.load("again", prepared / "overnight")[0] == 200
+            assert token_ids(ask(client, server, {**row, "adapter": "again"}, max_tokens=3)) == row["wanted"][:3]
+            assert server.unload("again")[0] == 200
+        return memory_of(server.process)
+
+    before = come_and_go(10)
+    after = come_and_go(CHANGES)
+    print(f"{CHANGES} adapters: memory {before >> 20} to {after >> 20} MiB")
+    assert after - before < CHANGES << 20

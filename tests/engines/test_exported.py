@@ -1,65 +1,27 @@
-"""An exported SmolLM2-135M in engines that are not transformers: llama.cpp and ONNX Runtime. `make test-engines`.
+"""A trained and exported SmolLM2-135M in llama.cpp and ONNX Runtime. `make test-engines`.
 
 The oracle is the adapter itself, in transformers, which is not exported.
 """
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-from peft import get_peft_model
+from llama_server import CONVERTER, TEXTS, LlamaServer, needs_engines, to_gguf
 from torch import nn
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from adapters import config, randomize
-from families import FAMILIES
 from peft_input_tuning import export_model
 
-ROOT = Path(__file__).parents[1]
+pytestmark = needs_engines
 NEW = 32
-TEXTS = [
-    "The capital of France is",
-    "sort(releaseDate asc of MusicRecording())[1] means",
-    "Once upon a time there",
-    "SELECT name FROM users WHERE",
-    "Ein Hund läuft über die Straße, 数字 12345",
-]
 CHAT = [{"role": "user", "content": "Why is the sky blue?"}]
-CONVERTER = os.environ.get("LLAMA_CPP_CONVERTER")
-pytestmark = [
-    pytest.mark.engines,
-    pytest.mark.skipif(CONVERTER is None, reason="needs llama.cpp's converter and engines: run `make test-engines`"),
-]
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    from input_tuning_examples.packaged_model import find_packaged_model
-
-    folder, file = find_packaged_model()
-    return AutoTokenizer.from_pretrained(folder, gguf_file=file)
-
-
-@pytest.fixture(scope="module")
-def model():
-    from input_tuning_examples.packaged_model import find_packaged_model
-
-    folder, file = find_packaged_model()
-    base = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
-    model = get_peft_model(base, config(FAMILIES["llama"], num_virtual_tokens=8, adapter_hidden_dim=64)).eval()
-    randomize(model, scale=0.05)
-    return model
 
 
 @pytest.fixture(scope="module")
 def checkpoint(model, tokenizer, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("engines") / "checkpoint"
+    folder = tmp_path_factory.mktemp("exported") / "checkpoint"
     export_model(model, folder, tokenizer=tokenizer)
     return folder
 
@@ -77,15 +39,8 @@ def greedy(model, ids: list[int]) -> list[int]:
 @pytest.fixture(scope="module", params=["f32", "f16"])
 def llama(request, checkpoint):
     """The checkpoint in llama.cpp, by the commands of docs/serving.md."""
-    from llama_cpp import Llama
-
     file = checkpoint.with_name(f"{request.param}.gguf")
-    command = [sys.executable, str(ROOT / "examples" / "serving" / "to_gguf.py"), str(checkpoint), str(file)]
-    done = subprocess.run(
-        [*command, "--converter", CONVERTER, "--outtype", request.param], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return Llama(model_path=str(file), n_ctx=256, verbose=False)
+    return LlamaServer(to_gguf(checkpoint, file, "--converter", CONVERTER, outtype=request.param))
 
 
 @pytest.fixture(scope="module")
@@ -96,26 +51,24 @@ def exported_tokenizer(checkpoint):
 def test_llama_cpp_has_the_same_ids(llama, exported_tokenizer):
     front = exported_tokenizer.decode(exported_tokenizer("").input_ids)
     for text in TEXTS:
-        got = llama.tokenize(f"{front}{text}".encode(), add_bos=True, special=True)
-        assert got == exported_tokenizer(text).input_ids
+        assert llama.tokens(f"{front}{text}") == exported_tokenizer(text).input_ids
 
 
 def test_llama_cpp_gives_the_adapters_greedy_text(llama, model, tokenizer, exported_tokenizer):
     virtual = exported_tokenizer("").input_ids
-    front, banned = exported_tokenizer.decode(virtual), dict.fromkeys(virtual, -100.0)
+    front = exported_tokenizer.decode(virtual)
     for text in TEXTS:
         want = tokenizer.decode(greedy(model, tokenizer(text).input_ids), skip_special_tokens=True)
-        out = llama.create_completion(front + text, max_tokens=NEW, temperature=0, logit_bias=banned)
-        assert out["choices"][0]["text"] == want, text
+        assert llama.complete(front + text, NEW, virtual) == want, text
 
 
 def test_llama_cpp_puts_the_prompt_in_front_of_a_chat(llama, model, tokenizer, exported_tokenizer):
     virtual = exported_tokenizer("").input_ids
     ids = tokenizer.apply_chat_template(CHAT, add_generation_prompt=True)["input_ids"]
     want = tokenizer.decode(greedy(model, ids), skip_special_tokens=True)
-    out = llama.create_chat_completion(CHAT, max_tokens=NEW, temperature=0, logit_bias=dict.fromkeys(virtual, -100.0))
-    assert out["usage"]["prompt_tokens"] == len(virtual) + len(ids)
-    assert out["choices"][0]["message"]["content"] == want
+    answer = llama.chat(CHAT, NEW, virtual)
+    assert answer["usage"]["prompt_tokens"] == len(virtual) + len(ids)
+    assert answer["choices"][0]["message"]["content"] == want
 
 
 # ---- ONNX Runtime ---------------------------------------------------------------------------------------------------
