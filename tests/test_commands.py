@@ -33,7 +33,7 @@ COMMANDS = {
     r"make demo": "test_quickstart.py::test_input_tuning_wins_on_smollm2",
     r"make test$": "not run: it is what runs this test",
     r"make bench": "test_speed.py::test_every_measure_on_a_tiny_model",
-    r"make test-engines": "not run: it builds llama.cpp, which takes minutes; CONTRIBUTING.md says when to",
+    r"make test-engines": "not run: it needs an environment of its own; CONTRIBUTING.md says when to",
     r"make test-vllm": "not run: it needs an environment of its own; CONTRIBUTING.md says when to",
     r"python examples/benchmark/run_all.py DATA$": (
         "test_benchmark_runs.py::test_a_killed_benchmark_goes_on_and_skips_what_is_done"
@@ -47,12 +47,12 @@ COMMANDS = {
     r"python -m vllm\.": "serving/test_server.py::test_concurrent_requests_for_adapters_and_base",
     r"OMP_NUM_THREADS=1 python examples/serving/measure_vllm.py": "not run: a measurement of some minutes, in vLLM",
     r"python examples/serving/to_gguf.py my-(lora|grown)": (
-        "test_lora_engines.py::test_llama_cpp_writes_the_adapters_text"
+        "engines/test_loras.py::test_llama_cpp_writes_the_adapters_text"
     ),
     r"python examples/serving/to_gguf.py my-checkpoint": (
-        "test_engines.py::test_llama_cpp_gives_the_adapters_greedy_text"
+        "engines/test_exported.py::test_llama_cpp_gives_the_adapters_greedy_text"
     ),
-    r"llama-server ": "test_lora_engines.py::test_llama_cpp_writes_the_adapters_text",
+    r"llama-server ": "engines/test_loras.py::test_llama_cpp_writes_the_adapters_text",
     r"python examples/training/train.py ": "test_training_scripts.py::test_one_step_of_the_default_model",
     r"accelerate launch --config_file ": "test_training_scripts.py::test_processes_give_the_curve_of_one",
     r"python -m lm_eval ": "test_run_command.py::test_a_program_that_does_not_import_the_package_loads_adapters",
@@ -105,7 +105,7 @@ def test_what_runs_a_command_is_there(start):
 
 
 @pytest.fixture
-def session(tiny_model, tmp_path, monkeypatch) -> Path:
+def session(tiny_model, tmp_path, monkeypatch) -> None:
     """A folder with what the commands speak of; they follow each other, so each brings what the next ones read."""
     monkeypatch.chdir(tmp_path)
     base = AutoModelForCausalLM.from_pretrained(tiny_model)
@@ -125,11 +125,11 @@ def session(tiny_model, tmp_path, monkeypatch) -> Path:
         Path("outputs", name).mkdir(parents=True)
         Path("outputs", name, "results.json").write_text(json.dumps({"curve": curve}), encoding="utf-8")
     Path("data.jsonl").write_text(f"{row}\n" * 3, encoding="utf-8")
-    return tmp_path
 
 
 @pytest.mark.parametrize("command", sorted({command for command in ALL if command.startswith(PROGRAM)}))
-def test_a_command_of_the_text(command, session):
+@pytest.mark.usefixtures("session")
+def test_a_command_of_the_text(command):
     if "--base my-grown-base" in command:
         Path("grown").rename("my-grown-base")
     assert main(shlex.split(command.removeprefix(PROGRAM))) == 0

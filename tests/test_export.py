@@ -406,3 +406,20 @@ def test_an_offloaded_base_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"`model` is offloaded: `model\.\S+` is not in memory\. Load the base model"):
         export_model(model, tmp_path / "plain")
     assert not list(tmp_path.iterdir())
+
+
+def test_virtual_tokens_take_rows_of_the_table_that_are_no_words(tmp_path, tiny_model):
+    """Many bases have more rows than words; the check of the exported folder must not read those rows as words."""
+    base = transformers.AutoModelForCausalLM.from_pretrained(tiny_model)
+    base.resize_token_embeddings(420)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_model)
+    model = get_peft_model(base.to(DEVICE), config(FAMILIES["llama"], num_virtual_tokens=4)).eval()
+    randomize(model)
+    report = export_model(model, tmp_path / "checkpoint", tokenizer=tokenizer)
+    assert report.virtual_token_ids == (400, 401, 402, 403)
+    row = torch.arange(5, 12)[None]
+    virtual = torch.tensor(report.virtual_token_ids)[None]
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint").eval()
+    with torch.no_grad():
+        got = plain(input_ids=torch.cat([virtual, row], 1)).logits[:, 4:, :400]
+        assert_close(got, model(input_ids=row.to(DEVICE)).logits[..., :400].cpu(), atol=2e-4, rtol=1e-3)
