@@ -75,6 +75,7 @@ def test_the_card_is_short_and_says_what_the_run_was(done):
     assert "4 steps of 8 rows, learning rate 0.01 (0.1 of the prompt), float32, seed 42." in text
     for name, rows in (("validation_loss", "5"), ("bleu", "3"), ("train_loss", "16"), ("forgetting", "40 sentences")):
         assert f"| {name} | {figures[name]:.4g} | {rows} |" in text
+    assert f"| trainable_parameters | {3 * 32 + 2 * 32 * 64:,} |  |" in text
     assert re.search(r"peft-input-tuning \d.*, peft \d.*, transformers \d.*, torch \d", text)
     assert "More Information Needed" not in text
 

@@ -161,7 +161,8 @@ def _loading(run: Run) -> str:
 
 def _figures(run: Run) -> list[str]:
     figures = {name: value for name, value in run.results.items() if isinstance(value, int | float)}
-    return [f"| {name} | {value:.4g} | {run.rows.get(name, '')} |" for name, value in figures.items()]
+    shown = {name: f"{value:,}" if isinstance(value, int) else f"{value:.4g}" for name, value in figures.items()}
+    return [f"| {name} | {value} | {run.rows.get(name, '')} |" for name, value in shown.items()]
 
 
 def _generations(run: Run) -> str:
