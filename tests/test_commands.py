@@ -21,6 +21,7 @@ from peft_input_tuning.command_line.main import main
 
 ROOT = Path(__file__).parent.parent
 PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")), "examples/README.md"]
+PAGES += ["examples/benchmark/metamathqa/README.md"]
 PROGRAM = "peft-input-tuning "
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"  # a tiny one stands for it, since no hub is at hand
 # The start of a command, as a regular expression → the test that runs it, or "not run: why".
@@ -58,6 +59,11 @@ COMMANDS = {
     r"python -m peft_input_tuning run lm_eval ": "test_other_programs.py::test_lm_eval_on_the_command_line",
     r"accelerate launch -m peft_input_tuning run ": "test_run_command.py::test_launchers_run_the_command",
     r"python -m peft_input_tuning run \./": "test_run_command.py::test_a_program_is_run_as_python_runs_it",
+    r"git clone https://github.com/huggingface/peft$": "not run: a checkout is what the test below asks for",
+    r"pip install (-e peft|-r peft/)": "not run: the same, and its requirements are those of make test-slow",
+    r"(cp -r examples/benchmark/metamathqa|cd peft/|python -m peft_input_tuning run run.py )": (
+        "test_metamathqa.py::test_pefts_own_runner_takes_the_folder"
+    ),
     r"python examples/embeddings/embeddings.py": "test_embeddings_example.py::test_training_on_real_weights",
     PROGRAM: "test_commands.py::test_a_command_of_the_text",
 }
@@ -114,6 +120,10 @@ def session(tiny_model, tmp_path, monkeypatch) -> None:
     model.save_pretrained("my-adapter")
     assert main(["grow-base", "my-base", "grown", "--virtual-tokens", "20"]) == 0
     row = json.dumps({"source": "sort(date asc of Record())[1]", "references": ["the first record"]})
+    for name, losses in {"my-run": [2.0, 1.0], "another-run": [2.0, 1.5]}.items():
+        curve = [{"loss": loss, "step": step} for step, loss in enumerate(losses, 1)]
+        Path("outputs", name).mkdir(parents=True)
+        Path("outputs", name, "results.json").write_text(json.dumps({"curve": curve}), encoding="utf-8")
     Path("data.jsonl").write_text(f"{row}\n" * 3, encoding="utf-8")
 
 

@@ -80,7 +80,10 @@ def answers(calls: list[list[str]], cwd: Path) -> list[tuple[int, str, str]]:
 HELP = [[script] for script in SCRIPTS if script != GENERATED]
 HELP += [
     [COMMAND],
-    *([COMMAND, command] for command in ("export", "to-lora", "grow-base", "inspect", "familiarity", "run")),
+    *(
+        [COMMAND, command]
+        for command in ("export", "to-lora", "grow-base", "inspect", "familiarity", "compare", "run")
+    ),
 ]
 # In the folder that `said` makes. `model` has a GGUF file, `data` a task.
 MISSING = [
@@ -102,6 +105,7 @@ MISSING = [
     (["benchmark/seen_inputs.py", "data"], "datasets", "benchmark"),
     (["benchmark/told_facts.py", "data"], "datasets", "benchmark"),
     ([COMMAND, "inspect", "adapter"], "rich", "inspect"),
+    ([COMMAND, "compare", "one", "another"], "rich", "inspect"),
     ([COMMAND, "familiarity", "rows.jsonl", "--model", "model"], "rich", "inspect"),
     ([COMMAND, "export", "adapter", "plain"], "gguf", "gguf"),
 ]
@@ -143,7 +147,11 @@ def test_a_missing_extra_is_named_in_one_line(said, call, module, extra):
 
 
 def test_every_script_is_tried():
-    tried = {call[0] for call, _, _ in MISSING} | {GENERATED, "serving/measure_vllm.py"}  # vLLM is no extra
+    tried = {call[0] for call, _, _ in MISSING} | {
+        GENERATED,
+        "serving/measure_vllm.py",
+        "benchmark/collect.py",
+    }  # vLLM is no extra
     assert tried - {COMMAND} == set(SCRIPTS)
 
 

@@ -29,7 +29,7 @@ ORDER = (
     "lora_form",
     "api",
     "__init__",
-    "familiarity training",
+    "familiarity run_comparison training",
     "command_line",
     "__main__",
 )

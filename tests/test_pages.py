@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -15,6 +17,8 @@ from peft_input_tuning.familiarity import BigramCounts, familiarity
 from peft_input_tuning.familiarity.page import familiarity_page
 from peft_input_tuning.inspection.page import inspection_page
 from peft_input_tuning.output.html import html_page, table
+from peft_input_tuning.run_comparison import read_runs
+from peft_input_tuning.run_comparison.page import comparison_page
 
 LONG = "https://example.com/" + "x" * 400 + "<img src=nowhere.png onerror=alert(1)>"
 
@@ -40,12 +44,23 @@ def familiar(folder) -> str:
     return familiarity_page(familiarity([LONG, "sort by date"], model, tokenizer, counts, occurrences=1), LONG)
 
 
+def compared(folder) -> str:
+    """Three runs with a setting, a figure and a name that have no place to break."""
+    for name in ("a", "b", "x" * 200):
+        curve = [{"loss": 1.0 / step, "eval_loss": 1.5 / step, "step": step} for step in range(1, 9)]
+        report = {"options": {"source_column": LONG + name}, "results": {LONG: 1.0}, "curve": curve}
+        (folder / name).mkdir(parents=True)
+        (folder / name / "results.json").write_text(json.dumps(report), encoding="utf-8")
+    return comparison_page(read_runs(sorted(folder.iterdir())))
+
+
 @in_a_browser
-@pytest.mark.parametrize("page", ["inspection", "familiarity", "wide table"])
+@pytest.mark.parametrize("page", ["inspection", "familiarity", "comparison", "wide table"])
 def test_a_page_fits_and_has_no_errors(page, tiny_model, tmp_path):
     makers = {
         "inspection": inspection,
         "familiarity": lambda: familiar(tiny_model),
+        "comparison": lambda: compared(tmp_path / "runs"),
         "wide table": lambda: html_page(LONG, [table([f"column{i}" for i in range(60)], [["figure"] * 60])]),
     }
     wide, console = opened(makers[page](), tmp_path)

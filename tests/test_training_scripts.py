@@ -29,6 +29,7 @@ from families import FAMILIES, build
 from input_tuning_examples import logic_to_text, packaged_model
 from peft_input_tuning import InputTuningConfig
 from tokenizers_of_families import tokenizer_of
+from train_options import LEARNING_RATES, parse_arguments
 
 TESTS = Path(__file__).parent
 EXAMPLES = TESTS.parent / "examples"
@@ -118,7 +119,7 @@ def test_what_a_run_leaves(alone, data):
     assert {"bleu", "chrf", "rouge_l", "exact_match", "validation_loss", "train_seconds"} <= set(figures)
     assert len(curve(alone)) == 6
     card = (alone / "README.md").read_text()
-    assert f"| validation_loss | {figures['validation_loss']:.4g} |" in card
+    assert f"| validation_loss | {figures['validation_loss']:.4g} | 10 |" in card
     assert "import peft_input_tuning" in card
     sources = [row["source"] + "\n" for row in rows_of(data / "test.jsonl")]
     assert [row["source"] for row in rows_of(alone / "generations.jsonl")] == sources
@@ -298,7 +299,7 @@ def test_early_stopping(options, tmp_path, lowest_loss_at):
         assert not torch.equal(value, last[name]), "the case shows nothing"
 
 
-@pytest.mark.parametrize("method", [pytest.param(m, marks=train_py(f"method {m}")) for m in train.LEARNING_RATES])
+@pytest.mark.parametrize("method", [pytest.param(m, marks=train_py(f"method {m}")) for m in LEARNING_RATES])
 def test_each_method_runs(options, tmp_path, method):
     assert train.main([*options, "--method", method, "--output_dir", str(tmp_path), "--max_steps", "2"]) == 0
     saved = "model.safetensors" if method == "full" else "adapter_model.safetensors"
@@ -353,12 +354,12 @@ def test_an_encoder_decoder_model(data, tmp_path):
     assert results(out)["validation_loss"] == pytest.approx(by_hand, rel=1e-5)
 
 
-@pytest.mark.parametrize("method", train.LEARNING_RATES)
+@pytest.mark.parametrize("method", LEARNING_RATES)
 def test_each_method_has_a_learning_rate_of_its_own(method, tmp_path):
     """transformers' default is one for all, 5e-5: so low that a prompt would stay where it started."""
     given = ["--train_data", "rows.jsonl", "--output_dir", str(tmp_path), "--method", method]
-    rates = [train.parse_arguments([*given, *more])[1].learning_rate for more in ([], ["--learning_rate", "5e-5"])]
-    assert rates == [train.LEARNING_RATES[method], 5e-5]
+    rates = [parse_arguments([*given, *more])[1].learning_rate for more in ([], ["--learning_rate", "5e-5"])]
+    assert rates == [LEARNING_RATES[method], 5e-5]
     assert rates[0] > TrainingArguments(str(tmp_path)).learning_rate
 
 

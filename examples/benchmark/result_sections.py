@@ -24,6 +24,7 @@ METRICS = {
     "cider": ("CIDEr", ".2f"),
     "exact_match": ("exact match", ".1f"),
     "length_ratio": ("length", ".2f"),
+    "forgetting": ("forgetting ↓", "+.3f"),  # nats a token of plain prose
 }
 COSTS = {  # means only: seeds differ in them by the machine's doings
     "trainable parameters": lambda run: run["trainable_parameters"],

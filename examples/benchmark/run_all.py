@@ -24,9 +24,10 @@ from tqdm import tqdm
 
 from dense_model import model_label, plain_checkpoint
 from input_tuning_examples.task_data import InputError
-from one_run import PROGRESS, add_common_arguments, check_installed, checkpoints_of, results_folder
+from one_run import add_common_arguments, check_installed, checkpoints_of, results_folder
 from plan import BUDGETS, SEARCH_TASKS, TASKS, Budget, Run, runs
 from records import FINAL, Record, losses, read_record, read_records, write_record
+from run_training import PROGRESS
 from tasks import find_tasks, hashes_of
 
 ONE_RUN = Path(__file__).resolve().parent / "one_run.py"

@@ -27,6 +27,7 @@ class Base:
     gguf_file: str | None
     seq2seq: bool
     tokenizer: PreTrainedTokenizerBase
+    positions: int | None = None  # None has no end
 
     @classmethod
     def find(cls, model: str) -> Base:
@@ -43,7 +44,8 @@ class Base:
             ) from None
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
-        return cls(name, gguf_file, config.is_encoder_decoder, tokenizer)
+        positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+        return cls(name, gguf_file, config.is_encoder_decoder, tokenizer, positions)
 
     def load(self, dtype: str) -> torch.nn.Module:
         auto = AutoModelForSeq2SeqLM if self.seq2seq else AutoModelForCausalLM

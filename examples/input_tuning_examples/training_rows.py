@@ -12,6 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from .task_data import InputError
 from .train_and_generate import IGNORED, SEPARATOR
 
+NAMED = 5  # rows in a message
+
 
 @dataclass(frozen=True)
 class Columns:
@@ -104,28 +106,93 @@ def _is_text(value: object) -> bool:
 
 
 def encode(
-    rows: list[Row], columns: Columns, max_length: int, tokenizer: PreTrainedTokenizerBase, seq2seq: bool
+    rows: list[Row],
+    columns: Columns,
+    max_length: int,
+    tokenizer: PreTrainedTokenizerBase,
+    seq2seq: bool,
+    argument: str = "--train_data",
+    positions: int | None = None,
+    virtual: int = 0,
 ) -> list[dict]:
-    """Features of the rows that are not too long; how many were is said.
+    """Features of the rows that are not longer than `max_length`; which were is said.
+
+    Args:
+        argument: the option that named the rows.
+        positions: of the model; None has no end.
+        virtual: tokens that the method puts in front.
 
     Raises:
-        InputError: all are.
+        InputError: all are longer, or one that is not has no place in the model; the message names rows and lengths.
     """
-    special = not columns.messages  # a chat template writes its special tokens itself
-    features = []
-    for row in rows:
-        source = tokenizer(row.source, add_special_tokens=special).input_ids
+    features, left_out, without_place = [], {}, {}
+    for number, row in enumerate(rows, 1):
+        source = _source_ids(row, columns, tokenizer)
         target = [*tokenizer(row.target, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
-        if len(source) + len(target) > max_length:
+        length = len(source) + len(target)
+        if length > max_length:
+            left_out[number] = length
             continue
+        needed = max(len(source) + virtual, len(target)) if seq2seq else length + virtual
+        if positions is not None and needed > positions:
+            without_place[number] = length
         if seq2seq:
             features.append({"input_ids": source, "attention_mask": [1] * len(source), "labels": target})
         else:
             ids = source + target
             labels = [IGNORED] * len(source) + target
             features.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels})
+    if without_place:
+        raise InputError(
+            f"{argument}: {_named(without_place)}, too many beside {virtual} virtual tokens for the {positions} "
+            f"positions of the model. Pass --max_length {_most(positions, virtual)} to leave such rows out, shorten "
+            "them, or pass another --model."
+        )
     if not features:
         raise InputError(f"--max_length: no row of {len(rows)} has {max_length} tokens or fewer. Raise it.")
-    if len(features) < len(rows):
-        print(f"{len(rows) - len(features)} of {len(rows)} rows are longer than {max_length} tokens: left out")
+    if left_out:
+        print(f"{argument}: {_named(left_out)}, more than --max_length {max_length}: left out of {len(rows)} rows")
     return features
+
+
+def check_test_rows(
+    rows: list[Row],
+    columns: Columns,
+    tokenizer: PreTrainedTokenizerBase,
+    seq2seq: bool,
+    positions: int | None,
+    virtual: int,
+    max_new_tokens: int,
+) -> None:
+    """Raises InputError where the model has no positions for a test row and its new tokens; names rows and lengths."""
+    if positions is None:
+        return
+    beside = virtual if seq2seq else virtual + max_new_tokens
+    lengths = {number: len(_source_ids(row, columns, tokenizer)) for number, row in enumerate(rows, 1)}
+    without_place = {number: length for number, length in lengths.items() if length + beside > positions}
+    if without_place:
+        raise InputError(
+            f"--test_data: {_named(without_place)}, too many beside {virtual} virtual and {beside - virtual} new "
+            f"tokens for the {positions} positions of the model. Lower --max_new_tokens, shorten the rows, or pass "
+            "another --model."
+        )
+    if max_new_tokens > positions:
+        raise InputError(f"--max_new_tokens: {max_new_tokens} is more than the {positions} positions of the model.")
+
+
+def _source_ids(row: Row, columns: Columns, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    # A chat template writes its special tokens itself.
+    return tokenizer(row.source, add_special_tokens=not columns.messages).input_ids
+
+
+def _most(positions: int | None, virtual: int) -> int:
+    return max(1, (positions or 0) - virtual)
+
+
+def _named(lengths: dict[int, int]) -> str:
+    """`row 3 has 612 tokens`, or of several the first and how many there are."""
+    if len(lengths) == 1:
+        ((number, length),) = lengths.items()
+        return f"row {number} has {length} tokens"
+    first = ", ".join(f"row {number} {length}" for number, length in list(lengths.items())[:NAMED])
+    return f"{len(lengths)} rows have up to {max(lengths.values())} tokens ({first}{', ...' * (len(lengths) > NAMED)})"

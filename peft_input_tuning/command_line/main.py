@@ -1,5 +1,6 @@
 """The command line: `peft-input-tuning` with `export ADAPTER OUTPUT`, `to-lora ADAPTER OUTPUT`,
-`grow-base BASE OUTPUT`, `inspect ADAPTER`, `familiarity DATA.jsonl --model MODEL` and `run PROGRAM ...`.
+`grow-base BASE OUTPUT`, `inspect ADAPTER`, `familiarity DATA.jsonl --model MODEL`, `compare RUN RUN ...` and
+`run PROGRAM ...`.
 
 Each command is a file with `add_arguments`; `check`, which says what is wrong with the arguments; and `run`. Torch,
 transformers and PEFT are imported after `check`, so these imports stand inside of functions.
@@ -14,7 +15,7 @@ from typing import Any, NoReturn
 from ..output.words import printable
 from ..program import PROGRAM
 from ..version import __version__
-from . import export, familiarity, grow_base, inspect, run, to_lora
+from . import compare, export, familiarity, grow_base, inspect, run, to_lora
 
 COMMANDS: dict[str, tuple[Any, str, str]] = {  # module, help, description
     "export": (
@@ -46,6 +47,12 @@ COMMANDS: dict[str, tuple[Any, str, str]] = {  # module, help, description
         "Measures how familiar inputs are to a frozen model: the model's own bits per byte and the tokenizer's tokens "
         "per byte, beside plain prose, and how frequent the inputs' bigrams are in a corpus.",
     ),
+    "compare": (
+        compare,
+        "show training runs side by side: figures, settings that differ, curves",
+        "Shows training runs side by side, of train.py or of any transformers Trainer: their figures, the settings "
+        "that differ, and their losses.",
+    ),
     "run": (
         run,
         "run a program that knows PEFT but not this package: run lm_eval --model hf ...",
@@ -67,7 +74,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if not runs:
             command.check(arguments)
-            _register()
+            if getattr(command, "NEEDS_MODELS", True):
+                _register()
             return command.run(arguments)
         _register()
         program = run.prepared(arguments.program, argv[2:])
