@@ -45,7 +45,9 @@ COMMANDS = {
     r"(vllm serve|python -m sglang\S*|docker run) ": "not run: the page says what was run, and by whom",
     r"(sh|python) examples/serving/vllm_": "serving/test_server.py::test_concurrent_requests_for_adapters_and_base",
     r"python -m vllm\.": "serving/test_server.py::test_concurrent_requests_for_adapters_and_base",
-    r"OMP_NUM_THREADS=1 python examples/serving/(measure_vllm|time_in_adapters).py": "not run: a measurement of some minutes, in vLLM",
+    r"OMP_NUM_THREADS=1 python examples/serving/(measure_vllm|time_in_adapters).py": (
+        "not run: a measurement of some minutes, in vLLM"
+    ),
     r"python examples/serving/to_gguf.py my-(lora|grown)": (
         "engines/test_loras.py::test_llama_cpp_writes_the_adapters_text"
     ),

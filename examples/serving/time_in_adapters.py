@@ -6,8 +6,8 @@
 engine runs in this process, and the processor time of the functions that only adapters need is taken in the thread
 that computes, and divided by that of the whole. What else the machine does slows both alike.
 
-Adapters have random weights, which cost what trained ones do. Not counted: what vLLM does for adapters in its scheduler
-and its caches, and the virtual tokens, which are as many tokens more in each prompt.
+Adapters have random weights, which cost what trained ones do. Not counted: what vLLM does for adapters in its
+scheduler and its caches, and the virtual tokens, which are as many tokens more in each prompt.
 """
 
 from __future__ import annotations
