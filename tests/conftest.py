@@ -24,6 +24,7 @@ import peft_input_tuning  # noqa: F401  registers the method
 pytest_plugins = ["training_table"]  # keeps what became of the tests, for docs/compatibility.md
 
 torch.set_num_threads(1)  # tiny models; the suite runs in one process a core
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of processes that tests start: threads of two wait for each other
 
 # transformers 5.24.0 refuses `add_adapter`, for every method, below PEFT 0.22, which is not released. The tests lower
 # what it asks for to the installed version: everything behind that check works.
