@@ -41,6 +41,16 @@ COMMANDS = {
     r"python examples/benchmark/report.py DATA$": (
         "test_benchmark_report.py::test_the_stored_report_is_that_of_the_stored_runs"
     ),
+    r"python examples/benchmark/run_together.py DATA": (
+        "test_benchmark_together.py::test_a_benchmark_whose_time_is_up_goes_on_to_the_same_end"
+    ),
+    r"python examples/benchmark/report.py DATA --budget converged": (
+        "test_benchmark_together.py::test_the_report_reads_its_records"
+    ),
+    r"python examples/benchmark/run_all.py DATA --budget transfer": (
+        "test_benchmark_runs.py::test_a_killed_benchmark_goes_on_and_skips_what_is_done"
+    ),
+    r"python examples/benchmark/unseen.py DATA": "test_benchmark_unseen.py::test_the_command_prints_tables",
     r"python examples/benchmark/\w+.py DATA --budget full": "not run: days on a GPU; the page says so",
     r"(vllm serve|python -m sglang\S*|docker run) ": "not run: the page says what was run, and by whom",
     r"(sh|python) examples/serving/vllm_": "serving/test_server.py::test_concurrent_requests_for_adapters_and_base",

@@ -52,12 +52,12 @@ class Figure:
 Block = Heading | Paragraph | Table | Figure
 
 
-def markdown(title: str, blocks: Iterable[Block]) -> str:
-    return "\n\n".join([f"# {_plain(title)}", *map(block_markdown, blocks)]) + "\n"
+def markdown(title: str, lead: str, blocks: Iterable[Block]) -> str:
+    return "\n\n".join([f"# {_plain(title)}", _plain(lead), *map(block_markdown, blocks)]) + "\n"
 
 
-def page(title: str, blocks: Iterable[Block]) -> str:
-    return html.html_page(title, map(_html, blocks), _STYLE)
+def page(title: str, lead: str, blocks: Iterable[Block]) -> str:
+    return html.html_page(title, map(_html, blocks), _STYLE, lead)
 
 
 def block_markdown(block: Block) -> str:

@@ -30,26 +30,27 @@ def for_padded_batches(model: torch.nn.Module) -> tuple[torch.nn.Module, bool]:
     return model, False
 
 
-def batches_of(prompts: list[list[int]], padded: bool) -> list[list[int]]:
+def batches_of(prompts: list[list[int]], padded: bool, at_once: int) -> list[list[int]]:
     """Which rows are generated together: those of like length, or of one length where nothing may be padded."""
     groups: defaultdict[int, list[int]] = defaultdict(list)
     for row in sorted(range(len(prompts)), key=lambda row: len(prompts[row])):
         groups[0 if padded else len(prompts[row])].append(row)
-    return [
-        rows[start : start + GENERATED_AT_ONCE]
-        for rows in groups.values()
-        for start in range(0, len(rows), GENERATED_AT_ONCE)
-    ]
+    return [rows[start : start + at_once] for rows in groups.values() for start in range(0, len(rows), at_once)]
 
 
 @torch.no_grad()
-def generate(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]]) -> list[str]:
-    """Texts of at most `MAX_NEW_TOKENS` tokens for the prompts, in their order."""
+def generate(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    at_once: int = GENERATED_AT_ONCE,
+) -> list[str]:
+    """Texts of at most `MAX_NEW_TOKENS` tokens for the prompts, in their order; `at_once` in a batch at most."""
     model, padded = for_padded_batches(model.eval())
     model.eval()
     texts = [""] * len(prompts)
     with tqdm(total=len(prompts), desc="Generating", mininterval=5) as bar:
-        for rows in batches_of(prompts, padded):
+        for rows in batches_of(prompts, padded, at_once):
             longest = max(len(prompts[row]) for row in rows)
             pads = [longest - len(prompts[row]) for row in rows]
             ids = [[tokenizer.pad_token_id] * pad + prompts[row] for row, pad in zip(rows, pads, strict=True)]

@@ -6,10 +6,17 @@ A method is a name. What an ablation varies has a name too, so that every run is
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from peft import LoraConfig, PeftConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    TrainableTokensConfig,
+)
 
 from peft_input_tuning import InputTuningConfig
 
@@ -25,12 +32,19 @@ class Method:
         start: learning rate (AdamW) where the search begins; of input-tuning, the input-adapter's.
         prompt_ratio: of input-tuning, the soft prompt's rate over the input-adapter's.
         rates_of: the method whose rates are taken over instead of a search of its own.
+        prompt_rate: of a method that is given input-tuning's soft prompt, so that nothing but what it does to words
+            differs: the prompt's learning rate.
     """
 
     config: Callable[[str], PeftConfig] | None
     start: float
     prompt_ratio: float | None = None
     rates_of: str | None = None
+    prompt_rate: float | None = None
+
+    def rate_of_prompt(self, rate: float) -> float | None:
+        """The soft prompt's learning rate, where it has one of its own."""
+        return rate * self.prompt_ratio if self.prompt_ratio is not None else self.prompt_rate
 
 
 def _input_tuning(*, ratio: float = 10.0, rates_of: str | None = "input-tuning", **changes: Any) -> Method:
@@ -41,6 +55,10 @@ def _input_tuning(*, ratio: float = 10.0, rates_of: str | None = "input-tuning",
 
 def _peft(kind: type[PeftConfig], start: float, **fields: Any) -> Method:
     return Method(lambda task_type: kind(task_type=task_type, **fields), start)
+
+
+def _with_prompt(method: Method) -> Method:
+    return replace(method, prompt_rate=3e-2)  # the best of input-tuning's prompt and of prompt-tuning's
 
 
 METHODS: dict[str, Method] = {
@@ -55,6 +73,11 @@ METHODS: dict[str, Method] = {
     "input-tuning-256": _input_tuning(rates_of=None, adapter_hidden_dim=256),
     "adapter-only": _input_tuning(rates_of=None, num_virtual_tokens=0),
     "lora": _peft(LoraConfig, 1e-3, r=8, lora_alpha=16),
+    "lora-all-linear": _peft(LoraConfig, 1e-3, r=8, lora_alpha=16, target_modules="all-linear"),
+    # Two that change word embeddings too, each with input-tuning's prompt: a LoRA as large as input-tuning, and the
+    # rows of the words that training has.
+    "lora-embedding": _with_prompt(_peft(LoraConfig, 3e-3, r=27, lora_alpha=54, target_modules=["embed_tokens"])),
+    "trainable-tokens": _with_prompt(_peft(TrainableTokensConfig, 3e-3)),
     "fine-tuning": Method(None, 1e-4),
     # Ablations of input-tuning: one thing changed. A prompt of 0 virtual tokens is adapter-only.
     "input-tuning-prompt-5": _input_tuning(num_virtual_tokens=5),

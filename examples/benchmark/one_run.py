@@ -43,6 +43,7 @@ from input_tuning_examples.train_and_generate import SEPARATOR, quiet
 from methods import METHODS
 from plan import BUDGETS, Budget, Run, run_on
 from records import RESULTS, Record, read_record, write_outputs, write_record
+from row_losses import row_losses
 from run_training import features_of, make_trainer, train, trainable_model
 from target_loss import use_loss_on_targets
 from tasks import Task, read_task
@@ -106,32 +107,36 @@ def execute(
     use_loss_on_targets(base)
     if not torch.cuda.is_available():  # the fused kernel's backward pass is slower than plain products there
         base.set_attn_implementation("eager")
-    model = trainable_model(base, method)
+    untrained = prose_loss(base, tokenizer) if metric is not None and not place.seq2seq else None
+    words = {word for row in features["train"] for word in row["input_ids"]}
+    model = trainable_model(base, method, words)
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    rates = {"prompt": run.rate * method.prompt_ratio, "adapter": run.rate} if method.prompt_ratio else run.rate
+    prompt_rate = method.rate_of_prompt(run.rate)
     config: Record = {
         "model": model_label(model_name),
         "dtype": dtype,
-        "peft": _plain(model.peft_config["default"].to_dict()) if isinstance(model, PeftModel) else None,
-        "learning_rate": rates,
+        "peft": configurations(model),
+        "learning_rate": {"prompt": prompt_rate, "adapter": run.rate} if prompt_rate else run.rate,
         "steps": run.steps,
         "batch_size": budget.batch_size,
         "rows": {split: len(rows) for split, rows in task.rows.items()},
     }
     trainer = make_trainer(model, run, budget, features, tokenizer, folder)
-    asks_prose = metric is not None and not place.seq2seq
-    untrained = prose_loss(model, tokenizer) if asks_prose and method.config is None else None
     started = time.perf_counter()
     curve = train(trainer, folder)
     trained = time.perf_counter()
     losses = [loss for _, loss in curve["validation"]]
     metrics: Record = {"validation_loss": min(losses) if run.stage == "amounts" else losses[-1]}
     step_kept = trainer.state.best_global_step if run.stage == "amounts" else run.steps
-    if asks_prose:
+    if untrained is not None:
         metrics |= forgetting(model, tokenizer, untrained)
     texts: list[str] = []
+    test_losses: list[tuple[float, int]] = []
     began = time.perf_counter()
     if metric is not None:
+        if not place.seq2seq:
+            every = features_of(task.rows["test"], tokenizer, place.seq2seq, max_length=sys.maxsize)
+            test_losses = row_losses(model, every, tokenizer, budget.batch_size)
         base.set_attn_implementation("sdpa")
         if method.config is None:
             model = model.to(getattr(torch, dtype))
@@ -148,12 +153,22 @@ def execute(
         "trainable_parameters": trainable,
         "curve": curve,
         "step_kept": step_kept,
+        "test_losses": test_losses,
         "samples": [{"row": row, "output": text} for row, text in enumerate(texts[:SAMPLES])],
     }
     return record, texts
 
 
 _OF_THE_MACHINE = ("base_model_name_or_path", "peft_version", "weights_in_checkpoint", "inference_mode")
+
+
+def configurations(model: torch.nn.Module) -> Any:
+    """Of the adapters, from outside to inside: one, or a list of those that lie around each other."""
+    found = []
+    while isinstance(model, PeftModel):
+        found.append(_plain(model.active_peft_config.to_dict()))
+        model = model.get_base_model()
+    return found if len(found) > 1 else (found or [None])[0]
 
 
 def _plain(value: Any) -> Any:

@@ -7,10 +7,11 @@ by validation loss; then its main runs are known. Other tasks take the rate that
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 from statistics import fmean
 
+from held_out import HELD_OUT
 from methods import METHODS
 
 TASKS = ("e2e", "overnight", "multi30k_cs_en", "dart", "multi30k_de_en", "webnlg", "multi30k_fr_en")
@@ -20,6 +21,17 @@ OTHERS = ("adapter-only", "input-tuning-64", "p-tuning", "prefix-tuning")
 SIZES = ("input-tuning-19", "input-tuning-256")
 ABLATIONS = tuple(name for name, method in METHODS.items() if method.rates_of)
 SHARED = ("prompt-tuning", "input-tuning", "lora", "fine-tuning")  # on all tasks; with less and more training, too
+UNSEEN = ("prompt-tuning", "input-tuning", "lora", "lora-embedding", "trainable-tokens")
+# Best of the searches at 60 steps of 8 rows, one step of the grid lower: 1,500 steps of 32 want less. No search went
+# as far, so these are guesses.
+CONVERGED_RATES = {
+    "input-tuning": 1e-3,
+    "fine-tuning": 1e-4,
+    "lora-all-linear": 1e-3,
+    "prompt-tuning": 1e-2,
+    "lora": 3e-3,
+    "lora-embedding": 1e-3,
+}
 MOST_PASSES = 32  # over fewer rows
 GRID = tuple(float(f"{digit}e{power}") for power in range(-6, 2) for digit in (1, 3))
 
@@ -49,6 +61,9 @@ class Budget:
         train_rows, validation_rows, test_rows: at most, drawn at random, the same in all runs; None is all.
         seeds: of each run, where its tier names no others; the search has the first.
         tiers: in order; a run that stands in two of them is of the first.
+        rates: of methods whose rates are known without a search.
+        search_tasks: where the rates of the others are searched.
+        together: tasks that `run_together.py` trains side by side: rows of like length.
     """
 
     name: str
@@ -60,6 +75,14 @@ class Budget:
     test_rows: int | None
     seeds: tuple[int, ...]
     tiers: tuple[Tier, ...]
+    rates: Mapping[str, float] = field(default_factory=dict)
+    search_tasks: tuple[str, ...] = SEARCH_TASKS
+    together: tuple[tuple[str, ...], ...] = ()
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """All that it has runs of."""
+        return tuple(dict.fromkeys((*self.search_tasks, *(task for tier in self.tiers for task in tier.tasks))))
 
     def steps_on(self, rows: int) -> int:
         """Of a run on so many rows: as many as of a main run, but one pass at least, and not too many."""
@@ -100,6 +123,39 @@ BUDGETS = {
             Tier(SHARED, ("overnight",), rows=(5000,)),  # e2e has not as many
             Tier(FIRST, TASKS, seeds=(1,)),
             Tier(("fine-tuning",), SEARCH_TASKS, seeds=(1,)),
+        ),
+    ),
+    "transfer": Budget(  # what is learned for words and domains that training does not have
+        name="transfer",
+        steps=150,
+        batch_size=8,
+        search_steps=60,
+        train_rows=1200,
+        validation_rows=60,
+        test_rows=150,
+        seeds=(0, 1, 2),
+        tiers=(
+            Tier(UNSEEN, HELD_OUT, seeds=(0,)),  # each domain is held out once
+            Tier(UNSEEN, ("multi30k_fr_en",)),
+        ),
+        rates={"prompt-tuning": 3e-2, "input-tuning": 3e-3, "lora": 1e-2},  # the small budget's search found these
+        search_tasks=(HELD_OUT[0], "multi30k_fr_en"),
+    ),
+    "converged": Budget(  # for ten minutes of an accelerator, in one process: run_together.py
+        name="converged",
+        steps=1500,
+        batch_size=32,
+        search_steps=0,
+        train_rows=None,
+        validation_rows=200,
+        test_rows=None,
+        seeds=(0,),
+        tiers=tuple(Tier((method,), TASKS) for method in CONVERGED_RATES),
+        rates=CONVERGED_RATES,
+        search_tasks=(),
+        together=(
+            ("multi30k_cs_en", "multi30k_de_en", "multi30k_fr_en"),
+            ("e2e", "overnight", "dart", "webnlg"),
         ),
     ),
     "full": Budget(
@@ -182,11 +238,13 @@ def best_rate(budget: Budget, task: str, method: str, losses: Mapping[str, float
         losses: validation loss of each finished run, by its name.
     """
     method = METHODS[method].rates_of or method
-    searched = [_losses_of(budget, one, method, losses) for one in SEARCH_TASKS]
+    if method in budget.rates:
+        return budget.rates[method]
+    searched = [_losses_of(budget, one, method, losses) for one in budget.search_tasks]
     if any(rate not in found for found in searched for rate in rates_to_try(METHODS[method].start, found)):
         return None
-    if task in SEARCH_TASKS:
-        searched = [searched[SEARCH_TASKS.index(task)]]
+    if task in budget.search_tasks:
+        searched = [searched[budget.search_tasks.index(task)]]
     common = set.intersection(*(set(found) for found in searched))
     return min(sorted(common), key=lambda rate: fmean(found[rate] for found in searched))
 
@@ -212,8 +270,8 @@ def runs(budget: Budget, losses: Mapping[str, float]) -> list[Run]:
 def _runs_of_tiers(budget: Budget, losses: Mapping[str, float]) -> Iterator[Run]:
     for tier in budget.tiers:
         for method in tier.methods:
-            if METHODS[method].rates_of is None:
-                for task in SEARCH_TASKS:
+            if METHODS[method].rates_of is None and method not in budget.rates:
+                for task in budget.search_tasks:
                     for rate in rates_to_try(METHODS[method].start, _losses_of(budget, task, method, losses)):
                         yield _search_run(budget, task, method, rate)
         seeds = tier.seeds or budget.seeds

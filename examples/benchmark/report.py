@@ -22,6 +22,7 @@ from bootstrap import SAMPLES
 from comparisons import LOWEST, OURS, finished, gap_closed
 from familiarity_sections import familiarity, gap, significance
 from findings import MISSING, Findings, number
+from in_short import in_short
 from input_tuning_examples.extras import needs
 from input_tuning_examples.task_data import InputError
 from peft_input_tuning.output.files import unfinished
@@ -33,7 +34,7 @@ from significance import check_installed, compare_all, load, save, still_true
 
 FAMILIARITY = RESULTS / "familiarity.json"
 STORED = "significance.json"
-SECTIONS = (what_was_run, scores, significance, gap, familiarity, rates, ablations, amounts, samples, all_runs)
+SECTIONS = (familiarity, scores, significance, gap, what_was_run, rates, ablations, amounts, samples, all_runs)
 
 
 def gather(options: argparse.Namespace) -> Findings:
@@ -87,7 +88,8 @@ def write(found: Findings, results: Path) -> list[Path]:
     """Writes the report and its figures; returns the files that are there."""
     title = f"Benchmark, budget {found.budget.name}"
     blocks: list[Block] = [block for section in SECTIONS for block in section(found)]
-    texts = {results / "report.md": markdown(title, blocks), results / "report.html": page(title, blocks)}
+    lead = in_short(found)
+    texts = {results / "report.md": markdown(title, lead, blocks), results / "report.html": page(title, lead, blocks)}
     texts |= {results / FIGURES / f"{one.name}.svg": one.svg for one in blocks if isinstance(one, Figure)}
     for path, text in texts.items():
         path.parent.mkdir(exist_ok=True)

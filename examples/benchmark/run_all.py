@@ -25,7 +25,7 @@ from tqdm import tqdm
 from dense_model import model_label, plain_checkpoint
 from input_tuning_examples.task_data import InputError
 from one_run import add_common_arguments, check_installed, checkpoints_of, results_folder
-from plan import BUDGETS, SEARCH_TASKS, TASKS, Budget, Run, runs
+from plan import BUDGETS, Budget, Run, runs
 from records import FINAL, Record, losses, read_record, read_records, write_record
 from run_training import PROGRESS
 from tasks import find_tasks, hashes_of
@@ -139,13 +139,14 @@ def _show(bar: tqdm, active: list[Active], known: list[Run], done: set[str]) -> 
 
 def check(options: argparse.Namespace) -> None:
     """Raises InputError where an argument cannot be used, or where the results are of another model or other data."""
-    unknown = [task for task in options.tasks if task not in TASKS]
+    budget = BUDGETS[options.budget]
+    unknown = [task for task in options.tasks if task not in budget.tasks]
     if unknown:
-        raise InputError(f"--tasks: {unknown[0]!r} is not one of {', '.join(TASKS)}.")
+        raise InputError(f"--tasks: {unknown[0]!r} is not one of {', '.join(budget.tasks)}.")
     if options.workers is not None and options.workers < 1:
         raise InputError(f"--workers must be >= 1, got {options.workers}.")
     check_installed()
-    find_tasks(options.data, (*SEARCH_TASKS, *options.tasks))
+    find_tasks(options.data, (*budget.search_tasks, *options.tasks))
     wanted = {"budget": options.budget, "model": model_label(options.model), "dtype": options.dtype}
     hashes: dict[str, dict[str, str]] = {}
     for name, record in read_records(results_folder(options)).items():
@@ -157,7 +158,7 @@ def check(options: argparse.Namespace) -> None:
                     "another --results."
                 )
         task = record.get("task")
-        if task in (*SEARCH_TASKS, *options.tasks) and "data_hash" in record:
+        if task in (*budget.search_tasks, *options.tasks) and "data_hash" in record:
             now = hashes.setdefault(task, hashes_of(options.data, task))
             if changed := [split for split, one in record["data_hash"].items() if now.get(split) != one]:
                 raise InputError(
@@ -169,10 +170,12 @@ def check(options: argparse.Namespace) -> None:
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_common_arguments(parser)
-    parser.add_argument("--tasks", nargs="+", default=list(TASKS), metavar="TASK", help="only these tasks")
+    parser.add_argument("--tasks", nargs="+", metavar="TASK", help="only these tasks")
     parser.add_argument("--workers", type=int, help="runs at once (default: one an accelerator, or one a CPU core)")
     parser.add_argument("--list", action="store_true", help="only say which runs are known, and their state")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    options.tasks = options.tasks or list(BUDGETS[options.budget].tasks)
+    return options
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -10,7 +10,7 @@ from blocks import Block, Code, Figure, Heading, Paragraph, Table
 from figures import rate_search
 from findings import MISSING, Findings, each
 from methods import METHODS
-from plan import SEARCH_TASKS, best_rate, runs
+from plan import best_rate, runs
 from records import Record, losses
 from tasks import SPLITS
 
@@ -75,15 +75,14 @@ def rates(found: Findings) -> list[Block]:
     """The losses of the search, and what was chosen."""
     searched = [method for method, entry in METHODS.items() if entry.rates_of is None]
     known = losses(dict(found.records))
+    tasks = found.budget.search_tasks
     rows = []
     for method in searched:
-        tried = {task: _tried(found, task, method) for task in SEARCH_TASKS}
+        tried = {task: _tried(found, task, method) for task in tasks}
         if any(tried.values()):
-            rows += [
-                (method, task, tried[task] or MISSING, _rate(found, task, method, known)) for task in SEARCH_TASKS
-            ]
+            rows += [(method, task, tried[task] or MISSING, _rate(found, task, method, known)) for task in tasks]
             rows.append((method, "other tasks", "", _rate(found, "", method, known)))
-    svg = rate_search(found.records, SEARCH_TASKS, searched)
+    svg = rate_search(found.records, tasks, searched)
     caption = "Validation loss over learning rates; a cross at the top is a rate that diverged"
     return [
         Heading("Learning rates"),

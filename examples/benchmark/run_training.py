@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, TrainableTokensConfig, get_peft_model
 from transformers import (
     DataCollatorForSeq2Seq,
     PreTrainedModel,
@@ -20,8 +21,8 @@ from input_tuning_examples.task_data import Example
 from input_tuning_examples.train_and_generate import IGNORED, SEPARATOR
 from input_tuning_examples.training_rows import Columns, Row, encode
 from input_tuning_examples.validation_loss import TokenMeanTrainer, filled_up
-from methods import METHODS, Method
-from peft_input_tuning import input_tuning_parameter_groups
+from methods import METHODS, VIRTUAL_TOKENS, Method
+from peft_input_tuning import InputTuningConfig, input_tuning_parameter_groups
 from plan import Budget, Run
 from tasks import in_order_of_steps
 
@@ -37,22 +38,37 @@ class SayStep(TrainerCallback):
         print(PROGRESS, state.global_step, state.max_steps, flush=True)
 
 
-def features_of(examples: list[Example], tokenizer: PreTrainedTokenizerBase, seq2seq: bool) -> list[dict]:
+def features_of(
+    examples: list[Example], tokenizer: PreTrainedTokenizerBase, seq2seq: bool, max_length: int = MAX_LENGTH
+) -> list[dict]:
+    """Features of the rows that are not longer than `max_length` tokens."""
     columns = Columns("source", "references")
     rows = [Row(example.source + SEPARATOR, example.references[0], list(example.references)) for example in examples]
-    return encode(rows, columns, MAX_LENGTH, tokenizer, seq2seq, "DATA")
+    return encode(rows, columns, max_length, tokenizer, seq2seq, "DATA")
 
 
-def trainable_model(base: PreTrainedModel, method: Method) -> PreTrainedModel | PeftModel:
+def trainable_model(base: PreTrainedModel, method: Method, words: Iterable[int] = ()) -> PreTrainedModel | PeftModel:
     """The base with the method on it: what is trained is float32, what is frozen keeps its type.
 
     Args:
         base: in float32 for full fine-tuning, which trains all of it.
+        words: ids of the words that training has, for a method with a row of its own for each.
     """
     if method.config is None:
         return base
     task_type = "SEQ_2_SEQ_LM" if base.config.is_encoder_decoder else "CAUSAL_LM"
-    model = get_peft_model(base, method.config(task_type))
+    config = method.config(task_type)
+    if isinstance(config, TrainableTokensConfig):
+        config.token_indices = sorted(set(words))
+    model = get_peft_model(base, config)
+    if method.prompt_rate is not None:
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        prompt = InputTuningConfig(
+            task_type=task_type, num_virtual_tokens=VIRTUAL_TOKENS, adapter_hidden_dim=0, prompt_scale=1.0
+        )
+        model = get_peft_model(model, prompt, adapter_name="prompt")
+        for parameter in trained:  # the prompt around a model freezes what is in it
+            parameter.requires_grad_(True)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()  # PEFT leaves some in the base's type
@@ -83,7 +99,8 @@ def make_trainer(
         logging_steps=max(1, run.steps // 40),
         eval_strategy="steps",
         eval_steps=interval,
-        save_strategy="steps",
+        # Of two adapters around each other a checkpoint has the outer one alone; such a run begins anew.
+        save_strategy="steps" if method.prompt_rate is None else "no",
         save_steps=interval,
         load_best_model_at_end=run.stage == "amounts",  # few rows are soon learned by heart
         use_cpu=not torch.cuda.is_available(),
@@ -98,8 +115,9 @@ def make_trainer(
         dataloader_pin_memory=torch.cuda.is_available(),
     )
     optimizer = None
-    if method.prompt_ratio is not None:
-        groups = input_tuning_parameter_groups(model, run.rate, run.rate * method.prompt_ratio)
+    prompt_rate = method.rate_of_prompt(run.rate)
+    if prompt_rate is not None:
+        groups = input_tuning_parameter_groups(model, run.rate, prompt_rate)
         optimizer = (torch.optim.AdamW, {"params": groups, "lr": run.rate})
     lengths = [len(row["input_ids"]) + len(row["labels"]) for row in features["train"]]
     order = in_order_of_steps(lengths, run.steps, budget.batch_size, run.seed)

@@ -170,26 +170,27 @@ def first_token(bench: Bench, virtual_tokens: int, target: float) -> Measure:
     return Measure(name, "ms", variants, [(INPUT_TUNING, PROMPT_TUNING, target)])
 
 
-def _of_tasks(bench: Bench, config: PeftConfig) -> tuple[nn.Module, list[str]]:
-    """A model with 8 adapters, and the adapter of each of 16 rows."""
+def _of_tasks(bench: Bench, config: PeftConfig, tasks: int, rows: int) -> tuple[nn.Module, list[str]]:
+    """A model with an adapter for each task, and the adapter of each row, as many rows for each."""
     model = bench.adapted(config)
-    names = ["default", *(f"task-{number}" for number in range(1, TASKS))]
+    names = ["default", *(f"task-{number}" for number in range(1, tasks))]
     for name in names[1:]:
         model.add_adapter(name, config)
-    return model.eval(), [name for name in names for _ in range(2)]
+    return model.eval(), [name for name in names for _ in range(rows // tasks)]
 
 
-def mixed_batch(bench: Bench) -> Measure:
-    """8 adapters x 2 rows in one batch, 8 tokens in and 32 out. The base has as many tokens before as input-tuning."""
-    ids, longer = bench.ids(2 * TASKS, 8), bench.ids(2 * TASKS, 8 + VIRTUAL_TOKENS)
+def mixed_batch(bench: Bench, tasks: int, batch: int) -> Measure:
+    """Adapters of some tasks in one batch, 8 tokens in and 32 out. The base has as many tokens before as
+    input-tuning."""
+    ids, longer = bench.ids(batch, 8), bench.ids(batch, 8 + VIRTUAL_TOKENS)
     base = bench.base()
     variants: dict = {BASE: lambda: _discard(_generate(base, longer, NEW_TOKENS))}
     methods = {INPUT_TUNING: input_tuning(VIRTUAL_TOKENS), LORA: lora(), LORA_EVERYWHERE: lora(all_linear=True)}
     for name, config in methods.items():
-        model, rows = _of_tasks(bench, config)
+        model, rows = _of_tasks(bench, config, tasks, batch)
         variants[name] = partial(_generate_mixed, model, ids, rows)
     compared: list = [(INPUT_TUNING, BASE, 1.02), (LORA, BASE, None), (LORA_EVERYWHERE, BASE, None)]
-    return Measure("8 adapters x 2 rows, one batch", "ms", variants, compared)
+    return Measure(f"{tasks} adapters x {batch // tasks} rows, one batch", "ms", variants, compared)
 
 
 def _generate_mixed(model: nn.Module, ids: torch.Tensor, rows: list[str]) -> None:
@@ -198,7 +199,7 @@ def _generate_mixed(model: nn.Module, ids: torch.Tensor, rows: list[str]) -> Non
 
 def many_tasks(bench: Bench) -> Measure:
     """8 adapters x 2 rows in one batch, against 8 batches with `set_adapter` between them; 32 new tokens."""
-    model, rows = _of_tasks(bench, input_tuning(VIRTUAL_TOKENS))
+    model, rows = _of_tasks(bench, input_tuning(VIRTUAL_TOKENS), TASKS, 2 * TASKS)
     ids = bench.ids(2 * TASKS, 8)
 
     def eight_batches() -> None:
@@ -258,7 +259,10 @@ MEASURES: dict[str, Callable[[Bench], Measure]] = {
     "exported": exported,
     "first-token-100": partial(first_token, virtual_tokens=100, target=0.5),
     "first-token-20": partial(first_token, virtual_tokens=20, target=0.85),
-    "mixed-batch": mixed_batch,
+    "mixed-batch": partial(mixed_batch, tasks=TASKS, batch=2 * TASKS),
+    "mixed-batch-1": partial(mixed_batch, tasks=1, batch=32),
+    "mixed-batch-8": partial(mixed_batch, tasks=8, batch=32),
+    "mixed-batch-32": partial(mixed_batch, tasks=32, batch=32),
     "many-tasks": many_tasks,
     "loading": loading,
     "switching": switching,
