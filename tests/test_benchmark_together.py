@@ -12,6 +12,7 @@ import torch
 from torch.testing import assert_close
 from transformers import get_linear_schedule_with_warmup, set_seed
 
+import bench
 import one_run
 import plan
 import records
@@ -79,7 +80,7 @@ def test_each_training_is_what_it_is_alone(method):
             if parameter.requires_grad:
                 torch.nn.init.normal_(parameter, std=0.1)  # nothing is left as it starts
         models.append(model)
-    groups = run_together.groups_by_name(models[0], METHODS[method], rate)
+    groups = bench.groups_by_name(models[0], METHODS[method], rate)
     members = [trained_weights(model) for model in models]
     ensemble = Ensemble(copy.deepcopy(models[0]), members, rate, steps, groups)
     draw = torch.Generator().manual_seed(0)
@@ -182,7 +183,7 @@ def command(data, tiny_model, tmp_path, monkeypatch):
 
 
 def test_what_cannot_be_trained_together_is_apart():
-    together = run_together.grouped(TINY, plan.runs(TINY, {}))
+    together = bench.grouped(TINY, plan.runs(TINY, {}))
     assert [[(run.method, run.task) for run in one.runs] for one in together] == [
         [("input-tuning", "e2e"), ("input-tuning", "overnight")],
         [("input-tuning", "dart")],
@@ -193,7 +194,7 @@ def test_what_cannot_be_trained_together_is_apart():
 
 def test_the_converged_budget_has_every_method_on_every_task_in_the_order_of_worth():
     budget = plan.BUDGETS["converged"]
-    together = run_together.grouped(budget, plan.runs(budget, {}))
+    together = bench.grouped(budget, plan.runs(budget, {}))
     methods = list(dict.fromkeys(one.runs[0].method for one in together))
     assert methods == METHODS_TOGETHER
     for method in methods:

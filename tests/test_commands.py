@@ -50,6 +50,9 @@ COMMANDS = {
     r"python examples/benchmark/run_all.py DATA --budget transfer": (
         "test_benchmark_runs.py::test_a_killed_benchmark_goes_on_and_skips_what_is_done"
     ),
+    r"python examples/benchmark/moved_words.py DATA ADAPTER": (
+        "test_benchmark_moved_words.py::test_the_command_prints_and_plots"
+    ),
     r"python examples/benchmark/unseen.py DATA": "test_benchmark_unseen.py::test_the_command_prints_tables",
     r"python examples/benchmark/\w+.py DATA --budget full": "not run: days on a GPU; the page says so",
     r"(vllm serve|python -m sglang\S*|docker run) ": "not run: the page says what was run, and by whom",

@@ -6,7 +6,7 @@ main runs.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import permutations
@@ -132,7 +132,9 @@ class RankCorrelation:
 def ranks(values: Sequence[float]) -> list[float]:
     """From 1, the smallest; equal values share the mean of their ranks."""
     ordered = sorted(values)
-    return [ordered.index(value) + (ordered.count(value) + 1) / 2 for value in values]
+    counts = Counter(ordered)
+    first = {value: place for place, value in reversed(list(enumerate(ordered)))}
+    return [first[value] + (counts[value] + 1) / 2 for value in values]
 
 
 def rank_correlation(xs: Sequence[float], ys: Sequence[float]) -> RankCorrelation | None:

@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
+from statistics import median, quantiles
 from typing import TYPE_CHECKING
 
 from comparisons import HIGHEST, LOWEST, OURS, Means, finished, gap_closed, means_of, pairs_of, relative
@@ -26,6 +27,9 @@ STYLES = {
     "input-tuning": ("#0072B2", "-", "s"),
     "fine-tuning": ("#000000", "-", "D"),
     "lora": ("#009E73", "-", "^"),
+    "lora-all-linear": ("#009E73", "--", "v"),
+    "lora-embedding": ("#CC79A7", "--", "^"),
+    "trainable-tokens": ("#D55E00", "--", "X"),
     "adapter-only": ("#CC79A7", "-", "v"),
     "p-tuning": ("#D55E00", "-", "P"),
     "prefix-tuning": ("#56B4E9", "-", "X"),
@@ -255,3 +259,25 @@ def rate_search(records: Mapping[str, Record], tasks: Sequence[str], methods: Se
 
     width, height = _size(len(shown))
     return _drawn("rates", "Validation loss over learning rates", (max(width, 8), height + 0.8), draw)
+
+
+def quantiles_over(pairs: Mapping[str, Sequence[tuple[float, float]]], what: str, parts: int) -> str:
+    """Median and quartiles of a figure over each measure, whose values are taken in parts of equal number."""
+
+    def draw(figure: Figure) -> None:
+        for axes, (name, some) in zip(_multiples(figure, list(pairs)), pairs.items(), strict=True):
+            ordered = sorted(some)
+            size = -(-len(ordered) // parts)
+            groups = [ordered[start : start + size] for start in range(0, len(ordered), size)]
+            middles = [median([one for one, _ in group]) for group in groups]
+            quartiles = [_quartiles([value for _, value in group]) for group in groups]
+            low, middle, high = zip(*quartiles, strict=True)
+            axes.fill_between(middles, low, high, alpha=0.25, linewidth=0)
+            axes.plot(middles, middle, marker="o", markersize=4, linewidth=1.3)
+            axes.set(xlabel=name, ylabel=what, ylim=(0, None), title="")
+
+    return _drawn("quantiles", f"{what} over {' and over '.join(pairs)}", _size(len(pairs)), draw)
+
+
+def _quartiles(values: Sequence[float]) -> list[float]:
+    return quantiles(values, n=4) if len(values) > 1 else [*values] * 3

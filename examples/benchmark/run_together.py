@@ -12,30 +12,28 @@ packaged one. DATA is a folder with a folder for each task, as for run_all.py.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
 import importlib.metadata
 import platform
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import set_seed
 
-from dense_model import model_label, plain_checkpoint
-from ensemble import Ensemble, trained_weights
+from bench import Bench, Together, grouped
+from dense_model import model_label
+from ensemble import Ensemble
 from generation import generate
-from input_tuning_examples.base_model import Base
-from input_tuning_examples.forgetting import forgetting, prose_loss
+from input_tuning_examples.forgetting import forgetting
 from input_tuning_examples.metrics import PAPER_METRICS
 from input_tuning_examples.task_data import InputError
-from input_tuning_examples.train_and_generate import IGNORED, SEPARATOR, quiet
-from methods import METHODS, Method
+from input_tuning_examples.train_and_generate import SEPARATOR, quiet
+from methods import METHODS
 from one_run import (
     PACKAGES,
     SAMPLES,
@@ -46,13 +44,11 @@ from one_run import (
     peak_memory,
     results_folder,
 )
-from peft_input_tuning import input_tuning_parameter_groups
 from peft_input_tuning.output.files import unfinished
 from plan import BUDGETS, Budget, Run, runs
 from records import FINAL, Record, read_record, write_outputs, write_record
 from row_losses import row_losses
-from run_training import MAX_LENGTH, features_of, trainable_model
-from tasks import Task, find_tasks, read_task, side_by_side
+from tasks import find_tasks
 
 EVALUATIONS = 15  # of the validation loss in a training, the last one at the end
 GENERATED_AT_ONCE = 2048
@@ -61,124 +57,6 @@ TIMED_STEPS = 2  # for the estimate
 
 class TimeIsUp(Exception):
     """The minutes are over; what was done is kept."""
-
-
-@dataclass(frozen=True)
-class Together:
-    """Runs of one method and one seed on tasks of like length: one ensemble."""
-
-    runs: tuple[Run, ...]
-
-    @property
-    def name(self) -> str:
-        first = self.runs[0]
-        return f"{first.method}.seed{first.seed}.{'+'.join(run.task for run in self.runs)}"
-
-
-def grouped(budget: Budget, known: list[Run]) -> list[Together]:
-    """The runs in their order, those that can be trained together in one place."""
-    found: dict[tuple, list[Run]] = {}
-    for run in known:
-        place = next((place for place, tasks in enumerate(budget.together) if run.task in tasks), run.task)
-        found.setdefault((run.method, run.seed, run.rate, place), []).append(run)
-    return [Together(tuple(some)) for some in found.values()]
-
-
-class Bench:
-    """What all trainings share: the base, the tokenizer, the rows, the device, and the time that is left."""
-
-    def __init__(self, options: argparse.Namespace, budget: Budget) -> None:
-        self.options, self.budget = options, budget
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.place = Base.find(plain_checkpoint(options.model, options.work))
-        if self.place.seq2seq:
-            raise InputError(f"--model: {options.model!r} is an encoder-decoder model. Use run_all.py for it.")
-        self.tokenizer = self.place.tokenizer
-        self.tokenizer.padding_side = "right"
-        self.end = time.monotonic() + 60 * options.minutes
-        self._tasks: dict[str, tuple[Task, dict[str, list[dict]]]] = {}
-        self._prose: dict[str, float] = {}
-
-    def time_is_up(self) -> bool:
-        return time.monotonic() > self.end
-
-    def task(self, name: str) -> tuple[Task, dict[str, list[dict]]]:
-        """A task and its rows as ids; read once."""
-        if name not in self._tasks:
-            budget = self.budget
-            most = {"train": budget.train_rows, "validation": budget.validation_rows, "test": budget.test_rows}
-            task = read_task(self.options.data, name, most)
-            features = {
-                split: features_of(rows, self.tokenizer, False, sys.maxsize if split == "test" else MAX_LENGTH)
-                for split, rows in task.rows.items()
-            }
-            self._tasks[name] = task, features
-        return self._tasks[name]
-
-    def autocast(self, method: str) -> contextlib.AbstractContextManager:
-        wanted = self.options.dtype == "bfloat16" or METHODS[method].config is None
-        return torch.autocast(self.device.type, torch.bfloat16) if wanted else contextlib.nullcontext()
-
-    def ensemble(self, together: Together) -> Ensemble:
-        """The trainings at their start. Each has the start that it would have alone."""
-        first = together.runs[0]
-        method = METHODS[first.method]
-        base = self.place.load("float32" if method.config is None else self.options.dtype).to(self.device)
-        members, model = [], base
-        for run in together.runs:
-            set_seed(run.seed)
-            model = trainable_model(copy.deepcopy(base), method).to(self.device)
-            members.append(trained_weights(model))
-        return Ensemble(model, members, first.rate, first.steps, groups_by_name(model, method, first.rate))
-
-    def steps(self, together: Together) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Ids and labels of each step, `(trainings, rows, length)`, on the device."""
-        rows = [self.task(run.task)[1]["train"] for run in together.runs]
-        lengths = [[len(row["input_ids"]) for row in of_one] for of_one in rows]
-        first = together.runs[0]
-        batches = side_by_side(lengths, first.steps, self.budget.batch_size, first.seed)
-        return [
-            self.tensors([[of_one[row] for row in batch] for of_one, batch in zip(rows, step, strict=True)])
-            for step in zip(*batches, strict=True)
-        ]
-
-    def validation(self, together: Together) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """The validation rows in batches; a training with fewer has rows without a target."""
-        size = self.budget.batch_size
-        rows = [
-            sorted(self.task(run.task)[1]["validation"], key=lambda row: len(row["input_ids"]))
-            for run in together.runs
-        ]
-        batches = -(-max(map(len, rows)) // size)
-        empty = {"input_ids": [self.tokenizer.pad_token_id], "labels": [IGNORED]}
-        filled = [[*of_one, *[empty] * (batches * size - len(of_one))] for of_one in rows]
-        return [self.tensors([of_one[n * size : (n + 1) * size] for of_one in filled]) for n in range(batches)]
-
-    def tensors(self, rows: list[list[dict]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows of each training as ids and labels, padded on the right."""
-        length = max(len(row["input_ids"]) for of_one in rows for row in of_one)
-        pad = self.tokenizer.pad_token_id
-        ids = [[row["input_ids"] + [pad] * (length - len(row["input_ids"])) for row in of_one] for of_one in rows]
-        labels = [[row["labels"] + [IGNORED] * (length - len(row["labels"])) for row in of_one] for of_one in rows]
-        return torch.tensor(ids, device=self.device), torch.tensor(labels, device=self.device)
-
-    def untrained_prose(self, dtype: str) -> float:
-        """Loss of the base on plain prose."""
-        if dtype not in self._prose:
-            self._prose[dtype] = prose_loss(self.place.load(dtype).to(self.device), self.tokenizer)
-        return self._prose[dtype]
-
-
-def groups_by_name(model: torch.nn.Module, method: Method, rate: float) -> list[dict[str, Any]] | None:
-    """The optimizer's groups with names instead of parameters, where the soft prompt has a rate of its own."""
-    prompt_rate = method.rate_of_prompt(rate)
-    if prompt_rate is None:
-        return None
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    return [
-        {"names": [names[id(parameter)] for parameter in group["params"]], "lr": group["lr"]}
-        for group in input_tuning_parameter_groups(model, rate, prompt_rate)
-    ]
 
 
 # ---- one ensemble ---------------------------------------------------------------------------------------------------
@@ -311,22 +189,45 @@ def run_ensemble(bench: Bench, together: Together, metric: Any, bar: tqdm) -> No
 # ---- all of them ----------------------------------------------------------------------------------------------------
 
 
-def estimate(bench: Bench, waiting: list[Together]) -> list[float]:
-    """Seconds of each ensemble's training, from two steps of its longest rows and two of its median ones."""
-    found = []
+def seconds_of(bench: Bench, together: Together) -> float:
+    """Of an ensemble's training, by one step of its longest rows and two of its median ones."""
+    steps = bench.steps(together)
+    by_length = sorted(steps, key=lambda step: step[0].shape[-1])
+    ensemble = bench.ensemble(together)
+    with bench.autocast(together.runs[0].method):
+        ensemble.step(*by_length[-1])  # the longest first: a lack of memory shows before any work
+        _wait(bench.device)
+        began = time.perf_counter()
+        for _ in range(TIMED_STEPS):
+            ensemble.step(*by_length[len(by_length) // 2])
+        _wait(bench.device)
+    return (time.perf_counter() - began) / TIMED_STEPS * len(steps)
+
+
+def say_plan(bench: Bench, waiting: list[Together]) -> None:
+    """A line for each ensemble, as soon as it is measured, and their sum."""
+    whole = 0.0
     for together in waiting:
-        steps = bench.steps(together)
-        by_length = sorted(steps, key=lambda step: step[0].shape[-1])
-        ensemble = bench.ensemble(together)
-        with bench.autocast(together.runs[0].method):
-            ensemble.step(*by_length[-1])  # the longest first: a lack of memory shows before any work
-            _wait(bench.device)
-            began = time.perf_counter()
-            for _ in range(TIMED_STEPS):
-                ensemble.step(*by_length[len(by_length) // 2])
-            _wait(bench.device)
-        found.append((time.perf_counter() - began) / TIMED_STEPS * len(steps))
-    return found
+        seconds = seconds_of(bench, together)
+        whole += seconds
+        first = together.runs[0]
+        print(f"{seconds / 60:6.1f} min  {together.name}  {first.steps} steps, rate {first.rate:g}", flush=True)
+    print(f"{whole / 60:6.1f} min of training in all; the test rows' texts come on top")
+
+
+def run_all(bench: Bench, waiting: list[Together]) -> None:
+    """Trains and measures one ensemble after the other.
+
+    Raises:
+        TimeIsUp: what was done is kept.
+    """
+    import evaluate
+
+    metric = evaluate.load(PAPER_METRICS)
+    with tqdm(total=sum(one.runs[0].steps for one in waiting), unit="step", dynamic_ncols=True) as bar:
+        for together in waiting:
+            bar.set_description(together.name)
+            run_ensemble(bench, together, metric, bar)
 
 
 def _wait(device: torch.device) -> None:
@@ -376,28 +277,14 @@ def main(argv: list[str] | None = None) -> int:
     results = results_folder(options)
     every = grouped(budget, runs(budget, {}))
     waiting = [one for one in every if not all(is_done(results, run) for run in one.runs)]
-    if options.plan:
-        seconds = estimate(bench, waiting)
-        for together, one in zip(waiting, seconds, strict=True):
-            print(
-                f"{one / 60:6.1f} min  {together.name}  {together.runs[0].steps} steps, rate {together.runs[0].rate:g}"
-            )
-        print(f"{sum(seconds) / 60:6.1f} min of training in all; the test rows' texts come on top")
-        return 0
-    import evaluate
-
-    metric = evaluate.load(PAPER_METRICS)
     try:
-        with tqdm(total=sum(one.runs[0].steps for one in waiting), unit="step", dynamic_ncols=True) as bar:
-            for together in waiting:
-                bar.set_description(together.name)
-                run_ensemble(bench, together, metric, bar)
+        if options.plan:
+            say_plan(bench, waiting)
+        else:
+            run_all(bench, waiting)
     except (TimeIsUp, KeyboardInterrupt) as stop:
-        print(
-            "\nTime is up." if isinstance(stop, TimeIsUp) else "\nStopped.",
-            "The same command goes on.",
-            file=sys.stderr,
-        )
+        why = "Time is up" if isinstance(stop, TimeIsUp) else "Stopped"
+        print(f"\n{why}. The same command goes on.", file=sys.stderr)
         return 130
     return 0
 
