@@ -887,24 +887,25 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "examples" / "benchmark" / "results"
 
 
-def test_the_stored_report_is_that_of_the_stored_runs(tmp_path, capsys):
+@pytest.mark.parametrize("budget", ["small", "h100"])
+def test_the_stored_report_is_that_of_the_stored_runs(budget, tmp_path, capsys):
     import report
 
-    copied = shutil.copytree(RESULTS / "small", tmp_path / "small")
+    copied = shutil.copytree(RESULTS / budget, tmp_path / budget)
     (copied / "report.md").unlink()
-    assert report.main(["--results", str(copied), "--familiarity", str(RESULTS / "familiarity.json")]) == 0
-    assert (copied / "report.md").read_text() == (RESULTS / "small" / "report.md").read_text()
+    arguments = ["--budget", budget, "--results", str(copied)]
+    assert report.main([*arguments, "--familiarity", str(RESULTS / "familiarity.json")]) == 0
+    assert (copied / "report.md").read_text() == (RESULTS / budget / "report.md").read_text()
     assert "Pass DATA" not in capsys.readouterr().err  # nothing is stale
 
 
-def test_the_page_of_the_comparison_has_the_summary(capsys):
+@pytest.mark.parametrize(("budget", "place"), [("small", "comparison"), ("h100", "longer")])
+def test_the_page_of_the_comparison_has_the_summary(budget, place, capsys):
     import report
 
-    assert report.main(["--summary"]) == 0
-    written = re.search(
-        r"<!-- comparison -->\n(.*?)<!-- end -->", (ROOT / "docs" / "paper-comparison.md").read_text(), re.DOTALL
-    )[1]
-    assert written == capsys.readouterr().out
+    assert report.main(["--budget", budget, "--summary"]) == 0
+    page = (ROOT / "docs" / "paper-comparison.md").read_text()
+    assert re.search(rf"<!-- {place} -->\n(.*?)<!-- end -->", page, re.DOTALL)[1] == capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")

@@ -139,8 +139,9 @@ def test_a_stored_run_is_not_run_again(tmp_path, monkeypatch):
     assert started == [json.loads(out)["name"]]  # whose line was taken out
 
 
-def test_the_repository_has_no_file_of_a_single_run():
-    folder = records.RESULTS / "small"
+@pytest.mark.parametrize("budget", ["small", "h100"])
+def test_the_repository_has_no_file_of_a_single_run(budget):
+    folder = records.RESULTS / budget
     kept = {path.name for path in folder.iterdir()} - {records.OWN, "report.html"}  # which git ignores
     assert kept == {RUNS, TEXTS, "report.md", "figures", "significance.json"}
     assert set(stored_texts(folder)) == {name for name, run in read_records(folder).items() if records.has_texts(run)}

@@ -158,6 +158,18 @@ BUDGETS = {
             ("e2e", "overnight", "dart", "webnlg"),
         ),
     ),
+    "h100": Budget(  # what was run on one accelerator; whatever is missing was not run
+        name="h100",
+        steps=400,
+        batch_size=32,
+        search_steps=60,
+        train_rows=None,
+        validation_rows=64,
+        test_rows=300,
+        seeds=(0,),
+        tiers=(Tier(("prompt-tuning", "input-tuning", "fine-tuning"), TASKS),),
+        rates={"prompt-tuning": 3e-2, "input-tuning": 3e-3, "fine-tuning": 1e-4},  # of most tasks
+    ),
     "full": Budget(
         name="full",
         steps=3000,
