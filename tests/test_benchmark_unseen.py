@@ -227,5 +227,17 @@ def test_nothing_that_all_methods_have(data, tiny_model, tmp_path, capsys):
     assert "no task in" in capsys.readouterr().err
 
 
+def test_the_page_has_the_stored_runs_figures():
+    page = (Path(__file__).parent.parent / "docs" / "paper-comparison.md").read_text(encoding="utf-8")
+    found = {
+        r["method"]: r for r in records.read_records(records.RESULTS / "transfer").values() if r["stage"] == "main"
+    }
+    order = ("prompt-tuning", "input-tuning", "lora", "lora-embedding", "trainable-tokens")
+    losses = [np.array(found[method]["test_losses"]).sum(0) for method in order]
+    assert "| all | 150 | " + " | ".join(f"{loss / tokens:.3f}" for loss, tokens in losses) + " |" in page
+    prose = " | ".join(f"{found[method]['metrics']['forgetting']:+.3f}" for method in order)
+    assert f"| plain prose, above the base's loss | | {prose} |" in page
+
+
 def test_rows_are_examples():
     assert held_out.rows_of("e2e", "train", [Example("a", ("b",))]) == [Example("a", ("b",))]
