@@ -17,6 +17,7 @@ import one_run
 import plan
 import records
 import report
+import rescore
 import run_together
 import tasks
 from device import DEVICE
@@ -27,6 +28,10 @@ from methods import METHODS
 from run_training import trainable_model
 
 TASKS = ("e2e", "overnight", "dart")
+METRICS = {
+    "bleu", "chrf", "ter", "nist", "meteor", "rouge_l", "cider", "exact_match", "length_ratio", "validation_loss",
+    "prose_loss", "forgetting",
+}  # fmt: skip
 METHODS_TOGETHER = list(plan.CONVERGED_RATES)
 TINY = replace(
     plan.BUDGETS["converged"],
@@ -211,7 +216,7 @@ def test_records_are_those_of_the_other_runner(command, data, tiny_model, tmp_pa
     one_run.record_run(run, TINY, data, str(tiny_model), "float32", tmp_path / "alone", tmp_path / "work")
     alone, together = records.read_record(tmp_path / "alone", run.name), found[run.name]
     assert set(together) == set(alone)
-    assert set(together["metrics"]) == set(alone["metrics"])
+    assert set(together["metrics"]) == {"validation_loss", "prose_loss", "forgetting", "bleu"}
     assert together["config"].keys() - alone["config"].keys() == {"trained_beside"}
     assert together["config"]["peft"] == alone["config"]["peft"]
     assert together["trainable_parameters"] == alone["trainable_parameters"]
@@ -225,6 +230,9 @@ def test_records_are_those_of_the_other_runner(command, data, tiny_model, tmp_pa
 
 def test_the_report_reads_its_records(command, data, tmp_path):
     assert command() == 0
+    assert rescore.main([str(data), "--budget", "tiny", "--results", str(tmp_path / "results")]) == 0
+    metrics = {frozenset(record["metrics"]) for record in records.read_records(tmp_path / "results").values()}
+    assert metrics == {frozenset(METRICS)}
     results = ["--results", str(tmp_path / "results"), "--samples", "10"]
     assert report.main([str(data), "--budget", "tiny", *results]) == 0
     text = (tmp_path / "results" / "report.md").read_text(encoding="utf-8")

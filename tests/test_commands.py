@@ -44,7 +44,7 @@ COMMANDS = {
     r"python examples/benchmark/run_together.py DATA": (
         "test_benchmark_together.py::test_a_benchmark_whose_time_is_up_goes_on_to_the_same_end"
     ),
-    r"python examples/benchmark/report.py DATA --budget converged": (
+    r"python examples/benchmark/(rescore|report).py DATA --budget converged": (
         "test_benchmark_together.py::test_the_report_reads_its_records"
     ),
     r"python examples/benchmark/run_all.py DATA --budget transfer": (

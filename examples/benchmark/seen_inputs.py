@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from bleu import bleu
 from blocks import Table, block_markdown
 from comparisons import finished
 from findings import MISSING
@@ -25,13 +26,8 @@ from tasks import find_tasks, read_task
 def split_scores(texts: list[str], references: list[list[str]], seen: list[bool]) -> tuple[float | None, float | None]:
     """BLEU, in per cent, of the rows that were seen and of the others; None where there are none."""
 
-    import sacrebleu
-
-    from input_tuning_examples.metrics.generation_metrics import by_position
-
     def score(rows: list[int]) -> float | None:
-        chosen = by_position([references[row] for row in rows]) if rows else []
-        return sacrebleu.corpus_bleu([texts[row] for row in rows], chosen, lowercase=True).score if rows else None
+        return bleu([texts[row] for row in rows], [references[row] for row in rows]) if rows else None
 
     return score([row for row, was in enumerate(seen) if was]), score([row for row, was in enumerate(seen) if not was])
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from bleu import bleu
 from bootstrap import SAMPLES, SEED, paired_bootstrap
 from comparisons import finished, in_order
 from input_tuning_examples.extras import needs
@@ -166,11 +167,7 @@ def outputs_and_references(results: Path, data: Path, name: str, record: Record)
     outputs, references = read_outputs(results, name), [list(row.references) for row in task.rows["test"]]
     if len(outputs) != len(references):
         raise InputError(f"{name}: it has {len(outputs)} outputs for {len(references)} test rows. {AGAIN}")
-    import sacrebleu
-
-    from input_tuning_examples.metrics.generation_metrics import by_position
-
-    score = sacrebleu.corpus_bleu(outputs, by_position(references), lowercase=True).score
+    score = bleu(outputs, references)
     if abs(score - record["metrics"]["bleu"]) > _TOLERANCE:
         raise InputError(
             f"{name}: its outputs have BLEU {score:.2f} on DATA, its record says {record['metrics']['bleu']:.2f}. "
