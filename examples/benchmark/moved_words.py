@@ -25,6 +25,7 @@ from comparisons import rank_correlation
 from dense_model import plain_checkpoint
 from figures import quantiles_over
 from input_tuning_examples.base_model import Base
+from input_tuning_examples.extras import needs
 from input_tuning_examples.packaged_model import PACKAGED
 from input_tuning_examples.task_data import InputError, limit, read_json_lines
 from input_tuning_examples.train_and_generate import SEPARATOR
@@ -81,6 +82,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--output", type=Path, default=Path("moved.svg"), help="the plot (%(default)s)")
     options = parser.parse_args(argv)
     try:
+        needs("benchmark", "matplotlib")
         pairs = measured(options.data, options.adapter, options.task, options.model, options.work)
     except InputError as error:
         print(f"moved_words.py: {error}", file=sys.stderr)
