@@ -44,7 +44,7 @@ demo: $(DEMO)  ## train prompt-tuning and input-tuning on real weights and compa
 bench: $(DEMO)  ## measure time and memory beside prompt-tuning, LoRA and the base model
 	$(VENV)/bin/python examples/speed/run.py $(BENCH)
 
-report: $(DEV)  ## make the benchmark's report from the stored runs: examples/benchmark/results/small/report.html
+report: $(DEV)  ## make the benchmark's report from the stored runs: report.html in examples/benchmark/results/small
 	$(VENV)/bin/python examples/benchmark/report.py
 
 test: $(DEV)  ## run the tests; on a GPU with DEVICE=cuda

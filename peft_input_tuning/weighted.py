@@ -126,6 +126,7 @@ def weighted_adapter(
         values.update(_input_adapter(parameters, adapting, combination_type))
     config = replace(
         configs[first],
+        prompt_start=None,  # a sum of prompts started from no words
         adapter_hidden_dim=len(values["input_tuning_fc1.weight"]) if pairs else 0,
         prompt_tuning_init=PromptTuningInit.RANDOM,  # it starts from nothing that a tokenizer would be read for
         prompt_tuning_init_text=None,

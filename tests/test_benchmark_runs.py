@@ -481,7 +481,6 @@ def one_by_one(model, prompts: list[list[int]]) -> list[list[int]]:
 )
 def test_batches_give_what_each_prompt_gives_alone(method, monkeypatch):
     monkeypatch.setattr(generation, "MAX_NEW_TOKENS", 6)
-    monkeypatch.setattr(generation, "GENERATED_AT_ONCE", 3)
     torch.manual_seed(5)  # with 0, two tokens were level
     model = one_run.trainable_model(build(FAMILIES["llama"], "lm"), METHODS[method]).eval()
     for parameter in model.parameters():  # nothing is left as it starts
@@ -491,7 +490,7 @@ def test_batches_give_what_each_prompt_gives_alone(method, monkeypatch):
     with torch.no_grad():
         expected = one_by_one(model, prompts)
     assert len({tuple(tokens) for tokens in expected}) > 3
-    found = generation.generate(model, Tokenizer, prompts)
+    found = generation.generate(model, Tokenizer, prompts, at_once=3)
     assert found == [" ".join(map(str, tokens)) for tokens in expected]
 
 
@@ -542,7 +541,7 @@ def test_padding_is_for_methods_that_are_right_beside_it():
     padded = {}
     for name, method in METHODS.items():
         if method.config is not None:
-            model = one_run.trainable_model(build(FAMILIES["llama"], "lm"), method)
+            model = one_run.trainable_model(build(FAMILIES["llama"], "lm"), method, words=[3, 4])
             padded[name] = generation.for_padded_batches(model)[1]
     assert {name for name, may in padded.items() if not may} == {"p-tuning", "prefix-tuning"}
 

@@ -144,7 +144,7 @@ def test_a_missing_extra_is_named_in_one_line(said, call, module, extra):
     assert code in (1, 2)
     assert "Traceback" not in err
     *_, last = err.splitlines()
-    of_clone = f"In a clone: pip install --group {extra}"
+    of_clone = f"In a clone: pip install 'pip>=25.1', then pip install --group {extra}"
     remedy = f"Install it with: pip install 'peft-input-tuning[{extra}]'" if call[0] == COMMAND else of_clone
     assert last.endswith(f": {module} is missing. {remedy}")
 

@@ -139,6 +139,15 @@ def test_names_are_as_long_as_it_takes(tmp_path):
         (lambda runs: [runs[0], runs[0].parent], "has no results.json (of train.py), and no trainer_state.json"),
         (lambda runs: (runs[1] / "results.json").write_text('{"resu') and runs, "results.json' cannot be read ("),
         (lambda runs: (runs[1] / "results.json").write_text("[1]") and runs, "results.json' holds no object."),
+        (
+            lambda runs: (runs[1] / "results.json").write_text('{"results": []}') and runs,
+            "under 'results', not an object",
+        ),
+        (
+            lambda runs: (runs[1] / "results.json").write_text('{"curve": 5}') and runs,
+            "under 'curve', not a list of obj",
+        ),
+        (lambda runs: (runs[1] / "results.json").write_text('{"options": null}') and runs, "has None under 'options'"),
         (lambda runs: [*runs, "--html", runs[0]], "--html: "),
     ],
     ids=["one", "no folder", "twice", "no run", "broken", "a list", "page"],

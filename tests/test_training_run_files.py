@@ -19,6 +19,7 @@ from adapter_card import hub_name
 from input_tuning_examples import logic_to_text
 from input_tuning_examples.forgetting import prose_loss
 from input_tuning_examples.train_seconds import TrainSeconds
+from input_tuning_examples.training_rows import check_test_rows
 from peft_input_tuning.familiarity.prose import PLAIN_PROSE
 
 SMALL = ["--max_steps", "4", "--logging_steps", "1", "--max_new_tokens", "4", "--learning_rate", "1e-2"]
@@ -260,3 +261,19 @@ def test_a_folder_that_cannot_be_written_is_refused_at_the_start(data, tiny_mode
     for folder in ("/proc/run", "/proc"):
         assert train.main(call(data, tiny_model, Path(folder))) == 2
         assert f"error: --output_dir: '{folder}' cannot be written (" in capsys.readouterr().err
+
+
+def test_prose_is_read_as_far_as_the_model_has_places(tiny_model):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model).eval()
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    losses = []
+    for text in PLAIN_PROSE:
+        ids = tokenizer(text, return_tensors="pt").input_ids[:, :5]
+        with torch.no_grad():
+            losses.append(model(input_ids=ids, labels=ids).loss.item())  # a mean of four tokens in each text
+    assert prose_loss(model, tokenizer, most=5) == pytest.approx(sum(losses) / len(losses), rel=1e-4)
+    assert math.isnan(prose_loss(model, tokenizer, most=1))
+
+
+def test_without_test_rows_their_lengths_are_no_matter():
+    check_test_rows([], None, None, False, positions=5, virtual=0, max_new_tokens=64)

@@ -23,7 +23,9 @@ def needs(extra: str, *modules: str) -> None:
     """
     for module in modules:
         if find_spec(module) is None:
-            raise InputError(f"{module} is missing. In a clone: pip install --group {extra}")
+            raise InputError(
+                f"{module} is missing. In a clone: pip install 'pip>=25.1', then pip install --group {extra}"
+            )
 
 
 def exit_status(run: Callable[[], int]) -> int:

@@ -165,7 +165,7 @@ def check_test_rows(
     max_new_tokens: int,
 ) -> None:
     """Raises InputError where the model has no positions for a test row and its new tokens; names rows and lengths."""
-    if positions is None:
+    if positions is None or not rows:
         return
     beside = virtual if seq2seq else virtual + max_new_tokens
     lengths = {number: len(_source_ids(row, columns, tokenizer)) for number, row in enumerate(rows, 1)}

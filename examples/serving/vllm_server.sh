@@ -3,7 +3,8 @@
 #
 #     sh examples/serving/vllm_server.sh BASE e2e=my-e2e-adapter overnight=my-overnight-adapter
 #
-# BASE is the folder or hub id of the base model, the rest are adapters' folders as save_pretrained wrote them.
+# BASE is the folder or hub id of the base model, the rest are adapters' folders as save_pretrained wrote them. Options of
+# vLLM may follow: --dtype float32 for the tokens of a float32 model, which vLLM turns into bfloat16 otherwise.
 set -e
 base=$1
 shift

@@ -44,6 +44,7 @@ class Run:
         results: figures by name.
         rows: how many rows each figure is of; others are of none.
         generations: rows with "source", "text" and "references".
+        gguf_file: that the base was read from.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Run:
     results: Mapping[str, Any]
     rows: Mapping[str, str]
     generations: Sequence[Mapping[str, Any]]
+    gguf_file: str | None = None
 
 
 def card_of(
@@ -101,6 +103,7 @@ def card_of(
                 **dict.fromkeys(("prose_loss", "forgetting"), f"{TEXTS} sentences"),
             },
             generations=generations,
+            gguf_file=find_model(options.model)[1],
         )
     )
 
@@ -135,6 +138,11 @@ def adapter_card(run: Run) -> str:
     parts = [
         f"---\n{data.to_yaml()}\n---\n\n# {run.name}",
         _loading(run).rstrip(),
+        *(
+            [f'The base was read from a GGUF file: pass `gguf_file="{run.gguf_file}"` to `from_pretrained`.']
+            if run.gguf_file
+            else []
+        ),
         f"## Data and training\n\n{run.data} {run.training}",
         "\n".join(["## Results", "", "| | | rows |", "| :-- | --: | --: |", *_figures(run)]),
         *([_generations(run)] if run.generations else []),

@@ -102,6 +102,7 @@ def run(options: Options, arguments: TrainingArguments) -> dict[str, Any]:
     if options.test_data:
         test = read_rows(options.test_data, "--test_data", columns, tokenizer, options.test_rows)
     room = base.positions, options.virtual_tokens
+    most = None if base.positions is None else base.positions - options.virtual_tokens
     features = {
         name: encode(some, columns, options.max_length, tokenizer, base.seq2seq, f"--{name}_data", *room)
         for name, some in rows.items()
@@ -122,7 +123,7 @@ def run(options: Options, arguments: TrainingArguments) -> dict[str, Any]:
     trainer = make_trainer(model, tokenizer, features, options, arguments)
     untrained = None  # an adapter is turned off later; a whole model is asked now, if one process has all of it
     if config is None and not base.seq2seq and arguments.world_size == 1:
-        untrained = prose_loss(model, tokenizer)
+        untrained = prose_loss(model, tokenizer, most)
     if trainer.is_world_process_zero():
         (Path(arguments.output_dir) / "results.json").unlink(missing_ok=True)  # this run has not ended yet
     train_output = trainer.train(resume_from_checkpoint=checkpoint)
@@ -136,11 +137,11 @@ def run(options: Options, arguments: TrainingArguments) -> dict[str, Any]:
     }
     if "validation" in features:
         results["validation_loss"] = trainer.evaluate()["eval_loss"]
+    trainer.save_model()  # before what is only measured; with FSDP and ZeRO-3, all processes take part
     if untrained is not None or (isinstance(model, PeftModel) and not base.seq2seq):
-        results |= forgetting(trainer.model, tokenizer, untrained)
+        results |= forgetting(trainer.model, tokenizer, untrained, most)
     special = not options.messages_column
     texts = greedy_texts(trainer, tokenizer, test, options.max_new_tokens, special) if test else []
-    trainer.save_model()  # with FSDP and ZeRO-3, all processes take part
     if not trainer.is_world_process_zero():
         return results
     folder = Path(arguments.output_dir)

@@ -112,6 +112,7 @@ def peft_config(options: Options, seq2seq: bool) -> PeftConfig | None:
 def parse_arguments(argv: list[str] | None, description: str | None = None) -> tuple[Options, TrainingArguments]:
     """Raises ValueError at an option that nobody knows, or TrainingArguments that do not go together."""
     parser = HfArgumentParser((Options, TrainingArguments), description=description)
+    parser.set_defaults(logging_steps=10)  # transformers' 500 leaves short runs without a curve
     parser.set_defaults(learning_rate=None)  # not transformers' default, which is far too low for a prompt
     method = parser.parse_known_args(argv)[0].method
     parser.set_defaults(learning_rate=LEARNING_RATES[method])

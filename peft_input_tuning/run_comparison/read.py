@@ -65,13 +65,15 @@ def _names(places: Sequence[Path]) -> list[str]:
 def _run(folder: Path, name: str) -> TrainingRun:
     adapter = _json(folder / "adapter_config.json") if (folder / "adapter_config.json").is_file() else {}
     if (folder / "results.json").is_file():
-        report = _json(folder / "results.json")
-        history = report.get("curve", [])
-        figures = report.get("results", {})
-        settings = adapter | report.get("arguments", {}) | report.get("options", {})
+        path = folder / "results.json"
+        report = _json(path)
+        history = _part(report, "curve", [], path)
+        figures = _part(report, "results", {}, path)
+        settings = adapter | _part(report, "arguments", {}, path) | _part(report, "options", {}, path)
     else:
-        state = _json(_state(folder))
-        history = state.get("log_history", [])
+        path = _state(folder)
+        state = _json(path)
+        history = _part(state, "log_history", [], path)
         figures = _figures(history, state)
         rates = [log["learning_rate"] for log in history if "learning_rate" in log]
         known = {key: state.get(key) for key in ("max_steps", "num_train_epochs", "train_batch_size")}
@@ -110,6 +112,19 @@ def _json(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError(f"RUN: {str(path)!r} holds no object. Name the output folder of a training run.")
     return found
+
+
+def _part(found: Mapping[str, Any], key: str, empty: Any, path: Path) -> Any:
+    """What stands under a key: an object, or a list of objects, as `empty` is; that if there is none."""
+    part = found.get(key, empty)
+    if not isinstance(part, type(empty)) or (
+        isinstance(part, list) and not all(isinstance(one, dict) for one in part)
+    ):
+        kind = "an object" if isinstance(empty, dict) else "a list of objects"
+        raise ValueError(
+            f"RUN: {str(path)!r} has {part!r:.40} under {key!r}, not {kind}. Name the folder of a whole run."
+        )
+    return part
 
 
 def _figures(history: Sequence[Mapping[str, Any]], state: Mapping[str, Any]) -> dict[str, Any]:
