@@ -773,7 +773,7 @@ def test_results_of_another_budget_or_of_other_data_are_not_taken(record, messag
 def test_a_missing_package_is_named_before_any_run(data, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "pycocoevalcap", None)
     assert run_all.main([str(data)]) == 2
-    said = "pycocoevalcap is missing. In a clone: pip install --group benchmark"
+    said = "pycocoevalcap is missing. In a clone: pip install 'pip>=25.1', then pip install --group benchmark"
     assert said in capsys.readouterr().err
 
 

@@ -253,7 +253,7 @@ def test_packaged_model_that_is_not_installed(monkeypatch):
 def test_missing_demo_package(monkeypatch, capsys):
     monkeypatch.setattr(quickstart, "MODULES", ("no_such_module",))
     assert quickstart.main([]) == 2
-    said = "error: no_such_module is missing. In a clone: pip install --group demo\n"
+    said = "error: no_such_module is missing. In a clone: pip install 'pip>=25.1', then pip install --group demo\n"
     assert capsys.readouterr().err == said
 
 

@@ -150,7 +150,7 @@ def test_names_are_as_long_as_it_takes(tmp_path):
         (lambda runs: (runs[1] / "results.json").write_text('{"options": null}') and runs, "has None under 'options'"),
         (lambda runs: [*runs, "--html", runs[0]], "--html: "),
     ],
-    ids=["one", "no folder", "twice", "no run", "broken", "a list", "page"],
+    ids=["one", "no folder", "twice", "no run", "broken", "a list", "results", "curve", "options", "page"],
 )
 def test_refusals(runs, change, message, capsys):
     assert main(["compare", *map(str, change(runs))]) == 2
