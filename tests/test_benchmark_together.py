@@ -265,6 +265,13 @@ def test_the_plan_estimates_and_changes_nothing(command, tmp_path, capsys):
     assert not (tmp_path / "results").exists()
 
 
+def test_results_of_another_type_of_weights_are_not_taken(command, tmp_path, capsys):
+    run = plan.runs(TINY, {})[0]
+    records.write_record(tmp_path / "results", run.name, {"status": "finished", "config": {"dtype": "bfloat16"}})
+    assert command() == 2
+    assert "--dtype: 'float32' is wanted" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -169,7 +169,7 @@ def results(tmp_path, data) -> Path:
     return tmp_path
 
 
-def rows_of(results: Path, data: Path, chosen: list[str]) -> list[unseen.Row]:
+def rows_of(data: Path, chosen: list[str]) -> list[unseen.Row]:
     vocabulary: dict[str, int] = {}
 
     def words_of(text: str) -> list[int]:
@@ -180,7 +180,7 @@ def rows_of(results: Path, data: Path, chosen: list[str]) -> list[unseen.Row]:
 
 def test_tables_by_hand(results, data):
     chosen = list(held_out.HELD_OUT)
-    rows = rows_of(results, data, chosen)
+    rows = rows_of(data, chosen)
     runs = unseen.Runs(results, records.read_records(results), rows, chosen)
     assert runs.methods == ["input-tuning", "prompt-tuning"]
     losses, gaps, bleu, prose = unseen.tables(runs)
@@ -198,7 +198,7 @@ def test_tables_by_hand(results, data):
 def test_seeds_are_averaged_and_only_common_runs_count(results, data):
     (results / "runs" / "main" / "multi30k_fr_en.prompt-tuning.seed1.json").unlink()
     chosen = ["multi30k_fr_en"]
-    rows = rows_of(results, data, chosen)
+    rows = rows_of(data, chosen)
     runs = unseen.Runs(results, records.read_records(results), rows, chosen)
     assert runs.common == [("multi30k_fr_en", 0)]
     assert {row.known_domain for row in rows} == {None}
@@ -206,7 +206,7 @@ def test_seeds_are_averaged_and_only_common_runs_count(results, data):
 
 
 def test_both_seeds(results, data):
-    rows = rows_of(results, data, ["multi30k_fr_en"])
+    rows = rows_of(data, ["multi30k_fr_en"])
     runs = unseen.Runs(results, records.read_records(results), rows, ["multi30k_fr_en"])
     assert runs.losses("input-tuning", rows)[0].tolist() == [1.5, 2.5, 3.5, 4.5, 5.5, 6.5, 7.5]
 
@@ -239,5 +239,5 @@ def test_the_page_has_the_stored_runs_figures():
     assert f"| plain prose, above the base's loss | | {prose} |" in page
 
 
-def test_rows_are_examples():
+def test_a_task_without_held_out_domains_keeps_its_rows():
     assert held_out.rows_of("e2e", "train", [Example("a", ("b",))]) == [Example("a", ("b",))]

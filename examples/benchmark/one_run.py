@@ -180,22 +180,29 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, bool | int | float | str) else str(value)
 
 
+def head_of(run: Run, budget: Budget, task: Task, earlier: Record | None) -> Record:
+    """What a record has before its run begins.
+
+    Args:
+        earlier: what an attempt before it left.
+    """
+    return {
+        **asdict(run),
+        "budget": budget.name,
+        "attempts": (earlier or {}).get("attempts", 0) + 1,
+        "errors": (earlier or {}).get("errors", []),
+        "machine": machine(),
+        "versions": {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in PACKAGES}},
+        "data_hash": task.data_hash,
+    }
+
+
 def record_run(run: Run, budget: Budget, data: Path, model: str, dtype: str, results: Path, work: Path) -> int:
     """Executes a run between its two records; returns the exit code."""
     most = {"train": budget.train_rows, "validation": budget.validation_rows, "test": budget.test_rows}
     task = read_task(data, run.task, most, run.rows)
     folder = checkpoints_of(run, results, work)
-    earlier = read_record(results, run.name) or {}
-    record: Record = {
-        **asdict(run),
-        "budget": budget.name,
-        "status": "running",
-        "attempts": earlier.get("attempts", 0) + 1,
-        "errors": earlier.get("errors", []),
-        "machine": machine(),
-        "versions": {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in PACKAGES}},
-        "data_hash": task.data_hash,
-    }
+    record = head_of(run, budget, task, read_record(results, run.name)) | {"status": "running"}
     write_record(results, run.name, record)
     of_this_run = {**asdict(run), "budget": budget.name, "model": model, "dtype": dtype, "data": task.data_hash}
     drop_checkpoints_of_another(folder, of_this_run)

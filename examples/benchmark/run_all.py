@@ -15,6 +15,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -146,7 +147,13 @@ def check(options: argparse.Namespace) -> None:
     if options.workers is not None and options.workers < 1:
         raise InputError(f"--workers must be >= 1, got {options.workers}.")
     check_installed()
-    find_tasks(options.data, (*budget.search_tasks, *options.tasks))
+    tasks = (*budget.search_tasks, *options.tasks)
+    find_tasks(options.data, tasks)
+    check_results(options, tasks)
+
+
+def check_results(options: argparse.Namespace, tasks: Sequence[str]) -> None:
+    """Raises InputError where --results has records of another budget, model or type, or of tasks on other data."""
     wanted = {"budget": options.budget, "model": model_label(options.model), "dtype": options.dtype}
     hashes: dict[str, dict[str, str]] = {}
     for name, record in read_records(results_folder(options)).items():
@@ -158,7 +165,7 @@ def check(options: argparse.Namespace) -> None:
                     "another --results."
                 )
         task = record.get("task")
-        if task in (*budget.search_tasks, *options.tasks) and "data_hash" in record:
+        if task in tasks and "data_hash" in record:
             now = hashes.setdefault(task, hashes_of(options.data, task))
             if changed := [split for split, one in record["data_hash"].items() if now.get(split) != one]:
                 raise InputError(

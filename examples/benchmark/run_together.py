@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import importlib.metadata
-import platform
 import signal
 import sys
 import time
@@ -35,12 +33,11 @@ from input_tuning_examples.task_data import InputError
 from input_tuning_examples.train_and_generate import SEPARATOR, quiet
 from methods import METHODS
 from one_run import (
-    PACKAGES,
     SAMPLES,
     add_common_arguments,
     check_installed,
     configurations,
-    machine,
+    head_of,
     peak_memory,
     results_folder,
 )
@@ -48,6 +45,7 @@ from peft_input_tuning.output.files import unfinished
 from plan import BUDGETS, Budget, Run, runs
 from records import FINAL, Record, read_record, write_outputs, write_record
 from row_losses import row_losses
+from run_all import check_results
 from tasks import find_tasks
 
 EVALUATIONS = 15  # of the validation loss in a training, the last one at the end
@@ -105,9 +103,10 @@ def train(bench: Bench, together: Together, checkpoint: Path, bar: tqdm) -> tupl
                 curves["train"].append([ensemble.step_number, torch.stack(sums).mean(0).tolist()])
                 curves["validation"].append([ensemble.step_number, losses.tolist()])
                 sums = []
-                if at_end or bench.time_is_up():
+                over = bench.time_is_up()  # asked once: it may come between two questions
+                if at_end or over:
                     keep()
-                if not at_end and bench.time_is_up():
+                if over and not at_end:
                     raise TimeIsUp
     return ensemble, curves, seconds + time.perf_counter() - began
 
@@ -137,19 +136,6 @@ def measure(bench: Bench, ensemble: Ensemble, member: int, run: Run) -> tuple[Re
     return found, texts
 
 
-def head_of(bench: Bench, run: Run) -> Record:
-    """What a record has before its run begins."""
-    return {
-        **asdict(run),
-        "budget": bench.budget.name,
-        "attempts": (read_record(results_folder(bench.options), run.name) or {}).get("attempts", 0) + 1,
-        "errors": [],
-        "machine": machine(),
-        "versions": {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in PACKAGES}},
-        "data_hash": bench.task(run.task)[0].data_hash,
-    }
-
-
 def run_ensemble(bench: Bench, together: Together, bar: tqdm) -> None:
     """Trains what is not done, measures each training, and leaves a record of each."""
     results = results_folder(bench.options)
@@ -162,7 +148,7 @@ def run_ensemble(bench: Bench, together: Together, bar: tqdm) -> None:
         found, texts = measure(bench, ensemble, member, run)
         prompt_rate = METHODS[run.method].rate_of_prompt(run.rate)
         record: Record = {
-            **head_of(bench, run),
+            **head_of(run, bench.budget, task, read_record(results, run.name)),
             "config": {
                 "model": model_label(bench.options.model),
                 "dtype": bench.options.dtype,
@@ -257,6 +243,7 @@ def check(options: argparse.Namespace, budget: Budget) -> None:
         )
     check_installed()
     find_tasks(options.data, budget.tasks)
+    check_results(options, budget.tasks)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -282,8 +269,10 @@ def main(argv: list[str] | None = None) -> int:
         else:
             run_all(bench, waiting)
     except (TimeIsUp, KeyboardInterrupt) as stop:
-        why = "Time is up" if isinstance(stop, TimeIsUp) else "Stopped"
-        print(f"\n{why}. The same command goes on.", file=sys.stderr)
+        if isinstance(stop, TimeIsUp):
+            print("\nTime is up. The same command goes on.", file=sys.stderr)
+        else:
+            print("\nStopped. The same command begins the trainings under way anew.", file=sys.stderr)
         return 130
     return 0
 
