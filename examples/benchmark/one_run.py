@@ -11,10 +11,7 @@ A run that was interrupted goes on from its last checkpoint.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
-import os
-import platform
 import shutil
 import signal
 import sys
@@ -24,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from transformers import (
     set_seed,
 )
@@ -37,50 +33,18 @@ from input_tuning_examples.faults import TrainingError
 from input_tuning_examples.forgetting import forgetting, prose_loss
 from input_tuning_examples.metrics import PAPER_METRICS
 from input_tuning_examples.packaged_model import PACKAGED
-from input_tuning_examples.peak_memory import peak_memory_mb
 from input_tuning_examples.task_data import InputError
 from input_tuning_examples.train_and_generate import SEPARATOR, quiet
 from methods import METHODS
 from plan import BUDGETS, Budget, Run, run_on
 from records import RESULTS, Record, read_record, write_outputs, write_record
 from row_losses import row_losses
+from run_record import SAMPLES, config_of, head_of, peak_memory
 from run_training import features_of, make_trainer, train, trainable_model
 from target_loss import use_loss_on_targets
 from tasks import Task, read_task
 
-PACKAGES = (
-    "peft-input-tuning",
-    "torch",
-    "transformers",
-    "peft",
-    "accelerate",
-    "evaluate",
-    "sacrebleu",
-    "nltk",
-    "rouge-score",
-    "pycocoevalcap",
-)
-SAMPLES = 20
-
-
 # ---- the run --------------------------------------------------------------------------------------------------------
-
-
-def machine() -> str:
-    """The kind of machine: the accelerator's name, or the processor's and its number of threads in use."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    return f"{name or platform.machine()}, {torch.get_num_threads()} of {os.cpu_count()} cores"
-
-
-def peak_memory() -> int | None:
-    """In MB: the accelerator's, or the process's."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() // 2**20
-    return peak_memory_mb()
 
 
 def execute(
@@ -111,16 +75,7 @@ def execute(
     words = {word for row in features["train"] for word in row["input_ids"]}
     model = trainable_model(base, method, words)
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    prompt_rate = method.rate_of_prompt(run.rate)
-    config: Record = {
-        "model": model_label(model_name),
-        "dtype": dtype,
-        "peft": configurations(model),
-        "learning_rate": {"prompt": prompt_rate, "adapter": run.rate} if prompt_rate else run.rate,
-        "steps": run.steps,
-        "batch_size": budget.batch_size,
-        "rows": {split: len(rows) for split, rows in task.rows.items()},
-    }
+    config = config_of(run, budget, task, model, model_name, dtype)
     trainer = make_trainer(model, run, budget, features, tokenizer, folder)
     started = time.perf_counter()
     curve = train(trainer, folder)
@@ -157,44 +112,6 @@ def execute(
         "samples": [{"row": row, "output": text} for row, text in enumerate(texts[:SAMPLES])],
     }
     return record, texts
-
-
-_OF_THE_MACHINE = ("base_model_name_or_path", "peft_version", "weights_in_checkpoint", "inference_mode")
-
-
-def configurations(model: torch.nn.Module) -> Any:
-    """Of the adapters, from outside to inside: one, or a list of those that lie around each other."""
-    found = []
-    while isinstance(model, PeftModel):
-        found.append(_plain(model.active_peft_config.to_dict()))
-        model = model.get_base_model()
-    return found if len(found) > 1 else (found or [None])[0]
-
-
-def _plain(value: Any) -> Any:
-    """What JSON can hold, without what a run does not depend on."""
-    if isinstance(value, dict):
-        return {key: _plain(entry) for key, entry in value.items() if entry is not None and key not in _OF_THE_MACHINE}
-    if isinstance(value, set | list | tuple):
-        return sorted(map(_plain, value), key=str)
-    return value if isinstance(value, bool | int | float | str) else str(value)
-
-
-def head_of(run: Run, budget: Budget, task: Task, earlier: Record | None) -> Record:
-    """What a record has before its run begins.
-
-    Args:
-        earlier: what an attempt before it left.
-    """
-    return {
-        **asdict(run),
-        "budget": budget.name,
-        "attempts": (earlier or {}).get("attempts", 0) + 1,
-        "errors": (earlier or {}).get("errors", []),
-        "machine": machine(),
-        "versions": {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in PACKAGES}},
-        "data_hash": task.data_hash,
-    }
 
 
 def record_run(run: Run, budget: Budget, data: Path, model: str, dtype: str, results: Path, work: Path) -> int:

@@ -25,27 +25,19 @@ from tqdm import tqdm
 
 from bench import Bench, Together, grouped
 from bleu import bleu
-from dense_model import model_label
 from ensemble import Ensemble
 from generation import generate
 from input_tuning_examples.forgetting import forgetting
 from input_tuning_examples.task_data import InputError
 from input_tuning_examples.train_and_generate import SEPARATOR, quiet
 from methods import METHODS
-from one_run import (
-    SAMPLES,
-    add_common_arguments,
-    check_installed,
-    configurations,
-    head_of,
-    peak_memory,
-    results_folder,
-)
+from one_run import add_common_arguments, check_installed, results_folder
 from peft_input_tuning.output.files import unfinished
 from plan import BUDGETS, Budget, Run, runs
 from records import FINAL, Record, read_record, write_outputs, write_record
 from row_losses import row_losses
 from run_all import check_results
+from run_record import SAMPLES, config_of, head_of, peak_memory
 from tasks import find_tasks
 
 EVALUATIONS = 15  # of the validation loss in a training, the last one at the end
@@ -146,17 +138,10 @@ def run_ensemble(bench: Bench, together: Together, bar: tqdm) -> None:
             continue
         task, _ = bench.task(run.task)
         found, texts = measure(bench, ensemble, member, run)
-        prompt_rate = METHODS[run.method].rate_of_prompt(run.rate)
         record: Record = {
             **head_of(run, bench.budget, task, read_record(results, run.name)),
             "config": {
-                "model": model_label(bench.options.model),
-                "dtype": bench.options.dtype,
-                "peft": configurations(ensemble.model),
-                "learning_rate": {"prompt": prompt_rate, "adapter": run.rate} if prompt_rate else run.rate,
-                "steps": run.steps,
-                "batch_size": bench.budget.batch_size,
-                "rows": {split: len(rows) for split, rows in task.rows.items()},
+                **config_of(run, bench.budget, task, ensemble.model, bench.options.model, bench.options.dtype),
                 "trained_beside": [other.task for other in together.runs if other != run],
             },
             **found,
