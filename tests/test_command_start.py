@@ -98,6 +98,10 @@ def test_the_public_names_are_there_before_the_work_begins(tmp_path):
             ["export", "here", "out"],
             "ADAPTER: 'here' has no adapter_config.json. Name a folder that holds an adapter.",
         ),
+        (
+            ["inspect", "half"],
+            "ADAPTER: 'half' has no adapter_model.safetensors, only the configuration. Get the folder again, or save",
+        ),
         (["export", "file", "out"], "ADAPTER: 'file' is a file. Name the folder that it is in."),
         (["export", "adapter", "out", "--base", "here/no"], "--base: there is no folder 'here/no'. 'here' is one"),
         (
@@ -120,7 +124,10 @@ def test_what_is_wrong_is_said_before_anything_is_imported(tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     for folder in ("here", "adapter"):
         Path(folder).mkdir()
-    Path("adapter/adapter_config.json").write_text("{}")
+        Path(folder, "adapter_model.safetensors").touch()
+    for folder in ("adapter", "half"):
+        Path(folder).mkdir(exist_ok=True)
+        Path(folder, "adapter_config.json").write_text("{}")
     Path("file").touch()
     Path("latin").write_bytes(b"gr\xfcn\n")
     Path("rows").write_text('{"source": "a"}\n')
@@ -155,11 +162,27 @@ def test_what_may_be_an_id_is_looked_for_on_a_hub(capsys, monkeypatch):
     ("arguments", "error"),
     [
         (["export"], "peft-input-tuning export: the following arguments are required: adapter, output."),
-        (["inspect", "x", "--nearest", "many"], "peft-input-tuning inspect: argument --nearest: invalid int value"),
+        (
+            ["inspect", "x", "--nearest", "many"],
+            "peft-input-tuning inspect: argument --nearest: must be a whole number",
+        ),
+        (["inspect", "x", "--nearest", "0"], "peft-input-tuning inspect: argument --nearest: must be >= 1, got 0."),
+        (["to-lora", "x", "y", "--rank", "0"], "peft-input-tuning to-lora: argument --rank: must be >= 1, got 0."),
+        (
+            ["grow-base", "x", "y", "--virtual-tokens", "-1"],
+            "peft-input-tuning grow-base: argument --virtual-tokens: must be >= 0, got -1.",
+        ),
+        *(
+            (
+                ["familiarity", "x", "--model", "y", option, "1" if option == "--window" else "0"],
+                f"peft-input-tuning familiarity: argument {option}: must be >= ",
+            )
+            for option in ("--limit", "--batch-size", "--least", "--window")
+        ),
         (["exprot"], "peft-input-tuning: argument command: invalid choice: 'exprot'"),
         (["export", "a", "b", "--\x1b[2J"], r"peft-input-tuning: unrecognized arguments: --\x1b[2J."),
     ],
-    ids=["missing", "of a wrong type", "no command", "unknown"],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_unusable_arguments_are_one_line(capsys, arguments, error):
     with pytest.raises(SystemExit) as end:
@@ -168,6 +191,18 @@ def test_unusable_arguments_are_one_line(capsys, arguments, error):
     (said,) = capsys.readouterr().err.splitlines()
     assert said.startswith(error)
     assert said.endswith(" --help.")
+
+
+def test_what_a_function_says_of_its_arguments_names_the_options(capsys, monkeypatch, tmp_path):
+    def fail(_):
+        raise ValueError("`max_rank` is 3; choose `rank`, or name `virtual_token_ids`; `other` is the function's own.")
+
+    monkeypatch.setattr(COMMANDS["to-lora"][0], "run", fail)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / name).touch()
+    assert main(["to-lora", str(tmp_path), str(tmp_path / "out")]) == 2
+    said = "--max-rank is 3; choose --rank, or name --virtual-token-ids; `other` is the function's own."
+    assert capsys.readouterr().err == f"peft-input-tuning to-lora: {said}\n"
 
 
 @pytest.mark.parametrize(
@@ -187,13 +222,15 @@ def test_whatever_is_raised_is_one_line(capsys, monkeypatch, tmp_path, raised, s
         raise raised
 
     monkeypatch.setattr(export, "run", fail)
-    (tmp_path / "adapter_config.json").touch()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / name).touch()
     assert main(["export", str(tmp_path), str(tmp_path / "out")]) == status
     assert capsys.readouterr().err.rstrip("\n") == f"peft-input-tuning export: {said}".rstrip()
 
 
 def test_development_mode_shows_where_an_error_comes_from(tmp_path):
     (tmp_path / "adapter_config.json").write_text("[]")
+    (tmp_path / "adapter_model.safetensors").touch()
     command = [sys.executable, "-X", "dev", "-W", "ignore", "-m", "peft_input_tuning", "inspect", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1

@@ -127,6 +127,7 @@ def said(tmp_path_factory) -> dict[tuple[str, ...], tuple[int, str, str]]:
     (folder / "model" / "model.gguf").touch()
     config = {"peft_type": "INPUT_TUNING", "task_type": "CAUSAL_LM", "base_model_name_or_path": "model"}
     (folder / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    (folder / "adapter" / "adapter_model.safetensors").touch()
     calls = [[*call, "--help"] for call in HELP] + [call for call, _, _ in MISSING]
     return dict(zip(map(tuple, calls), answers(calls, folder), strict=True))
 

@@ -398,7 +398,8 @@ def test_evaluation_needs_rows(options, tmp_path, capsys):
 
 LINES = {  # a second row, what has to be said
     "nothing": (None, "is empty"),
-    "no JSON": ('{"source": ', "cannot be read (JSON parse error"),
+    "no JSON": ('{"source": ', "--train_data: line 2 of 'rows.jsonl' is not JSON ("),
+    "no object": ('["a", "b"]', "--train_data: line 2 of 'rows.jsonl' holds a list. Write one object"),
     "no source": (
         '{"source": null, "references": ["a"]}',
         "row 2 of 'rows.jsonl' has no text under 'source', got None",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,7 @@ def read_rows(
     except StopIteration:  # datasets 5.2, of a file without a line
         raise InputError(f"{argument}: {name!r} is empty. Write one JSON object a line.") from None
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        _check_lines(Path(name), argument)
         why = error.__cause__ or error
         raise InputError(f"{argument}: {name!r} cannot be read ({why}). Pass a JSON-lines file.") from None
     missing = [column for column in _needed(columns) if column not in data.column_names]
@@ -72,6 +74,24 @@ def read_rows(
         )
     chosen = data.select(range(min(most or len(data), len(data))))
     return [to_row(line, f"{argument}: row {n} of {name!r}", columns, tokenizer) for n, line in enumerate(chosen, 1)]
+
+
+def _check_lines(file: Path, argument: str) -> None:
+    """Raises InputError for the first line that is no JSON object, which `datasets` does not name. Where the first
+    line is the beginning of one document, nothing is said."""
+    if not file.is_file():
+        return
+    for number, line in enumerate(file.read_bytes().splitlines(), 1):
+        if number == 1 and line.strip() in (b"[", b"{"):
+            return
+        try:
+            what = type(json.loads(line)).__name__ if line.strip() else "dict"
+        except ValueError as error:  # no JSON, or no UTF-8
+            raise InputError(f"{argument}: line {number} of {str(file)!r} is not JSON ({error}). Mend it.") from None
+        if what != "dict":
+            raise InputError(
+                f"{argument}: line {number} of {str(file)!r} holds a {what}. Write one object of fields a line."
+            )
 
 
 def _needed(columns: Columns) -> list[str]:

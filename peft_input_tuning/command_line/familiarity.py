@@ -17,9 +17,11 @@ from ..output.files import check_file_to_write, unfinished
 from .extras import needs
 from .gguf import dense_weights, gguf_arguments
 from .load import DTYPES, readable
+from .numbers import at_least
 from .sources import check_source
 
 if TYPE_CHECKING:
+    import torch
     from rich.table import Table
     from tqdm import tqdm
     from transformers import PreTrainedTokenizerBase
@@ -38,7 +40,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add("--gguf-file", help="the model's file, if its folder has several GGUF files")
     add("--no-weights", action="store_true", help="take the tokenizer only: no bits per byte, for any kind of model")
     add("--field", default="source", help="where in a line's object the input is (default: source)")
-    add("--limit", type=int, metavar="N", help="the first N inputs only")
+    add("--limit", type=at_least(1), metavar="N", help="the first N inputs only")
     corpus = command.add_mutually_exclusive_group()
     corpus.add_argument("--corpus", type=Path, metavar="FILE", help="text to count bigrams in, one text a line")
     corpus.add_argument("--counts", type=Path, metavar="FILE", help="bigrams that --save-counts wrote")
@@ -50,9 +52,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         help="text to compare with, one text a line (default: English of our own)",
     )
     add("--html", type=Path, metavar="FILE", help="write it as one HTML page with histograms too")
-    add("--least", type=int, default=10, help="inputs and tokens to list (default: 10)")
-    add("--batch-size", type=int, default=8, help="texts in a batch (default: 8)")
-    add("--window", type=int, metavar="TOKENS", help="tokens that the model reads at once (default: 512)")
+    add("--least", type=at_least(1), default=10, help="inputs and tokens to list (default: 10)")
+    add("--batch-size", type=at_least(1), default=8, help="texts in a batch (default: 8)")
+    add("--window", type=at_least(2), metavar="TOKENS", help="tokens that the model reads at once (default: 512)")
     add("--device", help="where the model runs (default: cuda if there is one, else cpu)")
     add("--dtype", choices=DTYPES, help="of the model (default: the one it was saved in)")
 
@@ -137,10 +139,6 @@ def lines(path: Path) -> Iterator[str]:
 
 def _checked(arguments: argparse.Namespace) -> int:
     """Checks all that can be checked without the model; returns the number of inputs."""
-    for option in ("limit", "least", "batch_size"):
-        number = getattr(arguments, option)
-        if number is not None and number < 1:
-            raise ValueError(f"--{option.replace('_', '-')} must be >= 1, got {number}.")
     if arguments.save_counts is not None and arguments.corpus is None:
         raise ValueError("--save-counts needs --corpus: there is nothing to count.")
     check_file_to_write("--html", arguments.html)
@@ -174,9 +172,9 @@ def _refuse_lost_files(arguments: argparse.Namespace) -> None:
 
 
 def _load(arguments: argparse.Namespace) -> tuple[Any, PreTrainedTokenizerBase, BigramCounts | None]:
-    import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+    device = _device(arguments.device)
     more = gguf_arguments(arguments.model, arguments.gguf_file)
     if not arguments.no_weights:
         with readable(f"model {arguments.model}"):
@@ -186,7 +184,6 @@ def _load(arguments: argparse.Namespace) -> tuple[Any, PreTrainedTokenizerBase, 
                 f"--model: {arguments.model!r} is an encoder-decoder model ({config.model_type}) and predicts no "
                 "inputs. Pass --no-weights, and --corpus or --counts, for what can be said without its weights."
             )
-    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     with readable(f"tokenizer of {arguments.model}"):
         tokenizer = AutoTokenizer.from_pretrained(arguments.model, **more)
     counts = _counts(arguments, tokenizer)  # first, since the weights take longer than an error in the corpus
@@ -196,6 +193,18 @@ def _load(arguments: argparse.Namespace) -> tuple[Any, PreTrainedTokenizerBase, 
     with readable(f"model {arguments.model}"):
         model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype, **{**more, **dense})
     return model.to(device), tokenizer, counts
+
+
+def _device(name: str | None) -> torch.device:
+    """The device of a name, tried out before anything is loaded."""
+    import torch
+
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"--device: {name!r} cannot be used ({error}). Leave it out for the CPU.") from None
+    return device
 
 
 def _counts(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> BigramCounts | None:

@@ -8,6 +8,7 @@ from typing import Any
 from ..output.folders import check_folder_to_write
 from .gguf import dense_weights, gguf_arguments
 from .load import DTYPES, readable
+from .numbers import at_least
 from .sources import check_source
 
 
@@ -15,7 +16,11 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("base", help="folder or hub id of the base model")
     command.add_argument("output", help="folder to write; must not exist, or be empty")
     command.add_argument(
-        "--virtual-tokens", type=int, required=True, metavar="P", help="length of the longest prompt of its adapters"
+        "--virtual-tokens",
+        type=at_least(0),
+        required=True,
+        metavar="P",
+        help="length of the longest prompt of its adapters",
     )
     command.add_argument(
         "--untie", action="store_true", help="give the embedding a table apart from the output head's (for llama.cpp)"

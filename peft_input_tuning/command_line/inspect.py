@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from ..output.files import check_file_to_write, unfinished
 from .extras import needs
 from .load import add_adapter, check_adapter_and_base, load_adapter
+from .numbers import at_least
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -20,8 +21,10 @@ if TYPE_CHECKING:
 def add_arguments(command: argparse.ArgumentParser) -> None:
     add_adapter(command)
     command.add_argument("--html", type=Path, metavar="FILE", help="write it as one HTML page with plots too")
-    command.add_argument("--nearest", type=int, default=5, help="words for each virtual token (default: 5)")
-    command.add_argument("--most", type=int, default=10, help="words that are moved most and least (default: 10)")
+    command.add_argument("--nearest", type=at_least(1), default=5, help="words for each virtual token (default: 5)")
+    command.add_argument(
+        "--most", type=at_least(1), default=10, help="words that are moved most and least (default: 10)"
+    )
     command.add_argument("--no-tokenizer", action="store_true", help="show ids instead of words")
 
 

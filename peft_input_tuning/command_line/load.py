@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .gguf import dense_weights, gguf_arguments
+from .numbers import at_least
 from .sources import check_adapter, check_source
 
 if TYPE_CHECKING:
@@ -26,7 +27,10 @@ def add_adapter(command: argparse.ArgumentParser) -> None:
     command.add_argument("adapter", help="folder or hub id of the adapter")
     command.add_argument("--base", help="folder or hub id of the base model (default: the one the adapter names)")
     command.add_argument(
-        "--num-labels", type=int, metavar="N", help="of a classifier (default: what the base's config says, else 2)"
+        "--num-labels",
+        type=at_least(1),
+        metavar="N",
+        help="of a classifier (default: what the base's config says, else 2)",
     )
     command.add_argument("--gguf-file", help="the base model's file, if its folder has several GGUF files")
 

@@ -9,6 +9,7 @@ transformers and PEFT are imported after `check`, so these imports stand inside 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from typing import Any, NoReturn
 
@@ -97,9 +98,19 @@ def _register() -> None:
 
 
 def _failed(command: str, message: str, status: int) -> int:
-    said = printable(" ".join(message.split()))  # libraries' messages have several lines
+    said = printable(" ".join(_with_options(command, message).split()))  # libraries' messages have several lines
     print(f"{PROGRAM} {command}: {said}", file=sys.stderr)
     return status
+
+
+def _with_options(command: str, message: str) -> str:
+    """A message in which a function names its arguments, with the options instead: --max-rank for `max_rank`."""
+    parser = _Parser()
+    COMMANDS[command][0].add_arguments(parser)
+    for option in re.findall(r"--[a-z-]+", parser.format_help()):
+        argument = option.removeprefix("--").replace("-", "_")
+        message = message.replace(f"`{argument}`", option)
+    return message
 
 
 class _Parser(argparse.ArgumentParser):

@@ -9,6 +9,7 @@ import re
 import sys
 from pathlib import Path
 
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # as PEFT names them
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")  # NAME or OWNER/NAME
 
 
@@ -43,6 +44,11 @@ def check_adapter(name: str) -> None:
     if Path(name).is_dir():
         if not (Path(name) / "adapter_config.json").is_file():
             raise ValueError(f"ADAPTER: {name!r} has no adapter_config.json. Name a folder that holds an adapter.")
+        if not any((Path(name) / file).is_file() for file in WEIGHTS):
+            raise ValueError(
+                f"ADAPTER: {name!r} has no {WEIGHTS[0]}, only the configuration. Get the folder again, or save the "
+                "adapter again."
+            )
     elif "/" not in name and not Path(name).exists():
         raise ValueError(f"ADAPTER: there is no folder {name!r}. On a model hub, adapters are named OWNER/NAME.")
     else:

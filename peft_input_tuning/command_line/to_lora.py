@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..output.folders import check_folder_to_write
 from .load import DTYPES, add_adapter, check_adapter_and_base, load_adapter
+from .numbers import at_least
 
 if TYPE_CHECKING:
     from ..lora_form import LoraReport
@@ -16,11 +17,21 @@ if TYPE_CHECKING:
 def add_arguments(command: argparse.ArgumentParser) -> None:
     add_adapter(command)
     command.add_argument("output", help="folder to write; must not exist, or be empty")
-    command.add_argument("--max-rank", type=int, metavar="N", help="refuse a LoRA of a higher rank (vLLM: 512)")
     command.add_argument(
-        "--rank", type=int, metavar="R", help="write a LoRA of this rank that is not exact, and say how far it is off"
+        "--max-rank", type=at_least(1), metavar="N", help="refuse a LoRA of a higher rank (vLLM: 512)"
     )
-    command.add_argument("--text", type=Path, metavar="FILE", help="lines of text by whose words errors are weighted")
+    command.add_argument(
+        "--rank",
+        type=at_least(1),
+        metavar="R",
+        help="write a LoRA of this rank that is not exact, and say how far it is off",
+    )
+    command.add_argument(
+        "--text",
+        type=Path,
+        metavar="FILE",
+        help="lines of your texts: with --rank, the LoRA is nearest for their words; errors are weighted by them",
+    )
     command.add_argument("--dtype", choices=DTYPES, help="of the file (default: float32)")
     command.add_argument(
         "--virtual-token-ids",

@@ -85,7 +85,8 @@ def _free_words(own: PreTrainedTokenizerFast, count: int, rows: int, taken: set[
         there = sum(word in vocabulary for word in virtual)
         raise ValueError(
             f"The base model has words for {there} virtual tokens, and this adapter has {count}. Grow the base once "
-            f"for the longest of its adapters: grow_base(base, output_dir, virtual_tokens={count})."
+            f"for the longest of its adapters, grow_base(base, output_dir, virtual_tokens={count}) or "
+            f"`peft-input-tuning grow-base BASE OUTPUT --virtual-tokens {count}`."
         )
     known = set(vocabulary.values())
     ids = add_words(plain_copy(own), virtual)
@@ -98,8 +99,9 @@ def _free_words(own: PreTrainedTokenizerFast, count: int, rows: int, taken: set[
     raise ValueError(
         f"The embedding table has no words to spare for {count} virtual tokens: of its {rows} rows {behind} are "
         f"behind the tokenizer's last word, and {len(reserved)} are words that the tokenizer calls reserved or "
-        f"unused. Add words once for all adapters of this base, grow_base(base, output_dir, virtual_tokens={count}), "
-        "and load the adapter on the result; or name ids that no text has as `virtual_token_ids`."
+        f"unused. Add words once for all adapters of this base, grow_base(base, output_dir, virtual_tokens={count}) "
+        f"or `peft-input-tuning grow-base BASE OUTPUT --virtual-tokens {count}`, and load the adapter on the result; "
+        "or name ids that no text has as `virtual_token_ids`."
     )
 
 
