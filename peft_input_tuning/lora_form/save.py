@@ -63,7 +63,8 @@ def save_as_lora(
         virtual_token_ids: words for the virtual tokens that no text has; None looks for free ones.
         max_rank: what an engine takes (vLLM: 512 at most); an adapter that needs more is refused.
         rank: for a LoRA that is not exact, with the nearest embeddings of that rank. Virtual tokens stay exact.
-        text: lines by whose words the report weighs the errors; needs `tokenizer`.
+        text: lines of texts as the adapter sees them; needs `tokenizer`. A LoRA that is not exact is nearest for their
+            words, and the report weighs the errors by them.
         dtype: of the file; None is float32, or float64 if the base is.
         before_writing: called with the report before anything is written; what it raises ends the call.
         progress: called with (rows done, rows in all) while the table is read.
@@ -86,10 +87,10 @@ def save_as_lora(
     places = find_places(parts.prompt, layer.num_embeddings, configs, tokenizer, virtual_token_ids)
 
     with unfinished_folder("`output_dir`", output_dir, last="adapter_config.json") as folder:
-        a, b = lora_tensors(layer, name, places.ids, chosen, progress)
+        counts = None if text is None or tokenizer is None else _counts(tokenizer, text, layer.num_embeddings)
+        a, b = lora_tensors(layer, name, places.ids, chosen, counts, progress)
         dtype = dtype or a.dtype
         a, b = a.to(dtype), b.to(dtype)
-        counts = None if text is None or tokenizer is None else _counts(tokenizer, text, layer.num_embeddings)
         errors = word_errors(layer, name, a, b, places.ids, counts)
         report = LoraReport(Path(output_dir), name, chosen, parts.exact_rank, places.ids, places.front, errors)
         if before_writing is not None:
@@ -136,7 +137,7 @@ def _chosen_rank(parts: Parts, name: str, max_rank: int | None, rank: int | None
     raise ValueError(
         f"`max_rank` is {max_rank}, but adapter {name!r} needs rank {chosen} to be exact ({needs}; never more than "
         f"the embedding size {parts.dim}). What would fit: {fits}. Write a plain checkpoint with export_model, which "
-        "has no rank, or choose `rank` for a LoRA that is not exact."
+        "has no rank (`peft-input-tuning export`), or choose `rank` for a LoRA that is not exact."
     )
 
 
