@@ -30,7 +30,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--text",
         type=Path,
         metavar="FILE",
-        help="lines of your texts: with --rank, the LoRA is nearest for their words; errors are weighted by them",
+        help="lines of text by whose words errors are weighted",
     )
     command.add_argument("--dtype", choices=DTYPES, help="of the file (default: float32)")
     command.add_argument(

@@ -63,8 +63,7 @@ def save_as_lora(
         virtual_token_ids: words for the virtual tokens that no text has; None looks for free ones.
         max_rank: what an engine takes (vLLM: 512 at most); an adapter that needs more is refused.
         rank: for a LoRA that is not exact, with the nearest embeddings of that rank. Virtual tokens stay exact.
-        text: lines of texts as the adapter sees them; needs `tokenizer`. A LoRA that is not exact is nearest for their
-            words, and the report weighs the errors by them.
+        text: lines by whose words the report weighs the errors; needs `tokenizer`.
         dtype: of the file; None is float32, or float64 if the base is.
         before_writing: called with the report before anything is written; what it raises ends the call.
         progress: called with (rows done, rows in all) while the table is read.
@@ -87,10 +86,10 @@ def save_as_lora(
     places = find_places(parts.prompt, layer.num_embeddings, configs, tokenizer, virtual_token_ids)
 
     with unfinished_folder("`output_dir`", output_dir, last="adapter_config.json") as folder:
-        counts = None if text is None or tokenizer is None else _counts(tokenizer, text, layer.num_embeddings)
-        a, b = lora_tensors(layer, name, places.ids, chosen, counts, progress)
+        a, b = lora_tensors(layer, name, places.ids, chosen, progress)
         dtype = dtype or a.dtype
         a, b = a.to(dtype), b.to(dtype)
+        counts = None if text is None or tokenizer is None else _counts(tokenizer, text, layer.num_embeddings)
         errors = word_errors(layer, name, a, b, places.ids, counts)
         report = LoraReport(Path(output_dir), name, chosen, parts.exact_rank, places.ids, places.front, errors)
         if before_writing is not None:

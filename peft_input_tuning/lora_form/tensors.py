@@ -59,7 +59,6 @@ def lora_tensors(
     name: str,
     virtual_ids: Sequence[int],
     rank: int,
-    counts: Tensor | None = None,
     progress: Progress | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The matrices A and B, on the CPU, in float32, or in float64 if the table is.
@@ -68,10 +67,8 @@ def lora_tensors(
         layer: the wrapped embedding.
         name: the adapter.
         virtual_ids: a word for each virtual token.
-        rank: of the result. Below the exact one, words get the nearest matrix of that rank, and virtual tokens stay
-            exact; more than their number.
-        counts: `(num_embeddings,)`, how often each word stands in a text. "Nearest" is then in the mean square over
-            the text and the table, each word of which counts once; None is over the table.
+        rank: of the result. Below the exact one, words get the nearest matrix of that rank (in the mean square over
+            the table), and virtual tokens stay exact; more than their number.
         progress: called with (rows done, rows in all) after each block.
 
     Returns:
@@ -92,7 +89,7 @@ def lora_tensors(
             a[:, ids] = ((adapted - e) / scale).T
         a[:, front] = prompt.T
         return a, torch.eye(parts.dim, dtype=scale.dtype)
-    return _nearest(layer, name, front, prompt, rank, counts, progress)
+    return _nearest(layer, name, front, prompt, rank, progress)
 
 
 def _by_parts(
@@ -129,21 +126,14 @@ def _put_prompt(a: Tensor, b: Tensor, front: Tensor, prompt: Tensor) -> None:
 
 
 def _nearest(
-    layer: InputTuningLayer,
-    name: str,
-    front: Tensor,
-    prompt: Tensor,
-    rank: int,
-    counts: Tensor | None,
-    progress: Progress | None,
+    layer: InputTuningLayer, name: str, front: Tensor, prompt: Tensor, rank: int, progress: Progress | None
 ) -> tuple[Tensor, Tensor]:
     """The projection of all differences on their main directions; those of dim × dim products, a block at a time."""
     scale, dim = layer.embed_scale.cpu(), layer.embedding_dim
     products = torch.zeros(dim, dim, dtype=torch.float64)
     for ids, e, adapted in blocks(layer, name):
-        weights = ~torch.isin(ids, front) * (1.0 if counts is None else 1.0 + counts[ids].double())
-        moved = (adapted - e).double()
-        products += (moved * weights[:, None]).T @ moved
+        moved = (adapted - e)[~torch.isin(ids, front)].double()
+        products += moved.T @ moved
     directions = torch.linalg.eigh(products).eigenvectors.flip(1)[:, : rank - len(front)].to(scale.dtype)
     a = _by_words(rank, layer)
     b = torch.empty(dim, rank, dtype=scale.dtype)
