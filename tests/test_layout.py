@@ -19,8 +19,9 @@ from peft_input_tuning.virtual_tokens.layout import (
     PromptLayout,
     count_left_pads,
     moved_bounds,
-    positions_of,
     repeat_rows,
+    numbers_of,
+    places_in_sequences,
     sequence_starts,
 )
 
@@ -250,7 +251,9 @@ class Packed(NamedTuple):
 
     @property
     def layout(self) -> PackedLayout:
-        return PackedLayout.of(tensor(self.positions), self.slots, column(self.lengths), self.size)
+        positions = tensor(self.positions)
+        numbers = sequence_starts(positions).cumsum(-1)
+        return PackedLayout.of(numbers, positions, self.slots, column(self.lengths), self.size)
 
     def places(self, row: int) -> list[tuple[str, int, int]]:
         """What stands at each place: ("prompt", slot, first place of its sequence), ("given", the caller's place, the
@@ -312,6 +315,22 @@ def test_packed_positions(packed):
 
 @of_random_shapes
 @given(packed_rows())
+def test_packed_numbers(packed):
+    """Each sequence has its prompt with it; each place of slack is alone."""
+    for row, numbers in enumerate(packed.layout.numbers.tolist()):
+        of_place = [
+            None if kind == "slack" else first if kind == "prompt" else at for kind, at, first in packed.places(row)
+        ]
+        firsts = {at: sequence[0] for sequence in packed.sequences(row) for at in sequence}
+        want = [None if at is None else firsts[at] for at in of_place]
+        for number, other, one, two in zip(numbers, numbers[1:], want, want[1:], strict=False):
+            assert (number == other) == (one is not None and one == two)
+        slack = [number for number, one in zip(numbers, want, strict=True) if one is None]
+        assert len(set(slack)) == len(slack)
+
+
+@of_random_shapes
+@given(packed_rows())
 def test_spread(packed):
     """A prompt gets what its sequence's first token has."""
     rows, length = len(packed.positions), len(packed.positions[0])
@@ -337,7 +356,7 @@ def test_sequence_starts(packed):
 def test_bounds(lengths, behind, slots):
     """`cu_seq_lens`; what stands behind the last bound goes with the last sequence."""
     bounds = [sum(lengths[:count]) for count in range(len(lengths) + 1)]
-    positions = positions_of(tensor(bounds, torch.int32), bounds[-1] + behind)
+    positions = places_in_sequences(numbers_of(tensor(bounds, torch.int32), bounds[-1] + behind))
     assert positions.tolist() == [[at for length in (*lengths[:-1], lengths[-1] + behind) for at in range(length)]]
     moved = moved_bounds(tensor(bounds, torch.int32), slots)
     assert moved.dtype == torch.int32

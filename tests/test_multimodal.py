@@ -160,6 +160,31 @@ def test_generation_on_a_cache(name, image):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("bounds", [False, True], ids=["by positions", "by bounds"])
+@pytest.mark.parametrize("name", [name for name in MAKERS if "qwen" in name])
+def test_packed_rows_with_axes(name, bounds):
+    """Four axes, of which the first is the text's; the others are as an image gives them. Alone is the oracle."""
+    base, *_ = built(name)
+    model, _ = adapted_to(base)
+    sequences = [ids(5, seed=1), ids(7, seed=2)]
+    text = [torch.arange(5), torch.arange(7)]
+    of_image = [
+        torch.tensor([[0, 1, 1, 1, 3], [0, 1, 1, 2, 3], [0, 1, 2, 2, 3]]),
+        torch.tensor([[0, 1, 2, 2, 2, 4, 5], [0, 1, 2, 2, 3, 4, 5], [0, 1, 2, 3, 2, 4, 5]]),
+    ]
+    axes = [torch.cat([own[None], image])[:, None].to(DEVICE) for own, image in zip(text, of_image, strict=True)]
+    more = {}
+    if bounds:
+        of_row = torch.tensor([0, 5, 12], dtype=torch.int32, device=DEVICE)
+        more = {"cu_seq_lens_q": of_row, "cu_seq_lens_k": of_row, "max_length_q": 7, "max_length_k": 7}
+    row = torch.cat(sequences)[None]
+    out = model(input_ids=row, position_ids=torch.cat(axes, dim=-1), use_cache=False, **more).logits[0]
+    for part, sequence, positions in zip(out.split([5, 7]), sequences, axes, strict=True):
+        alone = model(input_ids=sequence[None], position_ids=positions, use_cache=False).logits[0]
+        assert_close(part, alone, **TOLERANCE)
+
+
+@torch.no_grad()
 @each_model
 def test_left_padding_and_two_prompts_in_a_batch(name):
     base, *_ = built(name)

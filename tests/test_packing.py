@@ -16,7 +16,7 @@ from families import DECODERS, FAMILIES, build, ids
 from oracles import embed, row_output
 from peft_input_tuning.virtual_tokens.backbone import forward_parameters
 from peft_input_tuning.virtual_tokens.cache_mark import cache_name
-from peft_input_tuning.virtual_tokens.layout import PackedLayout, moved_bounds, positions_of
+from peft_input_tuning.virtual_tokens.layout import PackedLayout, moved_bounds, numbers_of, places_in_sequences
 
 NOT_PACKED = ("bloom",)  # has no positions to tell sequences apart by
 PACKING = [f for f in DECODERS if f.name not in NOT_PACKED]
@@ -73,8 +73,12 @@ def test_the_layout_is_what_a_loop_gives(offset):
         prompts = [chooser.randint(0, slots) for _ in rows]
         prompts[chooser.randrange(batch)] = slots
         positions = torch.tensor([[offset + i for n in lengths for i in range(n)] for lengths in rows], device=DEVICE)
+        numbers = torch.tensor(
+            [[s for s, n in enumerate(lengths, 1) for _ in range(n)] for lengths in rows], device=DEVICE
+        )
         longest = max(sum(lengths) + prompt * len(lengths) for lengths, prompt in zip(rows, prompts, strict=True))
-        layout = PackedLayout.of(positions, slots, torch.tensor(prompts, device=DEVICE)[:, None], longest)
+        lengths_of_prompts = torch.tensor(prompts, device=DEVICE)[:, None]
+        layout = PackedLayout.of(numbers, positions, slots, lengths_of_prompts, longest)
         x = torch.arange(100, 100 + length, device=DEVICE).expand(batch, -1)
         prompt = torch.tensor([[0] * (slots - k) + [-i - 1 for i in range(k)] for k in prompts], device=DEVICE)
         places, wanted_positions = naive_rows(rows, prompts, offset)
@@ -82,18 +86,22 @@ def test_the_layout_is_what_a_loop_gives(offset):
         for got, want in zip(joined, places, strict=True):
             assert [g for g, w in zip(got, want, strict=True) if w is not None] == [w for w in want if w is not None]
         assert layout.positions.tolist() == wanted_positions
+        axes = torch.stack([positions, 2 * positions])
+        moved = PackedLayout.of(numbers, axes, slots, lengths_of_prompts, longest).positions
+        assert torch.equal(moved[0], layout.positions)
+        assert torch.equal(layout.remove(moved[1]), 2 * positions + lengths_of_prompts)
         assert torch.equal(layout.remove(layout.join(prompt, x)), x)
         three = layout.join(prompt[..., None].expand(-1, -1, 3), x[..., None].expand(-1, -1, 3))
         assert torch.equal(layout.remove(three)[..., 1], x)
         if len(set(prompts)) == 1:
-            same = PackedLayout.of(positions, slots, None, longest)
+            same = PackedLayout.of(numbers, positions, slots, None, longest)
             assert torch.equal(same.join(prompt, x), layout.join(prompt, x))
 
 
 def test_bounds_and_positions_of_a_row():
     for lengths in ([5, 1, 7], [1, 1], [4]):
         bounds = torch.tensor([0, *lengths], dtype=torch.int32, device=DEVICE).cumsum(0, dtype=torch.int32)
-        positions = positions_of(bounds, sum(lengths))
+        positions = places_in_sequences(numbers_of(bounds, sum(lengths)))
         assert positions.tolist() == [[i for n in lengths for i in range(n)]]
         longer = torch.tensor([0, *(n + 3 for n in lengths)], dtype=torch.int32, device=DEVICE)
         assert torch.equal(moved_bounds(bounds, 3), longer.cumsum(0, dtype=torch.int32))
@@ -237,6 +245,45 @@ def test_a_mask_or_a_cache_says_that_a_row_is_one_sequence(family, given):
         want = base(inputs_embeds=x, position_ids=moved, attention_mask=torch.ones_like(moved)).logits[:, 4:]
         got = model(input_ids=row, position_ids=positions, **more).logits
     assert_close(got, want, atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("offset", [0, 10])
+@torch.no_grad()
+def test_bounds_tell_sequences_and_the_callers_positions_stay(offset):
+    """GPT-2's table of positions: the second sequence begins where the caller says."""
+    model, base, weights = adapted(FAMILIES["gpt2"])
+    sequences = sequences_of([5, 7])
+    row, _ = pack(sequences)
+    of_each = [torch.arange(5, device=DEVICE), torch.arange(7, device=DEVICE) + offset]
+    bounds = torch.tensor([0, 5, 12], dtype=torch.int32, device=DEVICE)
+    packed = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": 7, "max_length_k": 7}
+    logits = model(input_ids=row, position_ids=torch.cat(of_each)[None], use_cache=False, **packed).logits[0]
+    for part, sequence, positions in zip(logits.split([5, 7]), sequences, of_each, strict=True):
+        moved = torch.cat([positions[:1] + torch.arange(4, device=DEVICE), positions + 4])[None]
+        mask = torch.ones_like(moved)
+        want = base(inputs_embeds=embed(base, weights, sequence), position_ids=moved, attention_mask=mask).logits
+        assert_close(part, want[0, 4:], atol=2e-4, rtol=1e-3)
+
+
+def test_what_the_caller_passes_stays_as_it_is():
+    model, *_ = adapted(LLAMA)
+    row, positions = pack(sequences_of([3, 5]))
+    bounds = torch.tensor([0, 3, 8], dtype=torch.int32, device=DEVICE)
+    longest = bounds.diff().max()
+    batch = {"input_ids": row, "position_ids": positions, "cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds}
+    batch |= {"max_length_q": longest, "max_length_k": longest}
+    before = {name: value.clone() for name, value in batch.items()}
+    model(**batch)
+    for name, value in batch.items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_numbers_of_sequences_alone_are_refused():
+    """Attention would not know of them; the state-space layers alone would."""
+    model, *_ = adapted(LLAMA)
+    numbers = torch.tensor([[0, 0, 1, 1, 1]], device=DEVICE)
+    with pytest.raises(ValueError, match="`seq_idx` came alone"):
+        model(input_ids=ids(1, 5), seq_idx=numbers)
 
 
 def test_bounds_that_end_before_the_row():

@@ -134,6 +134,16 @@ def check_positions_can_be_read() -> None:
         )
 
 
+def check_sequences_can_be_told(call: dict[str, Any]) -> None:
+    """`seq_idx` is for the state-space layers of a hybrid; its attention reads positions or bounds."""
+    others = ("position_ids", "cu_seq_lens_q", "attention_mask")
+    if call.get("seq_idx") is not None and all(call.get(name) is None for name in others):
+        raise ValueError(
+            "`seq_idx` came alone, and prompts are put before the sequences that positions or bounds tell. Pass "
+            "`position_ids` that restart with each sequence, or `cu_seq_lens_q`, beside it."
+        )
+
+
 def check_not_expanded(mask: Any) -> None:
     if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
         shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__

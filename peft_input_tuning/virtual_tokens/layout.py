@@ -18,8 +18,8 @@ A row may hold several sequences (`PackedLayout`); then each of them gets a prom
     [ a a a | b b ]   positions 0 1 2 0 1   ──►   [ prompt a a a | prompt b b | slack ]
 
 A sequence starts where a position does not follow the one before it; that is also how transformers tells the
-sequences of a row apart, and keeps one from seeing another. Slack fills up rows that hold fewer sequences than others.
-It stands at position 0, each place a sequence of its own, so that nothing sees it.
+sequences of a row apart, and keeps one from seeing another; or where `cu_seq_lens` say so. Slack fills up rows that
+hold fewer sequences than others. It stands at position 0, each place a sequence of its own, so that nothing sees it.
 """
 
 from __future__ import annotations
@@ -206,14 +206,21 @@ class PromptLayout:
 # ---- rows of several sequences --------------------------------------------------------------------------------------
 
 
-def positions_of(bounds: Tensor, length: int) -> Tensor:
-    """Positions `(1, length)` of the one row that `cu_seq_lens` `(sequences + 1,)` describes.
+def numbers_of(bounds: Tensor, length: int) -> Tensor:
+    """Which sequence each place belongs to, `(1, length)` from 1, in the one row that `cu_seq_lens` `(sequences + 1,)`
+    describes.
 
     What stands behind the last bound goes with the last sequence.
     """
     at = torch.arange(length, device=bounds.device)
-    starts = bounds[:-1].contiguous()
-    return (at - starts[torch.searchsorted(starts, at, right=True) - 1]).unsqueeze(0)
+    return torch.searchsorted(bounds[:-1].contiguous(), at, right=True).unsqueeze(0)
+
+
+def places_in_sequences(numbers: Tensor) -> Tensor:
+    """How far each place is from the start of its sequence, `(batch, length)`."""
+    at = torch.arange(numbers.shape[1], device=numbers.device).expand(numbers.shape[0], -1)
+    starts = numbers.diff(dim=-1, prepend=numbers[:, :1] - 1) != 0
+    return at - torch.where(starts, at, 0).cummax(-1).values
 
 
 def moved_bounds(bounds: Tensor, slots: int) -> Tensor:
@@ -236,38 +243,45 @@ class PackedLayout:
             before.
         distance: `(batch, N)`, how far that token is: 0 at the token itself, up to the prompt's length before it.
         kept: `(batch, length)`, where the caller's tokens stand now.
-        positions: `(batch, N)`, what the model is to be told; tokens move on by the length of one prompt.
+        numbers: `(batch, N)`, which sequence a place belongs to; a place of slack is one by itself.
+        positions: `(batch, N)` or `(axes, batch, N)`, what the model is to be told; the prompt takes the position of
+            its sequence's first token and those after it, tokens move on by the length of one prompt.
     """
 
     slots: int
     token: Tensor
     distance: Tensor
     kept: Tensor
+    numbers: Tensor
     positions: Tensor
 
     @classmethod
-    def of(cls, positions: Tensor, slots: int, lengths: Tensor | None, places: int) -> PackedLayout:
-        """The layout for the caller's positions.
+    def of(cls, numbers: Tensor, positions: Tensor, slots: int, lengths: Tensor | None, places: int) -> PackedLayout:
+        """The layout for the caller's sequences.
 
         Args:
-            positions: `(batch, length)`.
+            numbers: `(batch, length)`, which sequence each place belongs to, from 1.
+            positions: `(batch or 1, length)`, or `(axes, batch or 1, length)`.
             slots: the length of the longest prompt.
             lengths: `(batch, 1)`, each row's prompt length; None where all have `slots`.
             places: N, what the longest row comes to with its prompts.
         """
-        batch, length = positions.shape
-        prompts = torch.full_like(positions[:, :1], slots) if lengths is None else lengths
-        number = sequence_starts(positions).cumsum(-1)  # of the sequence, from 1
-        kept = torch.arange(length, device=positions.device) + number * prompts
+        batch, length = numbers.shape
+        prompts = torch.full_like(numbers[:, :1], slots) if lengths is None else lengths
+        kept = torch.arange(length, device=numbers.device) + numbers * prompts
         # The place of the next token, seen from every place: what stands there now, or the nearest to the right.
-        at = torch.arange(places, device=positions.device).expand(batch, -1)
+        at = torch.arange(places, device=numbers.device).expand(batch, -1)
         following = torch.full_like(at, places).scatter(1, kept, kept).flip(-1).cummin(-1).values.flip(-1)
         is_slack = following == places
-        numbers = torch.zeros_like(at).scatter(1, kept, torch.arange(length, device=at.device).expand(batch, -1))
-        token = numbers.gather(1, following.clamp(max=places - 1))
+        tokens = torch.zeros_like(at).scatter(1, kept, torch.arange(length, device=at.device).expand(batch, -1))
+        token = tokens.gather(1, following.clamp(max=places - 1))
         distance = torch.where(is_slack, 0, following - at)
-        moved = (positions + prompts).gather(1, token) - distance
-        return cls(slots, token, distance, kept, torch.where(is_slack, 0, moved))
+
+        def moved(axis: Tensor) -> Tensor:
+            return torch.where(is_slack, 0, (axis + prompts).gather(1, token) - distance)
+
+        told = moved(positions) if positions.ndim == 2 else torch.stack([moved(axis) for axis in positions])
+        return cls(slots, token, distance, kept, torch.where(is_slack, -1 - at, numbers.gather(1, token)), told)
 
     def join(self, prompt: Tensor, x: Tensor) -> Tensor:
         """Puts `prompt` `(batch, slots, ...)` before each sequence of `x` `(batch, length, ...)` → `(batch, N, ...)`.

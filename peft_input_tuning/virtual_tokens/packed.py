@@ -1,7 +1,7 @@
 """Rows that hold several sequences each: every sequence gets the prompt of its row.
 
 As in transformers, such rows come with neither a mask nor a cache, and positions or `cu_seq_lens` tell their sequences
-apart.
+apart. Of positions with four axes (Qwen-VL) the first is that of the text, which tells.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from transformers.masking_utils import create_masks_for_generate
 from ..call_state import current_row_adapters, generation_of
 from .call import BackboneCall
 from .checks import check_can_be_packed, check_not_too_long, check_positions_can_be_read
-from .layout import PackedLayout, PromptLayout, moved_bounds, positions_of, sequence_starts
+from .layout import PackedLayout, PromptLayout, moved_bounds, numbers_of, places_in_sequences, sequence_starts
 
 
 def packed_layout(call: BackboneCall, slots: int) -> PackedLayout | None:
@@ -37,32 +37,42 @@ def packed_layout(call: BackboneCall, slots: int) -> PackedLayout | None:
             f"`cu_seq_lens_q` describes one row, got a batch of {batch}. Flatten the batch into one row, or pass "
             "`position_ids` that restart."
         )
+    of_text = _of_text(positions)
     if bounds is not None and batch == 1:
-        positions, sequences = positions_of(bounds, length), [bounds.shape[0] - 1]
+        numbers, sequences = numbers_of(bounds, length), [bounds.shape[0] - 1]
         is_packed = sequences[0] > 1
-    elif positions is None or positions.ndim != 2 or positions.shape[-1] < 2:
+    elif of_text is None or of_text.shape[-1] < 2:
         return None
     else:
         check_positions_can_be_read()
-        positions = positions.expand(batch, -1)
-        counts = sequence_starts(positions).sum(dim=-1)
-        restarts = (positions.diff(dim=-1) <= 0).any(dim=-1)
-        sequences, restarting = torch.stack([counts, restarts.to(counts)]).tolist()
+        of_text = of_text.expand(batch, -1)
+        numbers = sequence_starts(of_text).cumsum(-1)
+        restarts = (of_text.diff(dim=-1) <= 0).any(dim=-1)
+        sequences, restarting = torch.stack([numbers[:, -1], restarts.to(numbers)]).tolist()
         is_packed = any(restarting) if call.makes_cache else max(sequences) > 1
     if not is_packed:
         return None
+    if positions is None:
+        positions = places_in_sequences(numbers)
     rows = current_row_adapters(layer)
     prompts = [slots] * batch if rows is None else rows.prompt_lengths
     places = max(length + count * prompt for count, prompt in zip(sequences, prompts, strict=True))
     lengths = None if rows is None else rows.lengths_of(batch, given.device)
-    return PackedLayout.of(positions.to(given.device), slots, lengths, places)
+    return PackedLayout.of(numbers.to(given.device), positions.to(given.device), slots, lengths, places)
+
+
+def _of_text(positions: Tensor | None) -> Tensor | None:
+    """The positions by which transformers tells sequences apart: those of one axis, or the first of four."""
+    if positions is None or positions.ndim == 2:
+        return positions
+    return positions[0] if positions.shape[0] == 4 else None
 
 
 def pack(call: BackboneCall, layout: PackedLayout) -> None:
     """Rewrites a call whose rows hold several sequences each."""
     check_can_be_packed(call.backbone, call.arguments, call.traits)
     arguments, given = call.arguments, call.given
-    batch, places = layout.positions.shape
+    batch, places = layout.token.shape
     for name in ("token_type_ids", "seq_idx"):
         if arguments.get(name) is not None:
             arguments[name] = layout.spread(arguments[name])
@@ -76,7 +86,7 @@ def pack(call: BackboneCall, layout: PackedLayout) -> None:
             arguments[name] = moved_bounds(arguments[name], layout.slots)
     for name in ("max_length_q", "max_length_k"):
         if arguments.get(name) is not None:
-            arguments[name] += layout.slots
+            arguments[name] = arguments[name] + layout.slots  # a tensor may be the caller's
     # The mask is made here, since models make one for packed rows only where they use no cache, and some never.
     arguments["use_cache"] = False
     arguments["attention_mask"] = mask_of_packed_rows(layout, call.backbone)
@@ -90,15 +100,14 @@ def mask_of_packed_rows(layout: PackedLayout, backbone: nn.Module) -> Any:
     Transformers would look for packed sequences in positions, and a GPU would have to wait. Only where attention goes
     by chunks must it have them: a chunk is counted from the start of its sequence.
     """
-    config, device = backbone.config, layout.positions.device
-    x = torch.empty(*layout.positions.shape, 0, dtype=backbone.dtype, device=device)  # the mask is to be like it
-    number = sequence_starts(layout.positions).cumsum(-1)
+    config, numbers = backbone.config, layout.numbers
+    x = torch.empty(*numbers.shape, 0, dtype=backbone.dtype, device=numbers.device)  # the mask is to be like it
     if getattr(config, "attention_chunk_size", None):
-        return create_masks_for_generate(config, x, None, None, position_ids=layout.positions)
-    alike = partial(_in_one_sequence, number)
+        return create_masks_for_generate(config, x, None, None, position_ids=places_in_sequences(numbers))
+    alike = partial(_in_one_sequence, numbers)
     return create_masks_for_generate(config, x, None, None, and_mask_function=alike)
 
 
-def _in_one_sequence(number: Tensor, row: Any, head: Any, query: Any, key: Any) -> Tensor:
+def _in_one_sequence(numbers: Tensor, row: Any, head: Any, query: Any, key: Any) -> Tensor:
     """A mask function of transformers: whether two places of a row belong to one sequence."""
-    return number[row, query] == number[row, key]
+    return numbers[row, query] == numbers[row, key]

@@ -16,7 +16,14 @@ from torch import Tensor
 from ..call_state import current_row_adapters, generation_of
 from .cache_mark import CacheMark
 from .call import BackboneCall
-from .checks import FILLS, check_mixed_lengths, check_not_too_long, check_other_arguments, check_room
+from .checks import (
+    FILLS,
+    check_mixed_lengths,
+    check_not_too_long,
+    check_other_arguments,
+    check_room,
+    check_sequences_can_be_told,
+)
 from .layout import PromptLayout
 
 OF_PACKED_ROWS = ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
@@ -25,6 +32,7 @@ OF_PACKED_ROWS = ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "
 def start(call: BackboneCall, slots: int) -> None:
     """Puts the prompts of a batch, at most `slots` long, in front of its rows."""
     arguments, traits, given = call.arguments, call.traits, call.given
+    check_sequences_can_be_told(arguments)
     for name in OF_PACKED_ROWS:
         arguments.pop(name, None)  # a row is one sequence here: they say no more
     check_other_arguments(call.backbone, arguments, given)
