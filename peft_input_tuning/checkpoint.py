@@ -15,6 +15,7 @@ from .layer import InputTuningLayer, named_layer
 from .saved_config import check_saved_config
 
 PEFT_PREFIX = "base_model.model."
+COMPILED = "_orig_mod."  # what torch.compile adds to names
 
 
 def checked_state_dict(
@@ -57,7 +58,12 @@ def under_as_many_peft_models(model: nn.Module, state_dict: dict[str, Tensor]) -
     around it than the model that was saved: LoRA inside, or merged."""
     path, _ = named_layer(model)
     depth = max(1, (len(path) - len(_without_prefixes(path))) // len(PEFT_PREFIX))
-    return {PEFT_PREFIX * depth + _without_prefixes(key): tensor for key, tensor in state_dict.items()}
+    return {PEFT_PREFIX * depth + _without_prefixes(name_in_file(key)): one for key, one in state_dict.items()}
+
+
+def name_in_file(key: str) -> str:
+    """A tensor's name in a file, whatever parts of the model are compiled."""
+    return key.replace(COMPILED, "")
 
 
 def _without_prefixes(path: str) -> str:

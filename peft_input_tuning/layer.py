@@ -219,7 +219,7 @@ class InputTuningLayer(MergeableTable, MixedRows, PromptStates):
         if self.merged and self.disable_adapters:
             self.unmerge()  # as PEFT's other methods do
         slots = self.slots
-        if not slots or input_ids.shape[-1] < slots:
+        if not slots or input_ids.ndim < 1 or input_ids.shape[-1] < slots:
             return self._adapted(self.base_layer(input_ids, *args, **kwargs), is_output)
         is_virtual = input_ids < VIRTUAL
         words = self._adapted(self.base_layer(input_ids.masked_fill(is_virtual, 0), *args, **kwargs), is_output)

@@ -17,7 +17,11 @@ from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
-from .checkpoint import checked_state_dict, under_as_many_peft_models
+from .checkpoint import (
+    checked_state_dict,
+    name_in_file,
+    under_as_many_peft_models,
+)
 from .config import InputTuningConfig
 from .layer import InputTuningLayer, named_layer
 from .nesting import (
@@ -271,6 +275,11 @@ class InputTuningModel(BaseTuner):
         config.prompt_start = named_layer(model)[1].prompt_start.get(adapter_name)
         found = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
         return {key: tensor for key, tensor in found.items() if f".{cls.prefix}" in key}
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        """Hook of PEFT (>= 0.21): a tensor's name in files, by its name in the model."""
+        return name_in_file(super()._remove_adapter_name_from_key(key, adapter_name))
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

@@ -100,7 +100,7 @@ def adapt(embeddings: Tensor, fc1: nn.Module, activation: Callable, dropout: nn.
 
     Args:
         embeddings: `(..., embedding_dim)`.
-        fc1: W1, embedding_dim → hidden_dim, an `InputDtypeLinear`, like `fc2`.
+        fc1: W1, embedding_dim → hidden_dim, an `InputDtypeLinear`, like `fc2`, or what a library has put in its place.
         activation: element-wise; one with parameters of its own (PReLU) runs in their dtype.
         dropout: over the activations; the paper draws none.
         fc2: W2, hidden_dim → embedding_dim.
@@ -108,9 +108,10 @@ def adapt(embeddings: Tensor, fc1: nn.Module, activation: Callable, dropout: nn.
     Returns:
         `(..., embedding_dim)`, the dtype of `embeddings`.
     """
-    rows = embeddings.flatten(0, -2)  # a linear layer takes more operations over three dimensions
-    hidden = activated(activation, fc1(rows))
-    return fc2(dropout(hidden), rows).view(embeddings.shape)
+    rows = embeddings.reshape(-1, embeddings.shape[-1])  # a linear layer takes more operations over three dimensions
+    hidden = dropout(activated(activation, fc1(rows)))
+    added = fc2(hidden, rows) if isinstance(fc2, InputDtypeLinear) else rows + fc2(hidden).to(rows.dtype)
+    return added.view(embeddings.shape)
 
 
 def activated(activation: Callable, hidden: Tensor) -> Tensor:

@@ -19,9 +19,9 @@ from peft_input_tuning.virtual_tokens.layout import (
     PromptLayout,
     count_left_pads,
     moved_bounds,
-    repeat_rows,
     numbers_of,
     places_in_sequences,
+    repeat_rows,
     sequence_starts,
 )
 

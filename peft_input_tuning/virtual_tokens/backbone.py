@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -143,10 +143,16 @@ def text_tower(model: nn.Module) -> nn.Module | None:
 
 def _encoder(model: nn.Module) -> nn.Module | None:
     """The encoder of an encoder-decoder model, which reads its input."""
-    encoder = model.get_encoder() if hasattr(model, "get_encoder") else None
+    encoder = not_compiled(model.get_encoder()) if hasattr(model, "get_encoder") else None
     if encoder is None or encoder is model or not takes_ids(encoder) or encoder.can_generate():
         return None  # BLIP-2 gives its language model
-    return encoder
+    base = getattr(model, "base_model", None)
+    return None if encoder is not_compiled(base) else encoder  # a compiled backbone gives itself
+
+
+def not_compiled(module: Any) -> Any:
+    """What `torch.compile` has put a module of its own around; anything else as it is."""
+    return getattr(module, "_orig_mod", module)
 
 
 def find_backbone(model: nn.Module, embedding_path: str) -> str | None:
@@ -164,7 +170,7 @@ def find_backbone(model: nn.Module, embedding_path: str) -> str | None:
     innermost, base = candidates[0], getattr(model, "base_model", None)
     if text_tower(model) is not None:
         return innermost
-    under_head = next((path for path in candidates if model.get_submodule(path) is base), innermost)
+    under_head = next((path for path in candidates if model.get_submodule(path) is not_compiled(base)), innermost)
     more = {*forward_parameters(model.get_submodule(under_head))}
     more -= {*forward_parameters(model.get_submodule(innermost))}
     return under_head if more else innermost  # it takes images, say, and gives them their places
@@ -189,7 +195,7 @@ def find_decoder(model: nn.Module, backbone: nn.Module) -> str | None:
     """Path of the decoder that reads the backbone's output; None if there is none."""
     decoder = model
     while isinstance(decoder, nn.Module) and backbone in decoder.modules():  # Florence-2 gives both first
-        inner = decoder.get_decoder() if hasattr(decoder, "get_decoder") else None
+        inner = not_compiled(decoder.get_decoder()) if hasattr(decoder, "get_decoder") else None
         if inner is decoder:
             return None
         decoder = inner

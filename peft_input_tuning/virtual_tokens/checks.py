@@ -27,7 +27,8 @@ FILLS = {
     "global_attention_mask": 0,  # whether it sees all, and all see it (Longformer, LED): as other words
     "langs": None,  # what the row's first token has (XLM)
 }
-_OF_PLACES = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", *FILLS)
+_OF_HEADS = ("shift_labels",)  # of losses, which get the output without virtual tokens
+_OF_PLACES = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", *_OF_HEADS, *FILLS)
 
 
 def check_one_input(call: dict[str, Any], backbone: nn.Module, traits: BackboneTraits) -> None:
@@ -63,6 +64,11 @@ def check_no_embeddings(call: dict[str, Any]) -> None:
 
 def check_mask_and_positions(call: dict[str, Any], given: Tensor) -> None:
     mask, positions = call.get("attention_mask"), call.get("position_ids")
+    if call.get("input_ids") is not None and given.ndim != 2:
+        raise ValueError(
+            f"`input_ids` must have the shape (batch, length), got {tuple(given.shape)}. Make choices rows of the "
+            "batch, `input_ids.flatten(0, 1)`, and what goes with them likewise."
+        )
     check_not_expanded(mask)
     if mask is not None and mask.shape[1] != given.shape[1]:
         raise ValueError(

@@ -8,17 +8,24 @@ import torch
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 
+from ..layer import InputTuningLayer
 from ..modules import VIRTUAL
 from .backbone import describe_backbone, find_decoder
 from .encoder_decoder import HidesPrompt, SeesPrompt
 from .entrance import Entrance, GeneratingEntrance, MakesCaches
 from .position_table import PositionTable
 from .subclass import Extension, check_can_be_extended, extend, unextend
-from .trial import WhatSeesIds
+from .trial import WhatSeesIds, first_argument
 from .trial_run import pad_id
 from .with_prompt import WithPrompt
 
-ATTRIBUTES = ("input_tuning_traits", "input_tuning_layer", "input_tuning_ids", "input_tuning_backbone")
+ATTRIBUTES = (
+    "input_tuning_traits",
+    "input_tuning_layer",
+    "input_tuning_ids",
+    "input_tuning_backbone",
+    "input_tuning_around",
+)
 
 
 class SeesIds(Extension):
@@ -34,6 +41,23 @@ class SeesIds(Extension):
             kwargs[where] = ids
         else:
             args = (*args[:where], ids, *args[where + 1 :])
+        return super().forward(*args, **kwargs)  # type: ignore[misc]
+
+
+class GivenEmbeddings(Extension):
+    """A part of the backbone that is given embeddings, with the prompt among them. Whoever calls it with ids goes
+    past the place where the prompt is put in front."""
+
+    input_tuning_layer: tuple[InputTuningLayer]
+    input_tuning_around: str  # the class of the backbone
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if first_argument(args, kwargs) is not None and self.input_tuning_layer[0].slots:
+            raise ValueError(
+                f"{type(self).__name__} was called by itself, and virtual tokens are put in front of `input_ids` in the "
+                f"{self.input_tuning_around} around it. Call that, or the whole model; or give the adapter to this "
+                "part: get_peft_model(part, config)."
+            )
         return super().forward(*args, **kwargs)  # type: ignore[misc]
 
 
@@ -71,6 +95,9 @@ def install(model: nn.Module, backbone_path: str | None, embedding_path: str, se
         for module, where in seen.others:
             module.input_tuning_ids = (where, pad)
             extend(module, SeesIds)
+        for module in seen.given_embeddings:
+            module.input_tuning_layer, module.input_tuning_around = (layer,), type(backbone).__name__
+            extend(module, GivenEmbeddings)
 
 
 def _extensions(model: nn.Module, backbone_path: str | None) -> list[tuple[nn.Module, type[Extension]]]:

@@ -29,6 +29,10 @@ class Extension:
     extended_class: type
     extensions: tuple[type[Extension], ...]
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """`type(model)(config)` and `type(model).from_pretrained(...)` make what they would without the extension."""
+        return cls.extended_class(*args, **kwargs)
+
     def __reduce_ex__(self, protocol: Any) -> tuple:
         """Copies and pickles name the class that was extended, since the subclass cannot be found by its name."""
         state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__  # object's, since Python 3.11
@@ -67,8 +71,7 @@ def _with_signature(subclass: type, name: str, method: Any) -> Any:
 
 
 def _empty(extended: type, extensions: tuple[type[Extension], ...]) -> Any:
-    subclass: Any = _subclass(extended, extensions)
-    return subclass.__new__(subclass)
+    return extended.__new__(_subclass(extended, extensions))
 
 
 def extend(thing: Any, extension: type[Extension]) -> None:
@@ -77,7 +80,7 @@ def extend(thing: Any, extension: type[Extension]) -> None:
     Raises:
         ValueError: a module that has a `forward` of its own, which would go past the class's.
     """
-    known = getattr(thing, "extensions", ())
+    known = getattr(type(thing), "extensions", ())
     if extension not in known:
         check_can_be_extended(thing, extension)
         _change_class(thing, _subclass(class_of(thing), (extension, *known)))
@@ -99,7 +102,7 @@ def _without_extensions(kind: Any) -> Any:
 
 def class_of(thing: Any) -> Any:
     """An object's class, without extensions."""
-    return getattr(thing, "extended_class", type(thing))
+    return getattr(type(thing), "extended_class", type(thing))  # of its class: a wrapper may hand its attributes on
 
 
 def check_can_be_extended(thing: Any, extension: type[Extension]) -> None:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base_weights import base_embedding
-from .backbone import BackboneTraits, forward_parameters
+from .backbone import BackboneTraits, forward_parameters, reads_ids
 from .trial_of_masks import WhatMasksDo, what_masks_do
 from .trial_run import hidden_states, pad_id, plain_ids, same_but_for_rounding, weights_are_here
 from .unchanged import unchanged
@@ -41,6 +41,8 @@ class WhatSeesIds:
         takes_embeddings: whether embeddings that are no rows of the table, as adapted ones, do what the same rows in
             the table would do. Marian scales what it looks up and takes embeddings as they are; others want ids, too.
         masks: what runs with positions and masks show.
+        given_embeddings: parts of the backbone around the embedding that could read ids, and are given embeddings (the
+            text model of one that reads images, too).
     """
 
     embedding: bool | None = None
@@ -50,6 +52,7 @@ class WhatSeesIds:
     gives_hidden_states: bool | None = None
     takes_embeddings: bool | None = None
     masks: WhatMasksDo = field(default_factory=WhatMasksDo)
+    given_embeddings: tuple[nn.Module, ...] = ()
 
     def added_to(self, traits: BackboneTraits) -> BackboneTraits:
         """What was read off a backbone, with what its runs have shown."""
@@ -93,7 +96,30 @@ def what_sees_ids(
             return seen
         takes = _takes_embeddings(backbone, embedding, ids) if embedding in set(backbone.modules()) else None
         masks = what_masks_do(backbone, embedding, traits)
-    return replace(seen, gives_hidden_states=True, takes_embeddings=takes, masks=masks)
+        given = _given_embeddings(backbone, embedding, ids)
+    return replace(seen, gives_hidden_states=True, takes_embeddings=takes, masks=masks, given_embeddings=given)
+
+
+def _given_embeddings(backbone: nn.Module, embedding: nn.Module, ids: Tensor) -> tuple[nn.Module, ...]:
+    """The parts of a backbone around the embedding whose first argument is ids, and was none in a run."""
+    parts = [one for one in backbone.modules() if one is not backbone and embedding in set(one.modules())]
+    found: dict[nn.Module, bool] = {}
+    with ExitStack() as stack:
+        for part in parts:
+            if reads_ids(part) and forward_parameters(part)[0] == "input_ids":
+                note = partial(_note_ids, found)
+                stack.callback(part.register_forward_pre_hook(note, with_kwargs=True).remove)
+        _run(backbone, ids)
+    return tuple(part for part, with_ids in found.items() if not with_ids)
+
+
+def _note_ids(found: dict[nn.Module, bool], module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    found[module] = first_argument(args, kwargs) is not None
+
+
+def first_argument(args: tuple, kwargs: dict[str, Any]) -> Any:
+    """The `input_ids` of a call whose first argument they are."""
+    return args[0] if args else kwargs.get("input_ids")
 
 
 def _modules_beside(backbone: nn.Module, embedding: nn.Module) -> list[nn.Module]:
