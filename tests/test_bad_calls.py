@@ -113,6 +113,12 @@ def test_positions_of_a_wrong_shape():
         model(input_ids=ids(1, 5), position_ids=torch.arange(5, device=DEVICE))
 
 
+def test_ids_of_choices():
+    model, _, _ = adapted(llama)
+    with pytest.raises(ValueError, match=r"`input_ids` must have the shape \(batch, length\), got \(2, 3, 5\)"):
+        model(input_ids=ids(6, 5).view(2, 3, 5), attention_mask=torch.ones(2, 3, 5, device=DEVICE))
+
+
 @each_decoder
 def test_neither_ids_nor_embeddings_is_the_model_s_own_error(family):
     model, _, _ = adapted(family)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.testing import assert_close
 from transformers import CompileConfig
 
 from adapters import adapted, add, config, randomize
 from families import FAMILIES, PAD, build, ids, padded
-from oracles import greedy, row_output
+from oracles import adapter_weights, greedy, row_output
 
 pytestmark = pytest.mark.not_emulated("torch.compile does not know the device")
 FULLGRAPH = [FAMILIES[name] for name in ("llama", "t5", "bert")]
@@ -220,3 +221,47 @@ def test_padded_steps_on_a_static_cache_share_graphs():
     )
     for i, row in enumerate(rows):
         assert out[i, 9:14].tolist() == greedy(base, weights, row, 5).tolist()
+
+
+def compiled_whole(model):
+    return torch.compile(model, backend="eager")
+
+
+def compiled_backbone(model):
+    for name in ("encoder", "model"):
+        if hasattr(model, name):
+            setattr(model, name, torch.compile(getattr(model, name), backend="eager"))
+            break
+    return model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("virtual", [4, 0])
+@pytest.mark.parametrize("compiled", [compiled_whole, compiled_backbone])
+@pytest.mark.parametrize("family", [FAMILIES["llama"], FAMILIES["t5"]], ids=str)
+def test_a_base_that_was_compiled_before(family, compiled, virtual, tmp_path):
+    """And its file, which fits the base whatever parts of it are compiled."""
+    more = {"decoder_input_ids": ids(2, 3, seed=9)} if family.kind == "seq2seq" else {}
+    given = {"input_ids": ids(2, 6), **more}
+    model = get_peft_model(compiled(build(family)), config(family, num_virtual_tokens=virtual)).eval()
+    randomize(model)
+    weights = adapter_weights(model)
+    rows = [{name: value[row : row + 1] for name, value in more.items()} for row in range(2)]
+    want = torch.stack(
+        [row_output(build(family), weights, ids(2, 6)[row], **of_row) for row, of_row in enumerate(rows)]
+    )
+    assert_close(model(**given).logits, want, atol=2e-4, rtol=1e-3)
+    model.save_pretrained(tmp_path)
+    assert not any("_orig_mod" in key for key in load_file(tmp_path / "adapter_model.safetensors"))
+    for base in (build(family), compiled(build(family))):
+        loaded = PeftModel.from_pretrained(base, tmp_path).eval()
+        assert_close(loaded(**given).logits, want, atol=2e-4, rtol=1e-3)
+
+
+@torch.no_grad()
+def test_a_backbone_that_is_compiled_afterwards_is_saved_under_plain_names(tmp_path):
+    model, base, weights = adapted(FAMILIES["llama"])
+    compiled_backbone(model.get_base_model())
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(build(FAMILIES["llama"]), tmp_path).eval()
+    assert_close(loaded(ids(1, 6)).logits[0], row_output(base, weights, ids(1, 6)[0]), atol=2e-4, rtol=1e-3)

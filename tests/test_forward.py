@@ -313,3 +313,20 @@ def test_build_is_the_same_each_time(family):
     """The oracles compare a wrapped model with an untouched copy."""
     first, second = build(family), build(family)
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+def test_one_id_without_a_dimension():
+    """Models of images and text look up the image's word so."""
+    model, base, weights = adapted(FAMILIES["llama"])
+    words = base.get_input_embeddings()
+    got = model.get_input_embeddings()(torch.tensor(5, device=DEVICE))
+    assert_close(got, transform(weights, words(torch.tensor([5], device=DEVICE)))[0])
+
+
+def test_labels_that_were_shifted_before():
+    """An argument of all of transformers' losses, which Trainer passes where sequences are cut over processes."""
+    model, _, _ = adapted(FAMILIES["llama"])
+    labels = ids(2, 6)
+    shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+    want = model(input_ids=labels, labels=labels).loss
+    assert_close(model(input_ids=labels, labels=labels, shift_labels=shifted).loss, want)

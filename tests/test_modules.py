@@ -156,6 +156,30 @@ def test_weights_of_a_tensor_subclass():
     assert torch.equal(adapt(x, fc1, nn.ReLU(), nn.Identity(), fc2), want)
 
 
+@torch.no_grad()
+def test_linear_layers_that_somebody_has_replaced():
+    """By layers that take an input alone, as quantizers and float8 training do."""
+
+    class Replaced(nn.Module):
+        def __init__(self, linear: nn.Linear) -> None:
+            super().__init__()
+            self.linear = linear
+
+        @property
+        def weight(self) -> Tensor:
+            return self.linear.weight
+
+        def forward(self, input: Tensor) -> Tensor:
+            return self.linear(input)
+
+    model, base, weights = adapted(LLAMA)
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.Linear):
+                setattr(parent, name, Replaced(child))
+    assert_close(model(ids(1, 6)).logits[0], row_output(base, weights, ids(1, 6)[0]), atol=2e-4, rtol=1e-3)
+
+
 def test_shapes_can_be_worked_out_on_meta():
     """A device without autocast."""
     with torch.device("meta"):

@@ -160,6 +160,26 @@ def test_generation_on_a_cache(name, image):
 
 
 @torch.no_grad()
+@each_model
+def test_the_text_model_called_by_itself(name):
+    """The prompt is put in front in the model around it, so with ids it would be missing. Without a prompt, and where
+    the adapter is disabled, nothing is."""
+    base, *_ = built(name)
+    model, weights = adapted_to(base)
+    decoder = model.get_base_model().get_decoder()
+    with pytest.raises(ValueError, match=r"was called by itself.*the whole model; or give the adapter to this part"):
+        decoder(input_ids=ids(1, 6))
+    with pytest.raises(ValueError, match="was called by itself"):
+        decoder(ids(1, 6))
+    with model.disable_adapter():
+        assert_close(decoder(ids(1, 6))[0], base.get_decoder()(ids(1, 6))[0], **TOLERANCE)
+    alone, weights = adapted_to(base, num_virtual_tokens=0)
+    adapted_words = transform(weights, base.get_input_embeddings()(ids(1, 6)))
+    want = base.get_decoder()(inputs_embeds=adapted_words)[0]
+    assert_close(alone.get_base_model().get_decoder()(ids(1, 6))[0], want, **TOLERANCE)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("bounds", [False, True], ids=["by positions", "by bounds"])
 @pytest.mark.parametrize("name", [name for name in MAKERS if "qwen" in name])
 def test_packed_rows_with_axes(name, bounds):

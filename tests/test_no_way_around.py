@@ -142,6 +142,23 @@ def test_classes_look_as_they_did_and_come_back(family):
     assert not any("input_tuning" in name for module in plain.modules() for name in vars(module))
 
 
+@torch.no_grad()
+def test_its_class_called_again_makes_a_model_without_an_adapter(tmp_path):
+    """As TRL's callbacks do."""
+    build(LLAMA).save_pretrained(tmp_path)
+    model, plain, _ = adapted(LLAMA)
+    base = model.get_base_model()
+    for part in (base, base.model):
+        made = type(part)(base.config).eval()
+        loaded = type(part).from_pretrained(tmp_path, dtype=torch.float32).eval()
+        for one in (made, loaded):
+            assert not isinstance(one, Extension)
+            assert type(one) is type(plain if part is base else plain.model)
+        loaded = loaded.to(base.device)
+        want = plain if part is base else plain.model
+        assert_close(loaded(ids(2, 5))[0], want(ids(2, 5))[0], **TOLERANCE)
+
+
 def test_a_saved_base_names_its_own_class(tmp_path):
     model, _, _ = adapted(LLAMA)
     model.get_base_model().save_pretrained(tmp_path)

@@ -54,9 +54,9 @@ class GivenEmbeddings(Extension):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if first_argument(args, kwargs) is not None and self.input_tuning_layer[0].slots:
             raise ValueError(
-                f"{type(self).__name__} was called by itself, and virtual tokens are put in front of `input_ids` in the "
-                f"{self.input_tuning_around} around it. Call that, or the whole model; or give the adapter to this "
-                "part: get_peft_model(part, config)."
+                f"{type(self).__name__} was called by itself, and virtual tokens are put in front of `input_ids` in "
+                f"the {self.input_tuning_around} around it. Call that, or the whole model; or give the adapter to "
+                "this part: get_peft_model(part, config)."
             )
         return super().forward(*args, **kwargs)  # type: ignore[misc]
 

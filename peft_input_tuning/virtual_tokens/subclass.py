@@ -70,7 +70,7 @@ def _with_signature(subclass: type, name: str, method: Any) -> Any:
     return update_wrapper(forwarded, method)
 
 
-def _empty(extended: type, extensions: tuple[type[Extension], ...]) -> Any:
+def _empty(extended: Any, extensions: tuple[type[Extension], ...]) -> Any:
     return extended.__new__(_subclass(extended, extensions))
 
 
