@@ -32,6 +32,12 @@ CANNOT_TELL = (
     'impossible (a trainer with a loss of its own, embeddings, a compiled decoding step), use adapter_scope="all".'
 )
 
+ONE_ID = (
+    "The embedding was asked for that of one id, without a dimension. Models of images do so where they are called "
+    "with `inputs_embeds`, to find an image's places by comparing embeddings, and adapted ones differ by rounding. "
+    'Pass `input_ids` beside images, and use adapter_scope="all".'
+)
+
 
 class InputTuningLayer(MergeableTable, MixedRows, PromptStates):
     """The wrapped word embedding.
@@ -230,9 +236,11 @@ class InputTuningLayer(MergeableTable, MixedRows, PromptStates):
         if self.merged:
             return embeddings
         rows = None if self.disable_adapters else current_row_adapters(self)
+        name = self.enabled_adapter
+        if embeddings.ndim == 1 and (rows is not None or name in self.input_tuning_fc2):
+            raise ValueError(ONE_ID)
         if rows is not None:
             return self.adapt_rows(embeddings, rows, is_output)
-        name = self.enabled_adapter
         return embeddings if name is None else self.adapt_in_scope(embeddings, name, is_output)
 
     def _virtual_tokens(self, ids: Tensor, slots: int) -> Tensor:
