@@ -72,7 +72,9 @@ def _without_prefixes(path: str) -> str:
     return path
 
 
-def check_own_tensors(layer: InputTuningLayer, name: str, found: dict[str, Tensor], path: str) -> dict[str, str]:
+def check_own_tensors(
+    layer: InputTuningLayer, name: str, found: dict[str, Tensor], path: str, called: str | None = None
+) -> dict[str, str]:
     """Raises if a file does not hold an adapter's tensors.
 
     Args:
@@ -80,11 +82,12 @@ def check_own_tensors(layer: InputTuningLayer, name: str, found: dict[str, Tenso
         name: the adapter.
         found: the file's tensors by key.
         path: the layer's path in the keys.
+        called: what errors call the adapter; None is its name.
 
     Returns:
         The keys of the adapter's own tensors → its parameters, as in `layer.named_adapter_parameters`.
     """
-    own = {}
+    called, own = called or name, {}
     for key, parameter in layer.named_adapter_parameters(name):
         container, _, leaf = key.partition(".")
         full = f"{path}.{container}.{name}.{leaf}"
@@ -92,18 +95,18 @@ def check_own_tensors(layer: InputTuningLayer, name: str, found: dict[str, Tenso
         tensor = found.get(full)
         if tensor is None:
             raise ValueError(
-                f"The file of adapter {name!r} has no `{key}`. It is incomplete, or its adapter_config.json belongs "
+                f"The file of adapter {called!r} has no `{key}`. It is incomplete, or its adapter_config.json belongs "
                 "to another adapter. Save the adapter again and load that."
             )
         if tensor.shape != parameter.shape:
             raise ValueError(
-                f"`{key}` of adapter {name!r} has the shape {tuple(tensor.shape)} in the file, but this model needs "
+                f"`{key}` of adapter {called!r} has the shape {tuple(tensor.shape)} in the file, but this model needs "
                 f"{tuple(parameter.shape)} (embedding size {layer.embedding_dim}). Load the adapter on the base model "
                 "that it was trained on, with its own adapter_config.json."
             )
         if not tensor.is_meta and not torch.isfinite(tensor).all():
             raise ValueError(
-                f"`{key}` of adapter {name!r} holds NaN or infinite values in the file. Load an earlier checkpoint."
+                f"`{key}` of adapter {called!r} holds NaN or infinite values in the file. Load an earlier checkpoint."
             )
     return own
 

@@ -30,6 +30,14 @@ def test_what_is_read(tmp_path, changes):
     assert_close(adapter.prompt, weights.get("prompt.weight", e.new_empty(0, 32)))
 
 
+@pytest.mark.parametrize("name", ["qwen2.5-e2e", "org/e2e", "keys", "default"])
+def test_whatever_the_engine_calls_it(tmp_path, name):
+    model, _, weights = adapted(LLAMA)
+    model.save_pretrained(tmp_path)
+    e = torch.randn(5, 32, device=DEVICE)
+    assert_close(read_adapter(tmp_path, name, 32, DEVICE).adapt(e), transform(weights, e))
+
+
 def test_what_cannot_be_served_is_refused_by_name(tmp_path):
     model, *_ = adapted(LLAMA, adapter_scope="input")
     model.save_pretrained(tmp_path)
@@ -37,7 +45,9 @@ def test_what_cannot_be_served_is_refused_by_name(tmp_path):
         served_config(tmp_path, "mine")
     model, *_ = adapted(LLAMA)
     model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"has the shape \(4, 32\) in the file, but this model needs \(4, 16\)"):
+    with pytest.raises(
+        ValueError, match=r"of adapter 'mine' has the shape \(4, 32\) in the file, but this model needs \(4, 16\)"
+    ):
         read_adapter(tmp_path, "mine", 16, DEVICE)
     (tmp_path / "adapter_model.safetensors").write_bytes(b"junk")
     with pytest.raises(ValueError, match="adapter 'mine' cannot be read"):

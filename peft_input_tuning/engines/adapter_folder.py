@@ -28,6 +28,7 @@ INPUT_ONLY = (
     "an engine that goes by token ids knows one. Send it `prompt_embeds` in place of ids "
     '(peft_input_tuning.engines.embeds_prompts makes them), or train with adapter_scope="all".'
 )
+OWN_NAME = "served"  # in the layer, whatever the engine calls the adapter: a module's name may have no dot
 MARK = ".input_tuning_"  # before the containers of InputTuningLayer, in the keys of a file
 
 
@@ -106,21 +107,21 @@ def read_adapter(folder: Path, name: str, embedding_dim: int, device: torch.devi
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{str(file)!r} of adapter {name!r} cannot be read ({error}). Save it again.") from None
     layer = InputTuningLayer(nn.Embedding(1, embedding_dim))
-    layer.update_layer(name, _as_new(config))
-    path, found = _under_its_name(name, found)
-    own = check_own_tensors(layer, name, found, path)
+    layer.update_layer(OWN_NAME, _as_new(config))
+    path, found = _with_own_name(name, found)
+    own = check_own_tensors(layer, OWN_NAME, found, path, called=name)
     beside = sorted(found.keys() - own.keys())
     if beside:
         raise ValueError(
             f"The file of adapter {name!r} holds `{beside[0]}` beside the adapter: its base was changed in training, "
             "and an engine serves the base as it is. Export it with `peft-input-tuning export`, and serve that."
         )
-    parameters = dict(layer.named_adapter_parameters(name))
+    parameters = dict(layer.named_adapter_parameters(OWN_NAME))
     with torch.no_grad():
         for key, parameter in own.items():
             parameters[parameter].copy_(found[key])
     layer.requires_grad_(False).float().to(device)
-    return Adapter(soft_prompt(layer, name), layer.plain_adapter(name))
+    return Adapter(soft_prompt(layer, OWN_NAME), layer.plain_adapter(OWN_NAME))
 
 
 def _as_new(config: InputTuningConfig) -> InputTuningConfig:
@@ -132,9 +133,9 @@ def _as_new(config: InputTuningConfig) -> InputTuningConfig:
     return new
 
 
-def _under_its_name(name: str, tensors: dict[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
-    """The embedding's path in a file's keys, and the tensors with the adapter's name in their keys, which PEFT leaves
-    out of files."""
+def _with_own_name(name: str, tensors: dict[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
+    """The embedding's path in a file's keys, and the tensors with a name of the adapter in their keys, which PEFT
+    leaves out of files; `name` is for errors."""
     paths = {key.partition(MARK)[0] for key in tensors if MARK in key}
     if len(paths) != 1:
         raise ValueError(
@@ -144,5 +145,5 @@ def _under_its_name(name: str, tensors: dict[str, Tensor]) -> tuple[str, dict[st
     named = {}
     for key, tensor in tensors.items():
         module, _, leaf = key.rpartition(".")
-        named[f"{module}.{name}.{leaf}" if MARK in key else key] = tensor
+        named[f"{module}.{OWN_NAME}.{leaf}" if MARK in key else key] = tensor
     return paths.pop(), named
