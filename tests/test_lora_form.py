@@ -274,6 +274,67 @@ def test_words_that_the_tokenizer_calls_unused(form):
         places(5, len(tokenizer), tokenizer)
 
 
+def test_words_that_the_tokenizer_uses_itself_are_taken():
+    """A reserved word is a usual choice for padding, of which no configuration of the model needs to know."""
+    tokenizer = tokenizer_of(LLAMA)
+    tokenizer.add_tokens([f"<|reserved_special_token_{i}|>" for i in range(5)], special_tokens=True)
+    tokenizer.pad_token = "<|reserved_special_token_4|>"
+    assert tokenizer.pad_token_id == VOCAB + 4
+    found = places(2, len(tokenizer), tokenizer)
+    assert found.ids == (VOCAB + 3, VOCAB + 2)
+    assert found.tokenizer.pad_token_id == VOCAB + 4
+    with pytest.raises(ValueError, match=rf"names {VOCAB + 4}, which is .* or the tokenizer uses"):
+        places(1, len(tokenizer), tokenizer, [VOCAB + 4])
+
+
+def test_a_table_that_was_resized_since_it_was_loaded(tmp_path):
+    """PEFT keeps its new rows in the adapter's file, and a LoRA has no place for them."""
+    build(LLAMA).save_pretrained(tmp_path / "base")
+    base = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    base.resize_token_embeddings(VOCAB + TOKENS + 2)
+    model, _ = tuned(base, LLAMA)
+    with pytest.raises(ValueError, match=f"resized to {VOCAB + TOKENS + 2} words after it was loaded"):
+        save_as_lora(model, tmp_path / "lora", tokenizer=tokenizer_of(LLAMA))
+    assert not (tmp_path / "lora").exists()
+    base = model.unload()
+    base.save_pretrained(tmp_path / "resized")
+    model, _ = tuned(transformers.LlamaForCausalLM.from_pretrained(tmp_path / "resized"), LLAMA)
+    assert save_as_lora(model, tmp_path / "lora", tokenizer=tokenizer_of(LLAMA)).is_exact
+
+
+def test_errors_in_a_text_on_a_grown_base(tmp_path):
+    """Its new rows are zeros, of which a share of an error is no number."""
+    source, tokenizer = in_float64(FAMILIES["gpt2"], tmp_path), tokenizer_of(FAMILIES["gpt2"])
+    grow_base(source, tmp_path / "base", TOKENS, tokenizer)
+    base = type(source).from_pretrained(tmp_path / "base", dtype=torch.float64)
+    assert base.get_input_embeddings().weight is base.get_output_embeddings().weight
+    model, _ = tuned(base, FAMILIES["gpt2"])
+    own = transformers.AutoTokenizer.from_pretrained(tmp_path / "base")
+    errors = save_as_lora(model, tmp_path / "lora", tokenizer=own, rank=12, text=["a b a", "c"]).errors
+    assert 0 < errors.mean_in_text <= errors.largest_in_text <= errors.largest
+
+
+def test_a_base_that_is_untied_only(tmp_path):
+    family = FAMILIES["gpt2"]
+    source, tokenizer = in_float64(family, tmp_path), tokenizer_of(family)
+    grow_base(source, tmp_path / "grown", TOKENS, tokenizer)
+    grown = type(source).from_pretrained(tmp_path / "grown", dtype=torch.float64).eval().double().to(DEVICE)
+    own = transformers.AutoTokenizer.from_pretrained(tmp_path / "grown")
+    own.chat_template = (own.chat_template or "") + "{{ messages[0]['content'] }}"
+    again = grow_base(grown, tmp_path / "untied", 0, own, untie=True)
+    assert (again.virtual_token_ids, again.rows) == ((), VOCAB + TOKENS)
+    untied = type(source).from_pretrained(tmp_path / "untied", dtype=torch.float64).eval().double().to(DEVICE)
+    assert untied.get_input_embeddings().weight is not untied.get_output_embeddings().weight
+    assert_close(logits(untied, [], ids(7), family), logits(grown, [], ids(7), family), **EXACT)
+    loaded = transformers.AutoTokenizer.from_pretrained(tmp_path / "untied")
+    chat = [{"role": "user", "content": "a"}]
+    for count in (0, TOKENS):
+        want = own.apply_chat_template(chat, tokenize=False, virtual_tokens=count)
+        assert loaded.apply_chat_template(chat, tokenize=False, virtual_tokens=count) == want
+    with pytest.raises(ValueError, match="`untie` needs `virtual_tokens` >= 1 on an encoder-decoder model"):
+        grow_base(build(FAMILIES["t5"]), tmp_path / "t5", 0, untie=True)
+
+
 def test_ids_of_the_callers_choice():
     tokenizer = tokenizer_of(LLAMA)
     found = places(3, VOCAB + 2, tokenizer, [96, VOCAB, 90])

@@ -19,7 +19,7 @@ from adapters import add, config, randomize
 from device import DEVICE
 from families import PAD, VOCAB, ids
 from oracles import adapter_weights, grown, likeliest, transform
-from peft_input_tuning import reuse_prompts
+from peft_input_tuning import export_model, grow_base, reuse_prompts
 
 TOLERANCE = {"atol": 2e-4, "rtol": 1e-3}
 IMAGE = 90
@@ -332,3 +332,27 @@ def test_voxtral_realtime(use_cache):
         sums = torch.cat([weights["prompt.weight"][None], table[out[:, :end]] + heard[:, :end]], dim=1)
         hidden = base.model.language_model(inputs_embeds=sums, t_cond=delay, use_cache=False).last_hidden_state
         assert likeliest(base.lm_head(hidden)[0, -1]) == int(out[0, end])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["gemma3", "llava", "qwen2_vl"])
+def test_exported_and_grown(name, tmp_path):
+    """Of a model of images and text, the number of words stands in the configuration of its text."""
+    base, *_ = built(name)
+    model, weights = adapted_to(base)
+    report = export_model(model, tmp_path / "plain")
+    plain = type(base).from_pretrained(tmp_path / "plain", dtype=torch.float32).eval().to(DEVICE)
+    row = torch.cat([torch.tensor(report.virtual_token_ids, device=DEVICE), ids(7)])
+    types = {WITH_TYPES[name]: torch.zeros_like(row)[None]} if name in WITH_TYPES else {}
+    oracle, virtual = grown(base, weights)
+    whole = torch.cat([virtual, ids(7)])
+    mask = torch.ones_like(whole)[None]
+    want = oracle(input_ids=whole[None], attention_mask=mask, **types).logits[0, len(virtual) :, :VOCAB]
+    got = plain(input_ids=row[None], attention_mask=mask, **types).logits[0, len(virtual) :, :VOCAB]
+    assert_close(got, want, **TOLERANCE)
+    grow_base(base, tmp_path / "grown", 3)
+    larger = type(base).from_pretrained(tmp_path / "grown", dtype=torch.float32).eval().to(DEVICE)
+    assert larger.get_input_embeddings().num_embeddings == base.get_input_embeddings().num_embeddings + 3
+    of_base = {WITH_TYPES[name]: torch.zeros_like(ids(1, 7))} if name in WITH_TYPES else {}
+    want = base(input_ids=ids(1, 7), **of_base).logits
+    assert_close(larger(input_ids=ids(1, 7), **of_base).logits[..., : want.shape[-1]], want, **TOLERANCE)

@@ -131,6 +131,19 @@ def test_a_killed_process_is_cleared_away_and_a_running_one_is_named(place, stag
     assert files(real) == WHOLE
 
 
+def test_two_in_one_new_parent(tmp_path):
+    """The one that made the parent fails, while the other writes there."""
+
+    def fail():
+        with unfinished_folder("output", tmp_path / "new" / "a", last="z"):
+            (tmp_path / "new" / "b").mkdir()
+            raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        fail()
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["b"]
+
+
 def test_folders_in_use_and_places_that_cannot_be_written(tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").write_text("mine")

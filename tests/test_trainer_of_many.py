@@ -233,6 +233,53 @@ def test_evaluation_of_each_adapter(tmp_path):
 
 
 @pytest.mark.trains_with("transformers Trainer", "many adapters at once: resume = an uninterrupted run")
+class StopB(TrainerCallback):
+    def on_step_end(self, args, state, control, model, **kwargs):
+        if state.global_step == 3:
+            model.set_requires_grad(["b"], False)
+
+
+def test_logs_of_an_adapter_that_stops(tmp_path):
+    """Means over the steps in which it trained, and nothing afterwards."""
+    apart, together = [], []
+    for logs, every in ((apart, 1), (together, 2)):
+        model, _ = many(LLAMA, SOME)
+        trainer = trainer_of(model, data("ab" * 12), tmp_path, callbacks=[StopB()], max_steps=6, logging_steps=every)
+        trainer.train()
+        logs += [log for log in trainer.state.log_history if "loss" in log]
+    assert ["loss_b" in log for log in apart] == [True] * 3 + [False] * 3
+    assert ["loss_b" in log for log in together] == [True, True, False]
+    assert together[1]["loss_b"] == pytest.approx(apart[2]["loss_b"], rel=1e-5)
+
+
+def test_an_adapter_without_rows_in_a_step_that_clips(tmp_path):
+    model, _ = many(LLAMA, SOME)
+    trainer_of(model, data("aabbbbbb"), tmp_path, max_steps=2, max_grad_norm=1.0).train()
+
+
+class Endless(torch.utils.data.Dataset):
+    """Has a length, and a row for any number."""
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, row: int) -> dict:
+        return data("ab" * 4)[row % 8]
+
+
+def test_a_dataset_that_knows_no_end(tmp_path):
+    model, _ = many(LLAMA, SOME)
+    trainer = trainer_of(model, Endless(), tmp_path, max_steps=2, train_sampling_strategy="random")
+    assert trainer.train().global_step == 2
+
+
+def test_a_name_with_a_slash_is_refused(tmp_path):
+    """Trainer would not find its file again when the run is resumed."""
+    model, _ = many(LLAMA, {"a": {}, "org/b": {}})
+    with pytest.raises(ValueError, match="'org/b' has a slash in its name"):
+        trainer_of(model, data("aa"), tmp_path)
+
+
 def test_all_adapters_are_saved_and_go_on(tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 2, "train_sampling_strategy": "random"}
     settings |= {"per_device_train_batch_size": 2, "num_train_epochs": 2, "max_steps": -1}

@@ -212,6 +212,19 @@ def test_each_adapter_trains_its_own_head():
         assert_close(heads[name].weight.grad, head.grad, **EXACT[torch.float64])
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_modules_inside_of_checkpointed_layers_are_refused(reentrant):
+    """They run again in the backward pass, where nothing tells whose rows these are."""
+    model, _ = many(adapters={"a": {}, "b": {}}, modules_to_save=["down_proj"])
+    names, rows = ["a", "b"], ids(2, 5)
+    model(input_ids=rows, adapter_names=names)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    with pytest.raises(ValueError, match=r"`modules_to_save` has `.*down_proj`, in a layer that gradient"):
+        model(input_ids=rows, adapter_names=names)
+    model.eval()
+    model(input_ids=rows, adapter_names=names)
+
+
 def test_a_frozen_neighbour_gets_no_gradient_and_changes_none():
     model, base = many()
     model.set_requires_grad(["b"], requires_grad=False)

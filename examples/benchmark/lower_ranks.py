@@ -15,7 +15,9 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from peft import PeftConfig, PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dense_model import plain_checkpoint
 from input_tuning_examples.base_model import Base
@@ -23,7 +25,7 @@ from input_tuning_examples.extras import needs
 from input_tuning_examples.packaged_model import PACKAGED
 from input_tuning_examples.task_data import InputError, limit, read_json_lines
 from input_tuning_examples.train_and_generate import IGNORED, quiet
-from peft_input_tuning import save_as_lora
+from peft_input_tuning import grow_base, save_as_lora
 from row_losses import row_losses
 from run_training import features_of
 
@@ -43,13 +45,11 @@ def measured(
     if not (Path(adapter) / "adapter_config.json").is_file():
         raise InputError(f"ADAPTER: there is no adapter_config.json in {adapter!r}. Name a saved adapter's folder.")
     place = Base.find(plain_checkpoint(model, work))
-    base = place.load("float32")
     prompt = PeftConfig.from_pretrained(adapter).num_virtual_tokens
-    # Words for the virtual tokens, which say nothing by themselves: their logits are 0.
-    rows_before = base.get_input_embeddings().num_embeddings
-    base.resize_token_embeddings(max(rows_before, len(place.tokenizer) + prompt), mean_resizing=False)
-    for table in (base.get_input_embeddings(), base.get_output_embeddings()):
-        table.weight.data[rows_before:] = 0
+    with tempfile.TemporaryDirectory() as folder:
+        grow_base(place.load("float32"), f"{folder}/base", prompt, place.tokenizer)
+        tokenizer = AutoTokenizer.from_pretrained(f"{folder}/base")
+        base = AutoModelForCausalLM.from_pretrained(f"{folder}/base", dtype=torch.float32)
     adapted = PeftModel.from_pretrained(copy.deepcopy(base), adapter)
     features = features_of(rows, place.tokenizer, place.seq2seq)
 
@@ -61,7 +61,7 @@ def measured(
     for rank in ranks:
         with tempfile.TemporaryDirectory() as folder:
             lora = Path(folder) / "lora"
-            report = save_as_lora(adapted, lora, tokenizer=place.tokenizer, rank=prompt + rank)
+            report = save_as_lora(adapted, lora, tokenizer=tokenizer, rank=prompt + rank)
             tuned = PeftModel.from_pretrained(base, lora)
             found[rank] = loss(tuned, report.virtual_token_ids)
             base = tuned.unload()

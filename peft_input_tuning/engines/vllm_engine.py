@@ -20,6 +20,10 @@ NOT_STARTED = (
     "Adapter {name!r} is one of input-tuning, for which this engine was not started. Start it with " + TARGET + " "
     "embed_tokens: the last part of the name of the model's word embedding in vLLM, and of layers that LoRAs change."
 )
+LOADED_INPLACE = (
+    "Adapter {name!r} is loaded, and `load_inplace` would keep its number, under which its prompt and prefixes are "
+    "known. Unload it, and load it again."
+)
 NO_ROOM = (
     "Adapter {name!r} has {count} virtual tokens, and this engine has room for {most}. Start it with "
     "--additional-config '{{\"" + SETTING + "\": {count}}}'."

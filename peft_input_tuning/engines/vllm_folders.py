@@ -54,8 +54,9 @@ class FolderResolver(LoRAResolver):
         path = (self.folder / lora_name).resolve()
         if path.parent != self.folder or not is_input_tuning(path):
             return None
-        trained_on = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
-        if not _are_same(trained_on, base_model_name):
+        config = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
+        trained_on = config.get("base_model_name_or_path")
+        if not isinstance(trained_on, str) or not _are_same(trained_on, base_model_name):
             logger.warning(
                 "Adapter %r was trained on %r, and not on %r: not served.", lora_name, trained_on, base_model_name
             )

@@ -27,7 +27,7 @@ from vllm.v1.worker.gpu_input_batch import InputBatch
 from .adapter_folder import is_input_tuning
 from .around import put_around
 from .vllm_embedding import EmbeddingByWord
-from .vllm_engine import most_virtual_tokens
+from .vllm_engine import LOADED_INPLACE, most_virtual_tokens
 from .vllm_folders import FolderResolver, lora_model
 from .vllm_requests import with_virtual_tokens
 
@@ -49,6 +49,8 @@ def _load_adapter(original: Callable, manager: Any, lora_request: Any) -> Any:
     folder = Path(utils.get_adapter_absolute_path(lora_request.lora_path))
     if not is_input_tuning(folder):
         return original(manager, lora_request)
+    if lora_request.load_inplace and lora_request.lora_int_id in manager.list_adapters():
+        raise ValueError(LOADED_INPLACE.format(name=lora_request.lora_name))
     layers = manager._adapter_manager.modules
     return lora_model(layers, folder, lora_request.lora_name, lora_request.lora_int_id)
 

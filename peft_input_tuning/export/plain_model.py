@@ -35,7 +35,7 @@ def empty_model(base: nn.Module, rows: int, untie: bool = True) -> nn.Module:
     """The class of the base without weights, with the new vocabulary. With `untie`, a decoder's head is untied from
     its table; an encoder-decoder model keeps its ties, since a table of the encoder's own is part of the format."""
     config = copy.deepcopy(base.config)
-    config.vocab_size = rows
+    config.get_text_config().vocab_size = rows  # of a model of images and text, that of the text
     if hasattr(config, "quantization_config"):  # of the GGUF file
         del config.quantization_config
     if untie and find_decoder(base, base.get_encoder()) is None:

@@ -101,9 +101,8 @@ def grow_vocabulary(state: dict[str, Tensor], names: Sequence[str], rows: int, v
             new = old.new_zeros(shape)
             new.narrow(dim, 0, old.shape[dim]).copy_(old)
             is_bias = dim == old.ndim - 1
-            new.index_fill_(
-                dim, torch.tensor(list(virtual_ids), device=new.device), _impossible(old) if is_bias else 0.0
-            )
+            at = torch.tensor(list(virtual_ids), dtype=torch.long, device=new.device)
+            new.index_fill_(dim, at, _impossible(old) if is_bias else 0.0)
             grown[key] = new
         state[name] = grown[key]
 

@@ -68,6 +68,11 @@ def grow_base(
     if tokenizer is not None:
         own, ids = _with_words(tokenizer, virtual_tokens)
     rows = max([words, *(id + 1 for id in ids)])
+    if untie and not ids and base.config.is_encoder_decoder:
+        raise ValueError(
+            "`untie` needs `virtual_tokens` >= 1 on an encoder-decoder model: without new words the two tables are "
+            "equal, and loading would tie them again. Grow the original base with `untie` and its words at once."
+        )
     with unfinished_folder("`output_dir`", output_dir, last="config.json") as folder:
         state = dict(base.state_dict())
         _grow(base, state, f"{path}.weight", rows, ids, untie)
@@ -117,7 +122,8 @@ def _with_words(tokenizer: PreTrainedTokenizerBase, count: int) -> tuple[PreTrai
         raise ValueError(f"`tokenizer` has the token {min(known)!r} already. Grow the base model that it came from.")
     own = plain_copy(tokenizer)
     ids = add_words(own, names)
-    own.chat_template = map_template(own.chat_template, lambda template: _loop(names) + template)
+    if names:  # or a base that was grown before keeps what its template says of its words
+        own.chat_template = map_template(own.chat_template, lambda template: _loop(names) + template)
     return own, ids
 
 

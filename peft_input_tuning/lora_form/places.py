@@ -48,7 +48,7 @@ def find_places(
     Args:
         count: number of virtual tokens.
         rows: of the embedding table.
-        configs: the model's configurations; ids that they name (padding, images, end) are taken.
+        configs: the model's configurations; ids that they or the tokenizer name (padding, images, end) are taken.
         tokenizer: the base model's.
         named: ids of the caller's choice.
 
@@ -56,6 +56,8 @@ def find_places(
         ValueError: there are too few, or the named ones cannot be used; the message says what to do.
     """
     taken = {id for config in configs for id in _ids_in(config.to_dict())}
+    if tokenizer is not None:
+        taken |= _named_in(tokenizer)
     if named is not None:
         _check_named(named, count, rows, taken)
     if tokenizer is None:
@@ -69,6 +71,12 @@ def find_places(
     own.chat_template = map_template(own.chat_template, without_loop)
     words = _named_words(own, named) if named is not None else _free_words(own, count, rows, taken)
     return Places(tuple(put_in_front(own, words)), own, "".join(words))
+
+
+def _named_in(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Ids of the words that a tokenizer uses itself: padding, beginning, end."""
+    words = [word for word in tokenizer.special_tokens_map.values() if isinstance(word, str)]  # lists are of others
+    return set(tokenizer.convert_tokens_to_ids(words))
 
 
 def without_loop(template: str) -> str:
@@ -138,7 +146,7 @@ def _check_named(named: Sequence[int], count: int, rows: int, taken: set[int]) -
     if wrong:
         raise ValueError(
             f"`virtual_token_ids` names {wrong[0]!r}, which is no row of the table (0 to {rows - 1}), or which the "
-            "model's configuration uses (padding, end). Name an id that no text has."
+            "model's configuration or the tokenizer uses (padding, end). Name an id that no text has."
         )
 
 

@@ -20,7 +20,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from ..checkpoint import PEFT_PREFIX
 from ..export.export import refuse_words_for_prompt
@@ -78,6 +78,7 @@ def save_as_lora(
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     path, layer = named_layer(base)
     name = _checked_name(base, layer, adapter_name)
+    _check_not_resized(base)
     parts = parts_of(layer, name)
     chosen = _chosen_rank(parts, name, max_rank, rank)
     if text is not None and tokenizer is None:
@@ -120,6 +121,21 @@ def _checked_name(base: nn.Module, layer: InputTuningLayer, wanted: str | None) 
         )
     refuse_words_for_prompt(base, layer.prompt_length(name))
     return name
+
+
+def _check_not_resized(base: nn.Module) -> None:
+    """A LoRA has no place for the rows of a table that was resized after it was loaded."""
+    source, words = base.config._name_or_path, getattr(base.config.get_text_config(), "vocab_size", None)
+    try:
+        saved = AutoConfig.from_pretrained(source, local_files_only=True) if source else base.config
+    except (OSError, ValueError):  # no such folder, and nothing of a hub's model is here: nothing to compare with
+        return
+    if getattr(saved.get_text_config(), "vocab_size", None) != words:
+        raise ValueError(
+            f"The table of `model` was resized to {words} words after it was loaded from {source!r}, and a LoRA has "
+            "no place for its new rows. Save the resized base (save_pretrained), load the adapter on it, and make the "
+            "LoRA of that."
+        )
 
 
 def _chosen_rank(parts: Parts, name: str, max_rank: int | None, rank: int | None) -> int:

@@ -181,5 +181,5 @@ def word_errors(
     largest, mean = float(errors[counted].max()), float(errors[counted].mean())
     if counts is None:
         return WordErrors(largest, mean)
-    weights = counts.to(errors) * counted
+    errors, weights = errors.where(counted, 0), counts.to(errors) * counted
     return WordErrors(largest, mean, float(errors[weights > 0].max()), float((errors * weights).sum() / weights.sum()))

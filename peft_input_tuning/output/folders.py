@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 try:
@@ -129,6 +129,7 @@ class _Unfinished:
                 self._clear()
                 self.scratch.rmdir()
             for parent in self._made:
-                parent.rmdir()
+                with suppress(OSError):  # another is writing there by now
+                    parent.rmdir()
         finally:
             self._unlock()

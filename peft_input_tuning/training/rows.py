@@ -52,7 +52,7 @@ def names_in(data: Any, known: Sequence[str]) -> list[Any]:
         names = list(data[COLUMN]) if COLUMN in columns else [None] * len(data)
     else:
         columns = data[0] if len(data) else ()
-        names = [row.get(COLUMN) for row in data]
+        names = [data[row].get(COLUMN) for row in range(len(data))]  # a Dataset of torch may know no end
     check_names(names, known, columns)
     return names
 

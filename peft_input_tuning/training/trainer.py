@@ -81,8 +81,13 @@ class ManyAdapters:
         """The batches of a step, and the labels of each adapter in them: `(adapters,)`."""
         batches, counts = super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
         self._logged = self._logged.to(counts.device)
-        self._logged[1] += counts > 0
+        self._logged[1] += (counts > 0) & self._are_trained(counts.device)
         return batches, counts
+
+    def _are_trained(self, device: torch.device) -> Tensor:
+        """Which of the adapters have not stopped, `(adapters,)`."""
+        trained = trained_adapters(self.model)
+        return on_device([name in trained for name in self.adapters], device)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
         """Labels of all processes: each adapter's loss is divided by its own."""
@@ -116,7 +121,7 @@ class ManyAdapters:
         if len(rows) < len(inputs[ARGUMENT]):
             inputs = select_rows(inputs, rows) or inputs  # those that stay train nothing
         sums, outputs = self._sums(model, inputs)
-        sums = torch.where(on_device([name in trained for name in self.adapters], sums.device), sums, 0)
+        sums = torch.where(self._are_trained(sums.device), sums, 0)
         losses = sums / self._count(inputs) if num_items_in_batch is None else sums / num_items_in_batch.clamp(min=1)
         self._logged[0] += losses.detach()
         loss = losses.sum() * self.accelerator.num_processes  # DDP takes the mean of their gradients
@@ -156,7 +161,7 @@ class ManyAdapters:
             nn.utils.clip_grad_norm_(own, self.args.max_grad_norm)
             for own in parameters_of_adapters(self.model).values()
         ]
-        return torch.stack(norms).norm()
+        return torch.stack([norm.to(self.args.device) for norm in norms]).norm()  # without gradients it is on the CPU
 
     # ---- logs and checkpoints -----------------------------------------------------------------------------------
 
@@ -183,6 +188,12 @@ def _check_settings(trainer: Any) -> None:
     if not isinstance(trainer.model, PeftModel):
         raise ValueError(
             f"`model` must be a PeftModel, got {type(trainer.model).__name__}. Make it by get_peft_model."
+        )
+    slashed = [name for name in trainer.adapters if "/" in name]
+    if slashed:
+        raise ValueError(
+            f"Adapter {slashed[0]!r} has a slash in its name, and Trainer looks for a checkpoint's adapters one "
+            "folder deep: a run would not be resumed with it. Call it otherwise."
         )
     args = trainer.args
     loss_type = getattr(args, "loss_type", "nll")  # of TRL

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..call_state import BASE, RowAdapters, current_row_adapters, use_row_adapters
 from ..layer import InputTuningLayer
@@ -36,7 +37,9 @@ def mixed_batch(
     with ExitStack() as stack:
         stack.enter_context(use_row_adapters(layer, rows))
         _check_not_compiling()
-        if not model.training:
+        if model.training:
+            _check_not_run_again(model)
+        else:
             stack.enter_context(_run_eagerly())
         for module in model.modules():
             if isinstance(module, AuxiliaryTrainingWrapper):  # modules_to_save, a classification head
@@ -66,6 +69,19 @@ REFUSAL = "`adapter_names` cannot be used inside torch.compile. Call the model o
 def _check_not_compiling() -> None:
     if torch.compiler.is_compiling():
         raise ValueError(REFUSAL)
+
+
+def _check_not_run_again(model: nn.Module) -> None:
+    """A layer whose activations are checkpointed runs once more in the backward pass, after the call with its rows."""
+    for path, layer in model.named_modules():
+        if isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing:
+            inside = (name for name, one in layer.named_modules() if isinstance(one, AuxiliaryTrainingWrapper))
+            if (name := next(inside, None)) is not None:
+                raise ValueError(
+                    f"`modules_to_save` has `{path}.{name}`, in a layer that gradient checkpointing runs again in the "
+                    "backward pass, where it is not known which adapter a row has. Call "
+                    "model.gradient_checkpointing_disable(), or train these adapters one by one."
+                )
 
 
 _eager_calls = 0

@@ -30,8 +30,10 @@ class Extension:
     extensions: tuple[type[Extension], ...]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        """`type(model)(config)` and `type(model).from_pretrained(...)` make what they would without the extension."""
-        return cls.extended_class(*args, **kwargs)
+        """`type(model)(config)` and `type(model).from_pretrained(...)` make what they would without the extension.
+        Without arguments an empty object is meant, which gets its state afterwards: DataParallel's replicas."""
+        extended: Any = cls.extended_class
+        return extended(*args, **kwargs) if args or kwargs else extended.__new__(cls)
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
         """Copies and pickles name the class that was extended, since the subclass cannot be found by its name."""

@@ -317,3 +317,19 @@ def test_the_resolver_gives_folders_of_its_own_folder_only(tmp_path, name):
     config["base_model_name_or_path"] = "base"
     (tmp_path / "all" / "mine" / "adapter_config.json").write_text(json.dumps(config))
     assert asyncio.run(resolver.resolve_lora("base", name)) is None
+    del config["base_model_name_or_path"]
+    (tmp_path / "all" / "mine" / "adapter_config.json").write_text(json.dumps(config))
+    assert asyncio.run(resolver.resolve_lora("base", "mine")) is None
+
+
+def test_an_adapter_in_use_is_not_loaded_in_place(tmp_path):
+    """It would keep its number, under which its virtual tokens and its prefixes are known."""
+    from types import SimpleNamespace
+
+    from peft_input_tuning.engines.vllm_inside import _load_adapter
+
+    adapter_folder(tmp_path / "mine")
+    request = SimpleNamespace(lora_path=str(tmp_path / "mine"), lora_name="mine", lora_int_id=3, load_inplace=True)
+    manager = SimpleNamespace(list_adapters=lambda: {3})
+    with pytest.raises(ValueError, match="'mine' is loaded, and `load_inplace` would keep its number"):
+        _load_adapter(None, manager, request)
