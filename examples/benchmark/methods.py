@@ -71,6 +71,8 @@ METHODS: dict[str, Method] = {
     "input-tuning-19": _input_tuning(rates_of=None, adapter_hidden_dim=19),
     "input-tuning-64": _input_tuning(rates_of=None, adapter_hidden_dim=64),
     "input-tuning-256": _input_tuning(rates_of=None, adapter_hidden_dim=256),
+    "input-tuning-236": _input_tuning(rates_of=None, adapter_hidden_dim=236),  # with 20 tokens a LoRA of rank 256
+    "input-tuning-380": _input_tuning(rates_of=None, adapter_hidden_dim=380),  # as many numbers as LoRA
     "adapter-only": _input_tuning(rates_of=None, num_virtual_tokens=0),
     "lora": _peft(LoraConfig, 1e-3, r=8, lora_alpha=16),
     "lora-all-linear": _peft(LoraConfig, 1e-3, r=8, lora_alpha=16, target_modules="all-linear"),
@@ -83,8 +85,6 @@ METHODS: dict[str, Method] = {
     "input-tuning-prompt-5": _input_tuning(num_virtual_tokens=5),
     "input-tuning-prompt-100": _input_tuning(num_virtual_tokens=100),
     "input-tuning-gelu": _input_tuning(adapter_activation="gelu"),
-    "input-tuning-236": _input_tuning(adapter_hidden_dim=236),  # with 20 virtual tokens a LoRA of rank 256
-    "input-tuning-380": _input_tuning(adapter_hidden_dim=380),  # as many numbers as LoRA
     "input-tuning-bias": _input_tuning(adapter_bias=True),
     "input-tuning-random-start": _input_tuning(init_weights=False),
     "input-tuning-ratio-1": _input_tuning(ratio=1.0),

@@ -46,11 +46,6 @@ ABLATION_GROUPS = {
         "input-tuning-256": "256",
         "input-tuning": "2e",
     },
-    "Inner size, at the large one's rate": {
-        "input-tuning-236": "236",
-        "input-tuning-380": "380",
-        "input-tuning": "2e",
-    },
     "Activation": {"input-tuning": "relu", "input-tuning-gelu": "gelu"},
     "Biases": {"input-tuning": "without", "input-tuning-bias": "with"},
     "Start of W2": {"input-tuning": "zero", "input-tuning-random-start": "random"},

@@ -182,14 +182,24 @@ def tables(runs: Runs) -> list[Table]:
     ]
 
 
-def blocks(data: Path, results: Path, budget: Budget, model: str, work: Path) -> list:
+def blocks(
+    data: Path, results: Path, budget: Budget, model: str, work: Path, methods: Sequence[str] | None = None
+) -> list:
     """The whole answer.
+
+    Args:
+        methods: those that are compared; None is all that have a run.
 
     Raises:
         InputError: DATA misses a task, or no run is there that all methods have.
     """
     find_tasks(data, budget.tasks)
     records = read_records(results)
+    if methods is not None:
+        present = {record["method"] for record in records.values()}
+        if unknown := [method for method in methods if method not in present]:
+            raise InputError(f"--methods: {unknown[0]!r} has no run. Methods that have: {', '.join(sorted(present))}.")
+        records = {name: record for name, record in records.items() if record["method"] in methods}
     tokenizer = Base.find(plain_checkpoint(model, work)).tokenizer
 
     def words_of(text: str) -> list[int]:
@@ -215,13 +225,16 @@ def blocks(data: Path, results: Path, budget: Budget, model: str, work: Path) ->
 def main(argv: list[str] | None = None) -> int:
     parser = parser_for_stored_runs(__doc__)
     parser.set_defaults(budget="transfer")
+    parser.add_argument("--methods", nargs="+", metavar="METHOD", help="only these (default: all that have a run)")
     parser.add_argument("--model", default=PACKAGED, help="whose words are meant (default: the packaged one)")
     parser.add_argument("--work", type=Path, default=Path("outputs/benchmark"), help="where it is kept (%(default)s)")
     options = parser.parse_args(argv)
     results = options.results or RESULTS / options.budget
     try:
         check_installed()
-        for block in blocks(options.data, results, BUDGETS[options.budget], options.model, options.work):
+        for block in blocks(
+            options.data, results, BUDGETS[options.budget], options.model, options.work, options.methods
+        ):
             print(block_markdown(block), end="\n\n")
     except InputError as error:
         print(f"unseen.py: {error}", file=sys.stderr)
