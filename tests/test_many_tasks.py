@@ -46,6 +46,13 @@ def test_a_run_trains_and_checks_every_row(run, tmp_path, capsys):
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.safetensors")}
 
 
+def test_an_adapter_without_weights_is_trained_again(run, tmp_path, capsys):
+    assert run() == 0
+    (tmp_path / "out" / "properties" / "adapter_model.safetensors").unlink()
+    assert run() == 0
+    assert capsys.readouterr().out.count("not trained again") == 2
+
+
 def test_tasks_from_files(run, tmp_path, capsys):
     write_tasks(tmp_path / "data")
     assert run("--data", str(tmp_path / "data"), "--tasks", "upper", "reverse") == 0
@@ -58,7 +65,19 @@ def test_a_row_that_differs_is_an_error(run, monkeypatch, capsys):
     assert "'something else' alone" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("wrong", [["--steps", "0"], ["--data", "nowhere"], ["--tasks", "one"], ["--model", "./no"]])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ["--steps", "0"],
+        ["--data", "nowhere"],
+        ["--tasks", "one"],
+        ["--tasks", "one", "one"],
+        ["--seed", "-1"],
+        ["--model", "./no"],
+        ["--output-dir", "/proc/nothing"],
+    ],
+    ids=" ".join,
+)
 def test_wrong_arguments_are_named_before_any_work(run, capsys, tmp_path, wrong):
     try:
         code = run(*wrong)

@@ -17,7 +17,7 @@ import torch
 import quickstart
 from device import DEVICE
 from input_tuning_examples import logic_to_text, packaged_model, task_data, train_and_generate
-from input_tuning_examples.arguments import check_output_dir
+from input_tuning_examples.arguments import output_dir
 from input_tuning_examples.metrics import BLEU_AND_EXACT_MATCH
 from input_tuning_examples.peak_memory import peak_memory_mb
 from input_tuning_examples.task_data import Example, InputError
@@ -277,8 +277,8 @@ def test_wrong_number(arguments, message, capsys):
 def test_output_dir_that_is_a_file(tmp_path):
     path = tmp_path / "file"
     path.touch()
-    with pytest.raises(InputError, match=r"--output-dir: '.*' cannot be made \(File exists\)\. Pass another folder"):
-        check_output_dir(str(path))
+    with pytest.raises(InputError, match=r"--output-dir: '.*' cannot be written \(Not a directory\)\. Pass a folder"):
+        output_dir(str(path))
 
 
 def test_reload_of_a_folder_without_a_run(tmp_path):

@@ -115,6 +115,11 @@ def test_a_run_of_any_trainer(trained):
     assert float(run.settings["highest learning_rate"]) == pytest.approx(0.01, rel=0.2)
 
 
+def test_the_adapters_settings_stand_beside_the_state(trained):
+    (run,) = read_runs([trained])
+    assert run.settings["num_virtual_tokens"] == "2"
+
+
 def test_the_state_of_the_folder_comes_before_that_of_a_checkpoint(trained, tmp_path):
     folder = tmp_path / "run"
     (folder / "checkpoint-2").mkdir(parents=True)

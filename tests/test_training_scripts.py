@@ -374,6 +374,17 @@ WRONG = {  # the options, what has to be said
     "no rows": (["--train_rows", "0"], "--train_rows must be >= 1, got 0"),
     "a prompt of -1": (["--num_virtual_tokens", "-1"], "`num_virtual_tokens` must be >= 0, got -1"),
     "a prompt of none": (["--method=prompt-tuning", "--num_virtual_tokens=0"], "--num_virtual_tokens must be >= 1"),
+    "no rows in a batch": (
+        ["--per_device_train_batch_size", "0"],
+        "--per_device_train_batch_size must be >= 1, got 0",
+    ),
+    "no batches in a step": (["--gradient_accumulation_steps", "0"], "--gradient_accumulation_steps must be >= 1"),
+    "a seed of -1": (["--seed", "-1"], "--seed must be >= 0, got -1"),
+    "no steps": (["--max_steps", "0"], "there is nothing to train"),
+    "a prompt without an end": (
+        ["--num_virtual_tokens", "5000"],
+        "--num_virtual_tokens: 5000 leave no place for a row",
+    ),
     "a rank of 0": (["--method", "lora", "--lora_rank", "0"], "--lora_rank must be >= 1, got 0"),
     "a rate of 0": (["--prompt_learning_rate", "0"], "--prompt_learning_rate must be > 0, got 0.0"),
     "patience alone": (["--early_stopping_patience", "2"], "needs --load_best_model_at_end"),
@@ -422,6 +433,32 @@ def test_a_row_without_its_texts_is_named(options, tmp_path, capsys, monkeypatch
     (tmp_path / "rows.jsonl").write_text("" if line is None else first + line + "\n")
     assert train.main([*options, "--train_data", "rows.jsonl", "--output_dir", "out"]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_files_of_any_name_and_bytes(options, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.txt").write_bytes(b'{"source": "gr\xfcn", "references": ["b"]}\n')
+    assert train.main([*options, "--train_data", "rows.txt", "--output_dir", "out"]) == 2
+    assert "line 1 of 'rows.txt' is not JSON" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "config.json"])
+def test_a_model_is_not_written_over(options, tmp_path, capsys, name):
+    (tmp_path / name).write_text("{}")
+    for more in ([], ["--resume_from_checkpoint", "last"]):
+        assert train.main([*options, *more, "--output_dir", str(tmp_path)]) == 2
+        assert f"holds {name}, and no run of this script" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize(
+    "value", ["hello", {"role": "user", "content": "a"}, ["a", "b"]], ids=["text", "object", "texts"]
+)
+def test_what_are_no_messages_is_named(chat_model, tmp_path, capsys, value):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": value}) + "\n")
+    call = ["--model", str(chat_model), "--train_data", str(tmp_path / "rows.jsonl"), "--messages_column", "messages"]
+    assert train.main([*call, "--output_dir", str(tmp_path / "out")]) == 2
+    assert "has no text to learn under 'messages'" in capsys.readouterr().err
 
 
 def test_a_conversation_without_an_answer_is_named(data, chat_model, tmp_path, capsys):

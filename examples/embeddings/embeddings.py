@@ -26,7 +26,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from input_tuning_examples.arguments import OneLineParser, at_least, check_output_dir, rate
+from input_tuning_examples.arguments import OneLineParser, at_least, output_dir, rate
 from input_tuning_examples.extras import needs
 from input_tuning_examples.logic_to_text import ENTITIES
 from input_tuning_examples.task_data import Example, InputError, load_task
@@ -209,7 +209,7 @@ def main(argv: list[str] | None = None) -> int:
         task = load_task(options.train_file, None, options.test_file, options.test_rows, options.seed)
         if not options.train_file:
             task = {name: coded(rows) for name, rows in task.items()}
-        return compare(options, folder, task, check_output_dir(options.output_dir))
+        return compare(options, folder, task, output_dir(options.output_dir))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

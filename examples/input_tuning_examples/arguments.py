@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import tempfile
 from pathlib import Path
 from typing import NoReturn
 
@@ -33,10 +34,27 @@ def rate(text: str) -> float:
     return value
 
 
-def check_output_dir(path: str) -> Path:
+def check_can_be_written(path: str | Path, argument: str = "--output-dir") -> None:
+    """Raises InputError where a folder cannot be made or written to; nothing is made yet."""
+    folder = Path(path).absolute()
+    there = next(place for place in (folder, *folder.parents) if place.exists())
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"{argument}: {str(path)!r} cannot be written ({error.strerror}). Pass a folder in which you may write."
+        ) from None
+
+
+def output_dir(path: str | Path) -> Path:
+    """Makes a folder, in which files can be written."""
+    check_can_be_written(path)
     folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"--output-dir: {path!r} cannot be made ({error.strerror}). Pass another folder.") from None
+        raise InputError(
+            f"--output-dir: {str(path)!r} cannot be made ({error.strerror}). Pass another folder."
+        ) from None
     return folder

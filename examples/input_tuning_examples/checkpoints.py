@@ -25,6 +25,7 @@ from .task_data import InputError
 RESUME = "go on from the last complete checkpoint with --resume_from_checkpoint last"
 _STATE = "trainer_state.json"
 _MARK = "unfinished"
+_OF_MODELS = ("adapter_config.json", "config.json")  # in the folder of an adapter, of a model
 # What a checkpoint must have, by the names of Trainer, or of FSDP and DeepSpeed, which write theirs in folders.
 _NEEDED = (
     ("*.safetensors", "pytorch_model_fsdp*", "global_step*"),
@@ -95,13 +96,20 @@ def find_checkpoint(arguments: TrainingArguments) -> str | None:
     """What to go on from; None is the beginning.
 
     Raises:
-        InputError: the checkpoint is incomplete, or the run would write over another one.
+        InputError: the checkpoint is incomplete, or the run would write over another one, or over a model.
     """
     folder, wanted = arguments.output_dir, arguments.resume_from_checkpoint
     last, incomplete = last_complete_checkpoint(folder)
+    holds_run = bool((Path(folder) / "results.json").exists() or checkpoints_in(folder))
+    model = next((name for name in _OF_MODELS if (Path(folder) / name).exists()), None)
+    if holds_run and not wanted:
+        raise InputError(f"--output_dir: {folder!r} holds a run already. Choose another folder, or {RESUME}.")
+    if model and not holds_run:
+        raise InputError(
+            f"--output_dir: {folder!r} holds {model}, and no run of this script: a model or an adapter would be "
+            "written over. Choose another folder."
+        )
     if not wanted:
-        if (Path(folder) / "results.json").exists() or checkpoints_in(folder):
-            raise InputError(f"--output_dir: {folder!r} holds a run already. Choose another folder, or {RESUME}.")
         return None
     if wanted == "last":
         if arguments.process_index == 0:

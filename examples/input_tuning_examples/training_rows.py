@@ -51,7 +51,7 @@ def read_rows(
 
     split = argument.removeprefix("--").removesuffix("_data")
     try:
-        if Path(name).suffix in (".json", ".jsonl"):
+        if Path(name).is_file() or Path(name).suffix in (".json", ".jsonl"):
             data = datasets.load_dataset("json", data_files=name, split="train")
         else:
             data = datasets.load_dataset(name, split=split)
@@ -73,7 +73,12 @@ def read_rows(
             "as --model, or --source_column and --target_column."
         )
     chosen = data.select(range(min(most or len(data), len(data))))
-    return [to_row(line, f"{argument}: row {n} of {name!r}", columns, tokenizer) for n, line in enumerate(chosen, 1)]
+    try:
+        lines = list(chosen)
+    except UnicodeDecodeError as error:  # datasets reads some files without a look at their bytes
+        _check_lines(Path(name), argument)
+        raise InputError(f"{argument}: {name!r} is not UTF-8 ({error.reason}). Save the file as UTF-8.") from None
+    return [to_row(line, f"{argument}: row {n} of {name!r}", columns, tokenizer) for n, line in enumerate(lines, 1)]
 
 
 def _check_lines(file: Path, argument: str) -> None:
@@ -102,7 +107,7 @@ def to_row(line: dict[str, Any], where: str, columns: Columns, tokenizer: PreTra
     """Raises InputError where a text is missing."""
     if columns.messages:
         messages = line[columns.messages]
-        if not messages or len(messages) < 2 or not _is_text(messages[-1].get("content")):
+        if not _are_messages(messages) or not _is_text(messages[-1].get("content")):
             raise InputError(
                 f"{where} has no text to learn under {columns.messages!r}, got {messages!r:.80}. The last message of "
                 "two or more is the target: write it, or take the row out."
@@ -119,6 +124,10 @@ def to_row(line: dict[str, Any], where: str, columns: Columns, tokenizer: PreTra
     if not references or not all(map(_is_text, references)):
         raise InputError(f"{where} has no texts under {columns.target!r}, got {target!r:.80}. Take the row out.")
     return Row(source + SEPARATOR, references[0], references)
+
+
+def _are_messages(value: object) -> bool:
+    return isinstance(value, list) and len(value) > 1 and all(isinstance(one, dict) for one in value)
 
 
 def _is_text(value: object) -> bool:
@@ -145,6 +154,11 @@ def encode(
     Raises:
         InputError: all are longer, or one that is not has no place in the model; the message names rows and lengths.
     """
+    if positions is not None and virtual >= positions:
+        raise InputError(
+            f"--num_virtual_tokens: {virtual} leave no place for a row in the {positions} positions of the model. "
+            "Pass fewer."
+        )
     features, left_out, without_place = [], {}, {}
     for number, row in enumerate(rows, 1):
         source = _source_ids(row, columns, tokenizer)
@@ -165,8 +179,8 @@ def encode(
     if without_place:
         raise InputError(
             f"{argument}: {_named(without_place)}, too many beside {virtual} virtual tokens for the {positions} "
-            f"positions of the model. Pass --max_length {_most(positions, virtual)} to leave such rows out, shorten "
-            "them, or pass another --model."
+            f"positions of the model. Pass --max_length {_most(positions, virtual)} to leave such rows out, fewer "
+            "virtual tokens, shorter rows, or another --model."
         )
     if not features:
         raise InputError(f"--max_length: no row of {len(rows)} has {max_length} tokens or fewer. Raise it.")

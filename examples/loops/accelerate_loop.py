@@ -16,6 +16,7 @@ from peft import get_peft_model
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from input_tuning_examples.arguments import at_least, check_can_be_written
 from input_tuning_examples.packaged_model import PACKAGED, find_model
 from input_tuning_examples.task_data import InputError, load_task
 from input_tuning_examples.train_and_generate import IGNORED, encode_rows, load_base, pad_rows
@@ -25,10 +26,11 @@ from peft_input_tuning import InputTuningConfig, create_input_tuning_optimizer
 def main(argv: list[str] | None = None) -> list[float]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=PACKAGED)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--batch-size", type=int, default=8, help="rows a step, of all processes together")
+    parser.add_argument("--steps", type=at_least(1), default=20)
+    parser.add_argument("--batch-size", type=at_least(1), default=8, help="rows a step, of all processes together")
     parser.add_argument("--output-dir", default="outputs/accelerate-loop")
     options = parser.parse_args(argv)
+    check_can_be_written(options.output_dir)  # before the training
 
     accelerator = Accelerator(step_scheduler_with_optimizer=False)
     set_seed(0)

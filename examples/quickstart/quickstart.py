@@ -24,7 +24,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from input_tuning_examples.arguments import OneLineParser, at_least, check_output_dir, rate
+from input_tuning_examples.arguments import OneLineParser, at_least, output_dir, rate
 from input_tuning_examples.extras import needs
 from input_tuning_examples.metrics import BLEU_AND_EXACT_MATCH
 from input_tuning_examples.packaged_model import PACKAGED, find_model
@@ -245,7 +245,7 @@ def main(argv: list[str] | None = None) -> int:
         task = load_task(
             options.train_file, options.validation_file, options.test_file, options.test_rows, options.seed
         )
-        return compare(options, task, model_place, check_output_dir(options.output_dir))
+        return compare(options, task, model_place, output_dir(options.output_dir))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -20,6 +20,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
+from input_tuning_examples.arguments import output_dir
 from input_tuning_examples.extras import exit_status, needs
 from input_tuning_examples.packaged_model import PACKAGED, find_model
 from input_tuning_examples.several_tasks import Task, generated_tasks, tasks_from
@@ -41,12 +42,16 @@ VALIDATION_ROWS = 32
 ROWS_EACH = 2  # of the mixed batch
 
 
+def is_saved(adapter: Path) -> bool:
+    return all((adapter / name).is_file() for name in ("adapter_config.json", "adapter_model.safetensors"))
+
+
 def train_adapters(
     tasks: list[Task], options: argparse.Namespace, place: tuple[str, str | None], folder: Path
 ) -> dict[str, Path]:
     """Trains what is not there yet; returns the adapters' folders."""
     folders = {task.name: folder / task.name for task in tasks}
-    missing = [task for task in tasks if not (folders[task.name] / "adapter_config.json").is_file()]
+    missing = [task for task in tasks if not is_saved(folders[task.name])]
     for name in sorted(folders.keys() - {task.name for task in missing}):
         print(f"{name}: found in {folders[name]}, not trained again")
     if not missing:
@@ -178,8 +183,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     for name in ("train_rows", "steps", "batch_size", "max_new_tokens"):
         if getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be >= 1, got {getattr(options, name)}")
-    if len(options.tasks) < 2:
-        parser.error("--tasks: pass at least two tasks, so that rows of different adapters share a batch")
+    if len(set(options.tasks)) < max(2, len(options.tasks)):
+        parser.error("--tasks: pass two different tasks or more, so that rows of different adapters share a batch")
+    if options.seed < 0:
+        parser.error(f"--seed must be >= 0, got {options.seed}")
     return options
 
 
@@ -187,7 +194,7 @@ def run(options: argparse.Namespace) -> int:
     needs("demo", "rich")
     place = find_model(options.model)
     tasks = tasks_from(options.data, options.tasks) if options.data else generated_tasks(options.seed)
-    options.output_dir.mkdir(parents=True, exist_ok=True)
+    output_dir(options.output_dir)
     folders = train_adapters(tasks, options, place, options.output_dir)
     model, tokenizer = load_all(place, folders)
     rows, new_tokens = rows_of(tasks), options.max_new_tokens

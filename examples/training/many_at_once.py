@@ -22,6 +22,7 @@ from peft import PeftModel, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
 
 from curves import Curves, curves_page
+from input_tuning_examples.arguments import output_dir
 from input_tuning_examples.extras import exit_status, needs
 from input_tuning_examples.packaged_model import PACKAGED, find_model
 from input_tuning_examples.several_tasks import Task, generated_tasks, tasks_from
@@ -193,7 +194,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} must be >= 1, got {getattr(options, name)}")
     if min(options.rates) <= 0:
         parser.error(f"--rates must be > 0, got {min(options.rates)}")
-    options.output_dir.mkdir(parents=True, exist_ok=True)
+    output_dir(options.output_dir)
     return options
 
 

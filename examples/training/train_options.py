@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from peft import LoraConfig, PeftConfig, PromptTuningConfig
 from transformers import HfArgumentParser, TrainingArguments
 
+from input_tuning_examples.arguments import check_can_be_written
 from input_tuning_examples.packaged_model import PACKAGED
 from input_tuning_examples.task_data import InputError
 from input_tuning_examples.training_rows import Columns
@@ -65,6 +65,14 @@ def check(options: Options, arguments: TrainingArguments) -> None:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise InputError(f"--{name} must be >= 1, got {value}. Raise it, or leave it out.")
+    numbers = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+    for name in numbers:
+        if getattr(arguments, name) < 1:
+            raise InputError(f"--{name} must be >= 1, got {getattr(arguments, name)}. Raise it, or leave it out.")
+    if arguments.seed < 0:
+        raise InputError(f"--seed must be >= 0, got {arguments.seed}. Raise it, or leave it out.")
+    if arguments.max_steps == 0 or (arguments.max_steps < 0 and not arguments.num_train_epochs > 0):
+        raise InputError("--max_steps, --num_train_epochs: there is nothing to train. Raise them, or leave them out.")
     if options.method == "prompt-tuning" and options.num_virtual_tokens < 1:
         raise InputError(f"--num_virtual_tokens must be >= 1 in prompt-tuning, got {options.num_virtual_tokens}.")
     for name, rate in (("prompt_", options.prompt_learning_rate), ("", arguments.learning_rate)):
@@ -76,20 +84,7 @@ def check(options: Options, arguments: TrainingArguments) -> None:
         raise InputError("--eval_strategy needs --validation_data. Pass it too.")
     if Path(arguments.output_dir).exists() and not Path(arguments.output_dir).is_dir():
         raise InputError(f"--output_dir: {arguments.output_dir!r} is a file. Pass a folder.")
-    check_output_dir(arguments.output_dir)
-
-
-def check_output_dir(path: str) -> None:
-    """Raises InputError where a folder cannot be made or written to; nothing is made yet."""
-    folder = Path(path).absolute()
-    there = next(place for place in (folder, *folder.parents) if place.exists())
-    try:
-        with tempfile.TemporaryFile(dir=there):
-            pass
-    except OSError as error:
-        raise InputError(
-            f"--output_dir: {path!r} cannot be written ({error.strerror}). Pass a folder in which you may write."
-        ) from None
+    check_can_be_written(arguments.output_dir, "--output_dir")
 
 
 def peft_config(options: Options, seq2seq: bool) -> PeftConfig | None:

@@ -63,13 +63,12 @@ def _names(places: Sequence[Path]) -> list[str]:
 
 
 def _run(folder: Path, name: str) -> TrainingRun:
-    adapter = _json(folder / "adapter_config.json") if (folder / "adapter_config.json").is_file() else {}
     if (folder / "results.json").is_file():
         path = folder / "results.json"
         report = _json(path)
         history = _part(report, "curve", [], path)
         figures = _part(report, "results", {}, path)
-        settings = adapter | _part(report, "arguments", {}, path) | _part(report, "options", {}, path)
+        settings = _adapter(folder) | _part(report, "arguments", {}, path) | _part(report, "options", {}, path)
     else:
         path = _state(folder)
         state = _json(path)
@@ -77,7 +76,7 @@ def _run(folder: Path, name: str) -> TrainingRun:
         figures = _figures(history, state)
         rates = [log["learning_rate"] for log in history if "learning_rate" in log]
         known = {key: state.get(key) for key in ("max_steps", "num_train_epochs", "train_batch_size")}
-        settings = adapter | known | ({"highest learning_rate": max(rates)} if rates else {})
+        settings = _adapter(folder, path.parent) | known | ({"highest learning_rate": max(rates)} if rates else {})
     return TrainingRun(
         name,
         {key: value for key, value in figures.items() if _is_number(value)},
@@ -85,6 +84,12 @@ def _run(folder: Path, name: str) -> TrainingRun:
         _points(history, "loss"),
         _points(history, "eval_loss"),
     )
+
+
+def _adapter(*folders: Path) -> dict[str, Any]:
+    """The adapter's settings, from the first folder that has some."""
+    files = (folder / "adapter_config.json" for folder in folders)
+    return next((_json(file) for file in files if file.is_file()), {})
 
 
 def _state(folder: Path) -> Path:
