@@ -27,6 +27,7 @@ import quantized_bases
 import train
 from families import FAMILIES, build
 from input_tuning_examples import logic_to_text, packaged_model
+from input_tuning_examples.task_data import InputError
 from peft_input_tuning import InputTuningConfig
 from tokenizers_of_families import tokenizer_of
 from train_options import LEARNING_RATES, parse_arguments
@@ -531,6 +532,16 @@ def test_the_lightning_loop_in_one_process_and_in_two(tiny_model, tmp_path):
     state = torch.load(checkpoint, weights_only=False)["state_dict"]
     assert state
     assert all("input_tuning_" in name for name in state)
+
+
+@pytest.mark.parametrize("wrong", [["--steps", "0"], ["--output-dir", "/proc/nothing"]], ids=" ".join)
+def test_the_accelerate_loop_says_what_is_wrong_before_it_trains(tiny_model, monkeypatch, capsys, wrong):
+    monkeypatch.syspath_prepend(str(EXAMPLES / "loops"))
+    import accelerate_loop
+
+    monkeypatch.setattr(accelerate_loop, "load_base", lambda *_: pytest.fail("the work began"))
+    with pytest.raises((SystemExit, InputError)):
+        accelerate_loop.main(["--model", str(tiny_model), *wrong])
 
 
 @pytest.mark.parametrize("name", ["accelerate_loop", "lightning_loop"])
