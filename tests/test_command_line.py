@@ -120,7 +120,7 @@ def test_a_classifier_of_five_labels(tmp_path):
     settings.write_text(json.dumps({k: v for k, v in json.loads(settings.read_text()).items() if "label" not in k}))
     without = run("inspect", tmp_path / "adapter", "--no-tokenizer")
     assert without.returncode == 2
-    assert "and its `num_labels` set as they were then" in without.stderr
+    assert "and its --num-labels set as they were then" in without.stderr
     result = run("inspect", tmp_path / "adapter", "--no-tokenizer", "--num-labels", 5)
     assert result.returncode == 0, result.stderr
 
@@ -311,7 +311,7 @@ def test_to_lora_of_a_lower_rank_says_its_errors(saved, tmp_path, capsys):
     assert "over all words" in said
     assert "in the text" in said
     for more, message in (
-        (["--max-rank", "20"], "`max_rank` is 20"),
+        (["--max-rank", "20"], "--max-rank is 20"),
         (["--virtual-token-ids", "x"], "no list of ids"),
     ):
         assert main(["to-lora", str(folder / "adapter"), str(tmp_path / "other"), *more]) == 2

@@ -53,6 +53,10 @@ COMMANDS = {
     r"python examples/benchmark/moved_words.py DATA ADAPTER": (
         "test_benchmark_moved_words.py::test_the_command_prints_and_plots"
     ),
+    r"python examples/benchmark/lower_ranks.py DATA ADAPTER": (
+        "test_benchmark_lower_ranks.py::test_the_losses_are_those_by_hand"
+    ),
+    r"python examples/benchmark/one_run.py DATA": "test_benchmark_runs.py::test_a_run_of_every_method",
     r"python examples/benchmark/unseen.py DATA": "test_benchmark_unseen.py::test_the_command_prints_tables",
     r"python examples/benchmark/\w+.py DATA --budget full": "not run: days on a GPU; the page says so",
     r"(vllm serve|python -m sglang\S*|docker run) ": "not run: the page says what was run, and by whom",

@@ -107,6 +107,7 @@ MISSING = [
     (["benchmark/run_together.py", "data"], "datasets", "benchmark"),
     (["benchmark/unseen.py", "data"], "datasets", "benchmark"),
     (["benchmark/moved_words.py", "data", "adapter"], "matplotlib", "benchmark"),
+    (["benchmark/lower_ranks.py", "data", "adapter"], "datasets", "benchmark"),
     ([COMMAND, "inspect", "adapter"], "rich", "inspect"),
     ([COMMAND, "compare", "one", "another"], "rich", "inspect"),
     ([COMMAND, "familiarity", "rows.jsonl", "--model", "model"], "rich", "inspect"),

@@ -232,7 +232,6 @@ def test_evaluation_of_each_adapter(tmp_path):
     assert together["both_loss"] == pytest.approx(sum(want.values()) / 2, rel=1e-6)
 
 
-@pytest.mark.trains_with("transformers Trainer", "many adapters at once: resume = an uninterrupted run")
 class StopB(TrainerCallback):
     def on_step_end(self, args, state, control, model, **kwargs):
         if state.global_step == 3:
@@ -280,6 +279,7 @@ def test_a_name_with_a_slash_is_refused(tmp_path):
         trainer_of(model, data("aa"), tmp_path)
 
 
+@pytest.mark.trains_with("transformers Trainer", "many adapters at once: resume = an uninterrupted run")
 def test_all_adapters_are_saved_and_go_on(tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 2, "train_sampling_strategy": "random"}
     settings |= {"per_device_train_batch_size": 2, "num_train_epochs": 2, "max_steps": -1}
