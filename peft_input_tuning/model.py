@@ -17,11 +17,7 @@ from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
-from .checkpoint import (
-    checked_state_dict,
-    name_in_file,
-    under_as_many_peft_models,
-)
+from .checkpoint import checked_state_dict, name_in_file, under_as_many_peft_models
 from .config import InputTuningConfig
 from .layer import InputTuningLayer, named_layer
 from .nesting import (

@@ -108,6 +108,8 @@ def test_the_public_names_are_there_before_the_work_begins(tmp_path):
             ["grow-base", "~/base", "out", "--virtual-tokens", "2"],
             "BASE: there is no folder '~/base', and it is no id",
         ),
+        (["familiarity", "rows", "--model", "half"], "--model: 'half' holds an adapter. Name the folder of its base"),
+        (["grow-base", "half", "out", "--virtual-tokens", "2"], "BASE: 'half' holds an adapter. Name the folder of"),
         (["familiarity", "rows", "--model", "here/x"], "--model: there is no folder 'here/x'. 'here' is one"),
         (["inspect", "x\x1b[2J"], r"ADAPTER: there is no folder 'x\x1b[2J'"),
         (["export", "adapter", "/proc/out"], "OUTPUT: '/proc/out' cannot be written"),

@@ -115,6 +115,11 @@ def test_a_run_of_any_trainer(trained):
     assert float(run.settings["highest learning_rate"]) == pytest.approx(0.01, rel=0.2)
 
 
+def test_runs_of_two_kinds_are_compared_by_what_both_record(runs, trained):
+    assert differing_settings(read_runs([runs[0], trained])) == {"num_virtual_tokens": ["20", "2"]}
+    assert "lora_rank" in differing_settings(read_runs(runs))
+
+
 def test_the_adapters_settings_stand_beside_the_state(trained):
     (run,) = read_runs([trained])
     assert run.settings["num_virtual_tokens"] == "2"

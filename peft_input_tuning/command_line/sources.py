@@ -14,7 +14,8 @@ _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")  # NAME or OWNER/NAME
 
 
 def check_source(argument: str, name: str) -> None:
-    """Raises if `name` is no folder here and no id on a hub either. A name whose first part is a folder is no id.
+    """Raises if `name` is no model's folder here and no id on a hub either. A name whose first part is a folder is no
+    id.
 
     Args:
         argument: what errors call it.
@@ -24,6 +25,8 @@ def check_source(argument: str, name: str) -> None:
         ValueError: there is no such folder.
     """
     if Path(name).is_dir():
+        if (Path(name) / "adapter_config.json").is_file() and not (Path(name) / "config.json").is_file():
+            raise ValueError(f"{argument}: {name!r} holds an adapter. Name the folder of its base model.")
         return
     first, slash, _ = name.partition("/")
     if Path(name).exists():

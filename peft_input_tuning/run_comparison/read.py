@@ -30,6 +30,7 @@ class TrainingRun:
         figures: by name, in the run's order.
         settings: by name, as text.
         training, validation: losses by step.
+        is_of_script: whether train.py wrote it, which records all settings; a Trainer's state has a few.
     """
 
     name: str
@@ -37,6 +38,7 @@ class TrainingRun:
     settings: Mapping[str, str]
     training: Points
     validation: Points
+    is_of_script: bool
 
 
 def read_runs(folders: Sequence[Path]) -> list[TrainingRun]:
@@ -63,7 +65,8 @@ def _names(places: Sequence[Path]) -> list[str]:
 
 
 def _run(folder: Path, name: str) -> TrainingRun:
-    if (folder / "results.json").is_file():
+    is_of_script = (folder / "results.json").is_file()
+    if is_of_script:
         path = folder / "results.json"
         report = _json(path)
         history = _part(report, "curve", [], path)
@@ -83,6 +86,7 @@ def _run(folder: Path, name: str) -> TrainingRun:
         {key: _shown(value) for key, value in settings.items() if key not in _OF_THE_PLACE and value is not None},
         _points(history, "loss"),
         _points(history, "eval_loss"),
+        is_of_script,
     )
 
 
@@ -180,9 +184,13 @@ def best(name: str, runs: Sequence[TrainingRun]) -> set[int]:
 
 
 def differing_settings(runs: Sequence[TrainingRun]) -> dict[str, list[str | None]]:
-    """The settings that are not the same in all runs, each with every run's value; None where it has none."""
+    """The settings that are not the same in all runs, each with every run's value; None where it has none. Of runs
+    of train.py and of other Trainers those that both kinds record."""
+    recorded = [{name for run in runs if run.is_of_script is kind for name in run.settings} for kind in (True, False)]
+    kinds = [names for names in recorded if names]
     names = dict.fromkeys(name for run in runs for name in run.settings)
-    values = {name: [run.settings.get(name) for run in runs] for name in names}
+    shared = [name for name in names if all(name in of_kind for of_kind in kinds)]
+    values = {name: [run.settings.get(name) for run in runs] for name in shared}
     return {name: of for name, of in values.items() if len(set(of)) > 1}
 
 
