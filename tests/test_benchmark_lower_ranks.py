@@ -15,6 +15,7 @@ from peft_input_tuning import InputTuningConfig
 
 ROWS = [("one two three", "four five"), ("two four", "six"), ("three three five six", "one")]
 HIDDEN = 8
+WEIGHTS = "adapter_model.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -67,9 +68,6 @@ def by_hand(tiny_model: Path, adapter: Path, rank: int | None) -> float:
         total += torch.nn.functional.cross_entropy(logits, torch.tensor(labels), reduction="sum").item()
         count += len(labels)
     return total / count
-
-
-WEIGHTS = "adapter_model.safetensors"
 
 
 def test_the_losses_are_those_by_hand(data, adapter, tiny_model, tmp_path, capsys):

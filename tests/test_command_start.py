@@ -166,20 +166,26 @@ def test_what_may_be_an_id_is_looked_for_on_a_hub(capsys, monkeypatch):
         (["export"], "peft-input-tuning export: the following arguments are required: adapter, output."),
         (
             ["inspect", "x", "--nearest", "many"],
-            "peft-input-tuning inspect: argument --nearest: must be a whole number",
+            "peft-input-tuning inspect: argument --nearest: must be an integer >= 1, got 'many'",
         ),
-        (["inspect", "x", "--nearest", "0"], "peft-input-tuning inspect: argument --nearest: must be >= 1, got 0."),
-        (["to-lora", "x", "y", "--rank", "0"], "peft-input-tuning to-lora: argument --rank: must be >= 1, got 0."),
+        (
+            ["inspect", "x", "--nearest", "0"],
+            "peft-input-tuning inspect: argument --nearest: must be an integer >= 1, got '0'.",
+        ),
+        (
+            ["to-lora", "x", "y", "--rank", "0"],
+            "peft-input-tuning to-lora: argument --rank: must be an integer >= 1, got '0'.",
+        ),
         (
             ["grow-base", "x", "y", "--virtual-tokens", "-1"],
-            "peft-input-tuning grow-base: argument --virtual-tokens: must be >= 0, got -1.",
+            "peft-input-tuning grow-base: argument --virtual-tokens: must be an integer >= 0, got '-1'.",
         ),
         *(
             (
-                ["familiarity", "x", "--model", "y", option, "1" if option == "--window" else "0"],
-                f"peft-input-tuning familiarity: argument {option}: must be >= ",
+                ["familiarity", "x", "--model", "y", option, str(lowest - 1)],
+                f"peft-input-tuning familiarity: argument {option}: must be an integer >= {lowest}, got ",
             )
-            for option in ("--limit", "--batch-size", "--least", "--window")
+            for option, lowest in (("--limit", 1), ("--batch-size", 1), ("--least", 1), ("--window", 2))
         ),
         (["exprot"], "peft-input-tuning: argument command: invalid choice: 'exprot'"),
         (["export", "a", "b", "--\x1b[2J"], r"peft-input-tuning: unrecognized arguments: --\x1b[2J."),

@@ -8,7 +8,6 @@ stock PEFT reads it. Ranks are those of the words: each virtual token adds one.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import sys
 import tempfile
@@ -22,12 +21,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dense_model import plain_checkpoint
 from input_tuning_examples.base_model import Base
 from input_tuning_examples.extras import needs
-from input_tuning_examples.packaged_model import PACKAGED
 from input_tuning_examples.task_data import InputError, limit, read_json_lines
 from input_tuning_examples.train_and_generate import IGNORED, quiet
 from peft_input_tuning import grow_base, save_as_lora
 from row_losses import row_losses
 from run_training import features_of
+from saved_adapter import check_adapter, parser_for_adapter
 
 BATCH = 8
 ROWS = 60  # of the validation rows, at most
@@ -42,8 +41,7 @@ def measured(
         InputError: DATA, the model or the adapter cannot be read.
     """
     rows = limit(read_json_lines(str(data / task / "validation.jsonl"), "DATA"), ROWS, 0)
-    if not (Path(adapter) / "adapter_config.json").is_file():
-        raise InputError(f"ADAPTER: there is no adapter_config.json in {adapter!r}. Name a saved adapter's folder.")
+    check_adapter(adapter)
     place = Base.find(plain_checkpoint(model, work))
     prompt = PeftConfig.from_pretrained(adapter).num_virtual_tokens
     with tempfile.TemporaryDirectory() as folder:
@@ -76,14 +74,10 @@ def _behind(front: Sequence[int], row: dict) -> dict:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("data", type=Path, metavar="DATA", help="folder with a folder for each task")
-    add("adapter", metavar="ADAPTER", help="folder of a saved adapter")
-    add("--task", default="overnight", help="whose rows are read (%(default)s)")
-    add("--ranks", type=int, nargs="+", default=[8, 16, 32, 64, 128], help="of the words (%(default)s)")
-    add("--model", default=PACKAGED, help="the adapter's base (default: the packaged one)")
-    add("--work", type=Path, default=Path("outputs/benchmark"), help="where it is kept (%(default)s)")
+    parser = parser_for_adapter(__doc__, "validation rows")
+    parser.add_argument(
+        "--ranks", type=int, nargs="+", default=[8, 16, 32, 64, 128], help="of the words (%(default)s)"
+    )
     options = parser.parse_args(argv)
     try:
         needs("benchmark", "datasets")

@@ -11,7 +11,6 @@ inspect` has it. Two measures of how well a model knows a word:
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
@@ -26,12 +25,12 @@ from dense_model import plain_checkpoint
 from figures import quantiles_over
 from input_tuning_examples.base_model import Base
 from input_tuning_examples.extras import needs
-from input_tuning_examples.packaged_model import PACKAGED
 from input_tuning_examples.task_data import InputError, limit, read_json_lines
 from input_tuning_examples.train_and_generate import SEPARATOR
 from peft_input_tuning import inspect_adapter
 from peft_input_tuning.familiarity.surprisal import DEFAULT_WINDOW, base_alone, token_bits
 from peft_input_tuning.output.files import unfinished
+from saved_adapter import check_adapter, parser_for_adapter
 
 INPUTS = 300  # of the test rows, at most
 PARTS = 10  # of the words, by rank or surprisal
@@ -56,8 +55,7 @@ def measured(data: Path, adapter: str, task: str, model: str, work: Path) -> dic
     """
     sources = [row.source for row in limit(read_json_lines(str(data / task / "test.jsonl"), "DATA"), INPUTS, 0)]
     place = Base.find(plain_checkpoint(model, work))
-    if not (Path(adapter) / "adapter_config.json").is_file():
-        raise InputError(f"ADAPTER: there is no adapter_config.json in {adapter!r}. Name a saved adapter's folder.")
+    check_adapter(adapter)
     adapted = PeftModel.from_pretrained(place.load("float32"), adapter)
     shifts = inspect_adapter(adapted).shifts
     if not shifts:
@@ -72,14 +70,8 @@ def measured(data: Path, adapter: str, task: str, model: str, work: Path) -> dic
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("data", type=Path, metavar="DATA", help="folder with a folder for each task")
-    add("adapter", metavar="ADAPTER", help="folder of a saved adapter")
-    add("--task", default="overnight", help="whose test inputs are read (%(default)s)")
-    add("--model", default=PACKAGED, help="the adapter's base (default: the packaged one)")
-    add("--work", type=Path, default=Path("outputs/benchmark"), help="where it is kept (%(default)s)")
-    add("--output", type=Path, default=Path("moved.svg"), help="the plot (%(default)s)")
+    parser = parser_for_adapter(__doc__, "test inputs")
+    parser.add_argument("--output", type=Path, default=Path("moved.svg"), help="the plot (%(default)s)")
     options = parser.parse_args(argv)
     try:
         needs("benchmark", "matplotlib")

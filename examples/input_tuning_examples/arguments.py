@@ -16,6 +16,8 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def at_least(smallest: int):
+    """As the commands have it; their package brings torch, and `--help` is to be there at once."""
+
     def integer(text: str) -> int:
         if not text.lstrip("-").isdigit() or int(text) < smallest:
             raise argparse.ArgumentTypeError(f"must be an integer >= {smallest}, got {text!r}")
@@ -37,8 +39,8 @@ def rate(text: str) -> float:
 def check_can_be_written(path: str | Path, argument: str = "--output-dir") -> None:
     """Raises InputError where a folder cannot be made or written to; nothing is made yet."""
     folder = Path(path).absolute()
-    there = next(place for place in (folder, *folder.parents) if place.exists())
     try:
+        there = next(place for place in (folder, *folder.parents) if place.exists())
         with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as error:
@@ -51,10 +53,5 @@ def output_dir(path: str | Path) -> Path:
     """Makes a folder, in which files can be written."""
     check_can_be_written(path)
     folder = Path(path)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(
-            f"--output-dir: {str(path)!r} cannot be made ({error.strerror}). Pass another folder."
-        ) from None
+    folder.mkdir(parents=True, exist_ok=True)
     return folder

@@ -7,15 +7,11 @@ from collections.abc import Callable
 
 
 def at_least(lowest: int) -> Callable[[str], int]:
-    """A `type=` of argparse: whole numbers from `lowest` on."""
+    """A `type=` of argparse: integers from `lowest` on."""
 
     def number(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}") from None
-        if value < lowest:
-            raise argparse.ArgumentTypeError(f"must be >= {lowest}, got {value}")
-        return value
+        if not text.lstrip("-").isdigit() or int(text) < lowest:
+            raise argparse.ArgumentTypeError(f"must be an integer >= {lowest}, got {text!r}")
+        return int(text)
 
     return number

@@ -86,6 +86,7 @@ def what_sees_ids(
     asked: list[torch.Size] = []
     with unchanged(model), ExitStack() as stack:
         stack.callback(embedding.register_forward_pre_hook(lambda _, args: asked.append(args[0].shape)).remove)
+        with_ids = _watch_parts_around(backbone, embedding, stack)
         if _run(model, ids) is None and (model is backbone or _run(backbone, ids) is None):
             tables = tuple((one, 0) for one in beside if isinstance(one, nn.Embedding))
             return WhatSeesIds(others=tables, masks=WhatMasksDo(honours_mask=False))
@@ -96,25 +97,24 @@ def what_sees_ids(
             return seen
         takes = _takes_embeddings(backbone, embedding, ids) if embedding in set(backbone.modules()) else None
         masks = what_masks_do(backbone, embedding, traits)
-        given = _given_embeddings(backbone, embedding, ids)
+    given = tuple(part for part, seen_ids in with_ids.items() if not seen_ids)
     return replace(seen, gives_hidden_states=True, takes_embeddings=takes, masks=masks, given_embeddings=given)
 
 
-def _given_embeddings(backbone: nn.Module, embedding: nn.Module, ids: Tensor) -> tuple[nn.Module, ...]:
-    """The parts of a backbone around the embedding whose first argument is ids, and was none in a run."""
-    parts = [one for one in backbone.modules() if one is not backbone and embedding in set(one.modules())]
+def _watch_parts_around(backbone: nn.Module, embedding: nn.Module, stack: ExitStack) -> dict[nn.Module, bool]:
+    """The parts of a backbone around the embedding whose first argument is ids: whether a run has given them some.
+    What is not run is not in it."""
     found: dict[nn.Module, bool] = {}
-    with ExitStack() as stack:
-        for part in parts:
-            if reads_ids(part) and forward_parameters(part)[0] == "input_ids":
-                note = partial(_note_ids, found)
-                stack.callback(part.register_forward_pre_hook(note, with_kwargs=True).remove)
-        _run(backbone, ids)
-    return tuple(part for part, with_ids in found.items() if not with_ids)
 
+    def note(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        found[module] = found.get(module, False) or first_argument(args, kwargs) is not None
 
-def _note_ids(found: dict[nn.Module, bool], module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-    found[module] = first_argument(args, kwargs) is not None
+    for part in backbone.modules():
+        if part is backbone or embedding not in set(part.modules()) or not reads_ids(part):
+            continue
+        if forward_parameters(part)[0] == "input_ids":
+            stack.callback(part.register_forward_pre_hook(note, with_kwargs=True).remove)
+    return found
 
 
 def first_argument(args: tuple, kwargs: dict[str, Any]) -> Any:
